@@ -1,0 +1,145 @@
+"""The frame layout of every stream between our processes, and the parser that blocking and asyncio readers share.
+
+A frame is a 12-byte prefix (little-endian: header length u32, payload length u64), a msgpack header that decodes to one
+message of the link's union, and the raw bytes of that message's tensors, each padded to `ALIGNMENT`. The transport
+resends nothing: a connection that ends, ends with whatever was under way.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+PREFIX = struct.Struct("<IQ")
+ALIGNMENT = 64
+MAX_HEADER = 64 << 20
+MAX_PAYLOAD = 64 << 30
+SCRATCH = 64 << 10
+
+Payload = npt.NDArray[np.uint8]
+Buffer = bytes | bytearray | memoryview
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+_PADDING = bytes(ALIGNMENT)
+
+
+class FrameError(Exception):
+    """The other side sent what isn't a frame of this link; the connection can't be used any further."""
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to the alignment that each tensor of a payload has."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buffer]:
+    """The pieces of one frame, to be written in order; the buffers themselves are not copied."""
+    pieces: list[Buffer] = [b""]
+    payload = 0
+    for buffer in buffers:
+        size = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        if size:
+            pieces.append(buffer)
+        gap = padded(size) - size
+        if gap:
+            pieces.append(_PADDING[:gap])
+        payload += size + gap
+    header = _encoder.encode(message)
+    pieces[0] = PREFIX.pack(len(header), payload) + header
+    return pieces
+
+
+def split(payload: Payload, sizes: Sequence[int]) -> list[Payload]:
+    """Views of the tensors in a payload, given their sizes in bytes; FrameError if they don't fill it."""
+    views = []
+    offset = 0
+    for size in sizes:
+        views.append(payload[offset : offset + size])
+        offset += padded(size)
+    if offset != len(payload):
+        raise FrameError(f"a payload of {len(payload)} bytes came where the header says {offset}")
+    return views
+
+
+class FrameReader(Generic[M]):
+    """Turns received bytes into (message, payload) pairs; does no input or output itself.
+
+    `buffer()` is where the next bytes belong, `advance(n)` says that n came. A payload gets memory of its own, into which
+    whatever is not yet here is received directly.
+    """
+
+    def __init__(self, union: Any, max_payload: int = MAX_PAYLOAD) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._max_payload = max_payload
+        self._scratch = bytearray(SCRATCH)
+        self._start = 0
+        self._end = 0
+        self._message: M | None = None
+        self._payload: Payload | None = None
+        self._filled = 0
+
+    def buffer(self) -> memoryview:
+        if self._payload is not None:
+            return memoryview(self._payload)[self._filled :]
+        if self._end == len(self._scratch):
+            self._make_room(self._end - self._start + 1)
+        return memoryview(self._scratch)[self._end :]
+
+    def advance(self, count: int) -> list[tuple[M, Payload]]:
+        frames: list[tuple[M, Payload]] = []
+        if self._payload is not None:
+            self._filled += count
+            if self._filled < len(self._payload):
+                return frames
+            frames.append(self._finish())
+            return frames
+        self._end += count
+        while (frame := self._parse()) is not None:
+            frames.append(frame)
+        return frames
+
+    def _parse(self) -> tuple[M, Payload] | None:
+        held = self._end - self._start
+        if held < PREFIX.size:
+            return None
+        header_size, payload_size = PREFIX.unpack_from(self._scratch, self._start)
+        if header_size > MAX_HEADER or payload_size > self._max_payload:
+            raise FrameError(f"a frame of {header_size} + {payload_size} bytes is over the limit of this connection")
+        if held < PREFIX.size + header_size:
+            self._make_room(PREFIX.size + header_size)
+            return None
+        at = self._start + PREFIX.size
+        try:
+            self._message = self._decoder.decode(memoryview(self._scratch)[at : at + header_size])
+        except msgspec.DecodeError as error:
+            raise FrameError(f"a header that is no message of this connection: {error}") from error
+        at += header_size
+        here = min(payload_size, self._end - at)
+        self._payload = np.empty(payload_size, np.uint8)
+        self._payload[:here] = np.frombuffer(self._scratch, np.uint8, here, at)
+        self._filled = here
+        self._start = at + here
+        if self._start == self._end:
+            self._start = self._end = 0
+        return self._finish() if here == payload_size else None
+
+    def _finish(self) -> tuple[M, Payload]:
+        assert self._message is not None
+        assert self._payload is not None
+        frame = self._message, self._payload
+        self._message, self._payload, self._filled = None, None, 0
+        return frame
+
+    def _make_room(self, wanted: int) -> None:
+        """Moves what is held to the front of a scratch buffer of at least `wanted` bytes."""
+        held = self._scratch[self._start : self._end]
+        if wanted > len(self._scratch):
+            self._scratch = bytearray(wanted)
+        self._scratch[: len(held)] = held
+        self._start, self._end = 0, len(held)

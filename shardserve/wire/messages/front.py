@@ -1,0 +1,101 @@
+"""Main and Worker: requests one way, answers and the servable's state the other.
+
+Main connects to the Worker's front listener. The Worker sends an `Announce` at once and whenever it changes; after that
+Main may send `Infer`. A request is answered once, by `Reply` or `Failed`. Deadlines are readings of CLOCK_MONOTONIC, which
+the processes of one host share, in seconds.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shardserve.wire.messages import Generation, Message, TensorMeta
+
+Instance = dict[str, TensorMeta]
+
+
+class Infer(Message, frozen=True):
+    """Payload: the tensors of the instances in order, those of one instance in the order of its keys."""
+
+    request: int
+    method: str
+    instances: list[Instance]
+    deadline: float | None
+
+
+class Cancel(Message, frozen=True):
+    """The client is gone: the request needs no answer."""
+
+    request: int
+
+
+class InstanceError(Message, frozen=True):
+    """Why one instance has no outputs. error: a class name of shardserve.errors."""
+
+    error: str
+    message: str
+
+
+class InstanceOutputs(Message, frozen=True):
+    outputs: Instance
+
+
+class Reply(Message, frozen=True):
+    """One result per instance, in the request's order; payload as in `Infer`, failed instances have none."""
+
+    request: int
+    results: list[InstanceOutputs | InstanceError]
+
+
+class Failed(Message, frozen=True):
+    """The request as a whole has no answer. error: a class name of shardserve.errors."""
+
+    request: int
+    error: str
+    message: str
+
+
+class MethodInfo(msgspec.Struct, frozen=True, array_like=True):
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class RankStatus(msgspec.Struct, frozen=True, array_like=True):
+    """state: absent, joined (registered, no group yet), serving."""
+
+    rank: int
+    stage: int
+    host: str
+    device: str
+    pid: int
+    state: str
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
+    """state: waiting (for agents), forming, serving, ending. restarts: generations that ended so far."""
+
+    replica: int
+    generation: Generation
+    state: str
+    restarts: int
+    ranks: tuple[RankStatus, ...]
+
+
+class Announce(Message, frozen=True):
+    """The whole truth about the Worker's servable, sent again whenever any of it changes.
+
+    state: starting (never ready so far), ready, recovering (was ready, no replica serves now), stopping, failed.
+    """
+
+    name: str
+    version: int
+    state: str
+    reason: str
+    rank_size: int
+    stage_size: int
+    methods: dict[str, MethodInfo]
+    replicas: tuple[ReplicaStatus, ...]
+
+
+ToWorker = Infer | Cancel
+ToMain = Reply | Failed | Announce

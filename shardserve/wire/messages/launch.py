@@ -1,0 +1,86 @@
+"""Launcher and its children, over the socketpair that each child inherits. Its end (EOF) ends the child.
+
+The launcher numbers its orders; each is answered by `Done` or `Refused` with the same number.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shardserve.wire.messages import Message
+
+
+class Done(Message, frozen=True):
+    order: int
+
+
+class Refused(Message, frozen=True):
+    """error: a class name of shardserve.errors."""
+
+    order: int
+    error: str
+    message: str
+
+
+class TLSFiles(msgspec.Struct, frozen=True, array_like=True):
+    certificate: str
+    private_key: str
+    custom_ca: str | None
+    verify_client: bool
+
+
+class Attach(Message, frozen=True):
+    """To Main: the Worker of this servable version listens at `address` (an abstract Unix socket, without its NUL).
+
+    Sent again, with the same address, when the Worker was respawned."""
+
+    order: int
+    name: str
+    version: int
+    address: str
+
+
+class StartGrpc(Message, frozen=True):
+    """To Main. address: ip:port or unix:path."""
+
+    order: int
+    address: str
+    max_msg_mb_size: int
+    tls: TLSFiles | None
+
+
+class StartRest(Message, frozen=True):
+    order: int
+    address: str
+    max_msg_mb_size: int
+    tls: TLSFiles | None
+
+
+class Stop(Message, frozen=True):
+    """Refuse what is new, wait up to `grace` seconds for what is under way, then end."""
+
+    order: int
+    grace: float
+
+
+class Serve(Message, frozen=True):
+    """To a Worker, its first message: all that it needs to know."""
+
+    order: int
+    servable_directory: str
+    servable_name: str
+    version: int
+    rank_table_json_file: str
+    incarnation: int
+    wait_agents_time_in_seconds: float
+
+
+class Incarnation(Message, frozen=True):
+    """From a Worker: agents knew a greater incarnation, the Worker now uses this one; the launcher counts on from it."""
+
+    incarnation: int
+
+
+ToMain = Attach | StartGrpc | StartRest | Stop
+ToWorker = Serve | Stop
+ToLauncher = Done | Refused | Incarnation
