@@ -86,7 +86,7 @@ class FrameReader(Generic[M]):
 
     def buffer(self) -> memoryview:
         if self._payload is not None:
-            return memoryview(self._payload)[self._filled :]
+            return self._payload.data[self._filled :]
         if self._end == len(self._scratch):
             self._make_room(self._end - self._start + 1)
         return memoryview(self._scratch)[self._end :]

@@ -1,0 +1,125 @@
+"""Methods: tracing runs a function once with placeholders, in which `add_stage` records what is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardserve.errors import ConfigError
+from shardserve.servable.model import Model
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value of a method comes from: stage 0 is the method's inputs, stage n the n-th `add_stage`."""
+
+    stage: int
+    index: int
+
+
+@dataclass(frozen=True)
+class MethodStage:
+    model: Model
+    inputs: tuple[Source, ...]
+    outputs_count: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    inputs: tuple[str, ...]
+    output_names: tuple[str, ...]
+    outputs: tuple[Source, ...]
+    stages: tuple[MethodStage, ...]
+
+
+@dataclass
+class _Trace:
+    method: str
+    stages: list[MethodStage] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    """Stands for a value while a method is traced; only its own trace may use it."""
+
+    source: Source
+    trace: _Trace
+
+
+_tracing: list[_Trace] = []
+
+
+def add_stage(
+    stage: Model | Callable[..., Any],
+    *args: Any,
+    outputs_count: int,
+    batch_size: int | None = None,
+    tag: str | None = None,
+) -> Any:
+    """Adds a method stage that runs `stage` on `args`: placeholders of the method being traced.
+
+    Returns one placeholder, or a tuple of them if `outputs_count` is more than 1.
+    """
+    if not _tracing:
+        raise ConfigError("add_stage: called outside of a method that register_method traces")
+    trace = _tracing[-1]
+    where = f"add_stage {len(trace.stages) + 1} of method {trace.method!r}"
+    if not isinstance(stage, Model):
+        if callable(stage):
+            raise ConfigError(f"{where}: Python functions as stages are not supported by this release yet")
+        raise ConfigError(f"{where}: {stage!r} is neither a declared model nor a function")
+    if batch_size is not None:
+        raise ConfigError(f"{where}: batch_size is for Python functions; a model's is its max_batch_size")
+    if not isinstance(outputs_count, int) or isinstance(outputs_count, bool) or outputs_count < 1:
+        raise ConfigError(f"{where}: outputs_count={outputs_count!r} is not an integer of at least 1")
+    for position, value in enumerate(args):
+        if not isinstance(value, _Placeholder) or value.trace is not trace:
+            raise ConfigError(f"{where}: argument {position} is no input of the method and no output of a stage of it")
+    trace.stages.append(
+        MethodStage(
+            model=stage,
+            inputs=tuple(value.source for value in args),
+            outputs_count=outputs_count,
+            tag=tag or f"stage {len(trace.stages) + 1}",
+        )
+    )
+    outputs = tuple(_Placeholder(Source(len(trace.stages), i), trace) for i in range(outputs_count))
+    return outputs[0] if outputs_count == 1 else outputs
+
+
+def trace_method(function: Callable[..., Any], output_names: tuple[str, ...]) -> Method:
+    """Runs the function once with placeholders; ConfigError where it isn't made of `add_stage` calls alone."""
+    name = function.__name__
+    inputs = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or parameter.default is not parameter.empty:
+            raise ConfigError(
+                f"method {name!r}: parameter {parameter} is not a plain name; a method has no *args, "
+                "**kwargs, keyword-only parameters or defaults"
+            )
+        inputs.append(parameter.name)
+    trace = _Trace(name)
+    _tracing.append(trace)
+    try:
+        result = function(*(_Placeholder(Source(0, i), trace) for i in range(len(inputs))))
+    finally:
+        _tracing.pop()
+    outputs = result if isinstance(result, tuple | list) else (result,)
+    for position, value in enumerate(outputs):
+        if not isinstance(value, _Placeholder) or value.trace is not trace:
+            raise ConfigError(f"method {name!r}: output {position} is no output of a stage and no input of the method")
+    if len(outputs) != len(output_names):
+        raise ConfigError(f"method {name!r}: returns {len(outputs)} outputs for {len(output_names)} output_names")
+    if not trace.stages:
+        raise ConfigError(f"method {name!r}: has no add_stage")
+    return Method(
+        name=name,
+        inputs=tuple(inputs),
+        output_names=output_names,
+        outputs=tuple(value.source for value in outputs),
+        stages=tuple(trace.stages),
+    )

@@ -1,0 +1,60 @@
+"""Every timeout and limit of the system, in one place.
+
+A field is set by the environment variable SHARDSERVE_<NAME IN CAPITALS> of the launcher or of `startup_agents`; the
+processes that they start inherit it. Times are in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from shardserve.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    connect_retry_interval: float = 0.2
+    """Between two attempts to reach a Worker that doesn't listen yet: another host's listener has no event to wait on."""
+    register_timeout: float = 120.0
+    """For an agent to load its shard and register, counted from its fork."""
+    form_timeout: float = 30.0
+    """For all agents of a group to join a new generation."""
+    step_timeout: float = 300.0
+    """For a step, from when it was sent until its answer; then its generation ends."""
+    abort_timeout: float = 1.0
+    """For a survivor to leave its generation; then it is killed and forked anew."""
+    reconnect_timeout: float = 60.0
+    """How long agents and supervisors keep their weights and wait for a Worker that is gone."""
+    stop_grace: float = 5.0
+    """For requests under way when the server is told to stop."""
+    exit_timeout: float = 5.0
+    """For a process that was told to end; then it is killed."""
+    start_timeout: float = 60.0
+    """For Main, a Worker or a fork server to answer its first order."""
+    max_restarts: int = 10
+    """How often one rank may die within `restart_window` before its host gives up on it."""
+    restart_window: float = 60.0
+    queue_limit: int = 4096
+    """Instances that wait in a Worker; over it, requests are answered with Overloaded."""
+    collective_slot_bytes: int = 1 << 20
+    """Shared memory of one rank for one collective; larger tensors go in several pieces."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """ConfigError names the variable that isn't a positive number."""
+        given: dict[str, float | int] = {}
+        for field in fields(cls):
+            name = f"SHARDSERVE_{field.name.upper()}"
+            text = environment.get(name)
+            if text is None:
+                continue
+            try:
+                value = int(text) if field.type == "int" else float(text)
+            except ValueError:
+                value = -1
+            if value <= 0:
+                raise ConfigError(f"environment variable {name}={text!r} is not a positive {field.type}")
+            given[field.name] = value
+        return cls(**given)  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""Worker, supervisors and agents, on the Worker's distributed address.
+
+The first message says who came: a supervisor (`Introduce`, then `Enlist`), once per host, or an agent (`Register`), once per rank; both are
+answered by their counterpart or by `Refuse`, after which the connection ends. A generation is formed by `Form` to every
+rank, each answered by `Formed` or `Broken`; then `Step`s follow, in the same order to every rank. `End` ends it: a
+rank that has left its waits answers `Parked`. Every message about a generation carries it.
+"""
+
+from __future__ import annotations
+
+
+from shardserve.wire.messages import Generation, Message
+
+
+class Introduce(Message, frozen=True):
+    """From a supervisor: asks which hosts the rank table has."""
+
+    pid: int
+
+
+class Roster(Message, frozen=True):
+    """To a supervisor: the addresses of all hosts in the rank table."""
+
+    hosts: tuple[str, ...]
+
+
+class Enlist(Message, frozen=True):
+    """From a supervisor. hosts: those of the roster that are addresses of its host; agent_ip and rank_start replace them
+    where the rank table knows none. count: how many model files it was given."""
+
+    hosts: tuple[str, ...]
+    agent_ip: str | None
+    rank_start: int | None
+    count: int
+
+
+class Enlisted(Message, frozen=True):
+    """To a supervisor: the ranks of its host, the devices they take by the rank table, and the address that the table has
+    for the host."""
+
+    ranks: tuple[int, ...]
+    devices: tuple[str, ...]
+    host: str
+    rank_size: int
+    stage_size: int
+
+
+class HostReady(Message, frozen=True):
+    """To a supervisor: all of its host's agents are registered."""
+
+
+class Kill(Message, frozen=True):
+    """To a supervisor: this agent doesn't leave its generation; end it, fork it anew."""
+
+    rank: int
+    pid: int
+    reason: str
+
+
+class GaveUp(Message, frozen=True):
+    """From a supervisor: this rank died too often, or never came up; it is not forked again."""
+
+    rank: int
+    reason: str
+
+
+class Exit(Message, frozen=True):
+    """To agents and supervisors: the servable is stopped; leave."""
+
+    reason: str
+
+
+class Refuse(Message, frozen=True):
+    """error: a class name of shardserve.errors."""
+
+    error: str
+    message: str
+
+
+class Register(Message, frozen=True):
+    """From an agent that holds its shard. incarnation: the greatest it has seen. stage_address: where it takes the link of
+    the previous pipeline stage. configs: one group config per subgraph, as in group_config.json."""
+
+    rank: int
+    pid: int
+    device: str
+    incarnation: int
+    stage_address: str
+    configs: list[dict[str, object]]
+
+
+class Registered(Message, frozen=True):
+    incarnation: int
+
+
+class Form(Message, frozen=True):
+    """collective: shared_memory or gloo. next_address: the agent of the same coordinate in the next pipeline stage."""
+
+    generation: Generation
+    collective: str
+    next_address: str | None
+
+
+class Formed(Message, frozen=True):
+    generation: Generation
+
+
+class Broken(Message, frozen=True):
+    """From an agent: it can't go on in this generation (a link or collective failed, a drain raised)."""
+
+    generation: Generation
+    message: str
+
+
+class Step(Message, frozen=True):
+    """Payload: for the first pipeline stage the input tensors, for the others nothing. Shapes follow from `dims`."""
+
+    generation: Generation
+    step: int
+    subgraph: int
+    dims: dict[str, int]
+
+
+class Output(Message, frozen=True):
+    """From the leader of the last pipeline stage. Payload: the output tensors, whose shapes follow from the step's dims."""
+
+    generation: Generation
+    step: int
+
+
+class StepFailed(Message, frozen=True):
+    """From any rank: the model raised. The rank waits for `FailureNoted` before it takes part in the step's remaining
+    collectives, so that no answer made of its zeros can reach the Worker before this message."""
+
+    generation: Generation
+    step: int
+    message: str
+
+
+class FailureNoted(Message, frozen=True):
+    generation: Generation
+    step: int
+
+
+class End(Message, frozen=True):
+    generation: Generation
+
+
+class Parked(Message, frozen=True):
+    generation: Generation
+
+
+class StoreCall(Message, frozen=True):
+    """A call of the rendezvous store that gloo and NCCL use while a group forms; `call` numbers it on its connection."""
+
+    generation: Generation
+    call: int
+    operation: str
+    keys: tuple[str, ...]
+    value: bytes
+
+
+class StoreReply(Message, frozen=True):
+    generation: Generation
+    call: int
+    value: bytes
+
+
+class StageHello(Message, frozen=True):
+    """Agent to agent, first on a stage link: who sends, in which generation."""
+
+    generation: Generation
+    rank: int
+
+
+class Transfer(Message, frozen=True):
+    """Agent to agent: the tensors that cross the cut in this step; their shapes follow from the step's dims."""
+
+    generation: Generation
+    step: int
+
+
+FromGroup = Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
+ToSupervisor = Roster | Enlisted | HostReady | Kill | Exit | Refuse
+ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply
+OnStageLink = StageHello | Transfer

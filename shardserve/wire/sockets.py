@@ -1,0 +1,100 @@
+"""Addresses, listeners and blocking connections. Nothing here listens wider than the address that it was given.
+
+Each TCP listener of ours has a twin on the same host: an abstract Unix socket named after the address, which spares local
+peers TCP, has no file to leave behind, and checks that both sides run as the same user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from shardserve.errors import ConfigError, StartError
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def parse_address(text: str, what: str) -> Address:
+    """`ip:port` or `name:port`; ConfigError names `what` (an argument) and the text."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{what}: {text!r} is not ip:port")
+    return Address(host.strip("[]"), int(port))
+
+
+def twin_name(address: Address) -> str:
+    """The abstract Unix name (without its NUL) of the listener at this TCP address."""
+    return f"shardserve-{address}"
+
+
+def listen_tcp(address: Address, what: str) -> socket.socket:
+    """StartError says which port is in use, or that the address isn't this host's."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise StartError(f"{what} {address}: {reason}") from error
+    return listener
+
+
+def listen_abstract(name: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind("\0" + name)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"local socket {name}: {error.strerror}") from error
+    return listener
+
+
+def same_user(connection: socket.socket) -> bool:
+    """Whether the other side of a Unix socket runs as this user or as root (SO_PEERCRED, unix(7))."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (os.getuid(), 0)
+
+
+def tune(connection: socket.socket) -> None:
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def connect(address: Address, timeout: float) -> socket.socket:
+    """A blocking connection: through the local twin if there is one, else TCP. OSError if nobody listens."""
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(ConnectionRefusedError):
+        local.connect("\0" + twin_name(address))
+        if same_user(local):
+            return local
+    local.close()
+    connection = socket.create_connection(address, timeout)
+    connection.settimeout(None)
+    tune(connection)
+    return connection
+
+
+def is_local(host: str) -> bool:
+    """Whether this host has the address: only its own can be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,167 @@
+"""The rank table: which host and device each rank has. Both known layouts, with errors that name the JSON path.
+
+The layouts are those of MindSpore's `hccl` rank tables: `server_list` (version 1.0) and `group_list` (older).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardserve.errors import RankTableError
+
+
+@dataclass(frozen=True)
+class RankEntry:
+    rank: int
+    host: str
+    device: str
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """entries: one per rank, in the order of the ranks 0…n-1."""
+
+    entries: tuple[RankEntry, ...]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(entry.host for entry in self.entries))
+
+    def ranks_on(self, hosts: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(entry.rank for entry in self.entries if entry.host in hosts)
+
+
+def load_rank_table(path: str, rank_size: int, stage_size: int) -> RankTable:
+    """RankTableError names the file, the JSON path and the value that is wrong."""
+    file = Path(path)
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RankTableError(f"rank table {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RankTableError(f"rank table {path}: not JSON: {error}") from error
+    try:
+        table = parse_rank_table(document)
+        _check_sizes(table, rank_size, stage_size)
+    except RankTableError as error:
+        raise RankTableError(f"rank table {path}: {error}") from error
+    return table
+
+
+def parse_rank_table(document: Any) -> RankTable:
+    if not isinstance(document, dict):
+        raise RankTableError(f"$ is {_show(document)}, not an object")
+    if "server_list" in document:
+        placed = _server_list(document)
+    elif "group_list" in document:
+        placed = _group_list(document)
+    else:
+        raise RankTableError("$ has neither server_list nor group_list")
+    by_rank: dict[int, tuple[str, RankEntry]] = {}
+    taken: dict[tuple[str, str], str] = {}
+    for path, entry in placed:
+        if entry.rank in by_rank:
+            raise RankTableError(f"{path}.rank_id {entry.rank} is also that of {by_rank[entry.rank][0]}")
+        by_rank[entry.rank] = path, entry
+        device = entry.host, entry.device
+        if device in taken:
+            raise RankTableError(f"{path}: device {entry.device} of host {entry.host} is also that of {taken[device]}")
+        taken[device] = path
+    missing = sorted(set(range(len(by_rank))) - set(by_rank))
+    if missing:
+        raise RankTableError(f"there are {len(by_rank)} ranks, but no rank_id {', '.join(map(str, missing))}")
+    return RankTable(tuple(by_rank[rank][1] for rank in range(len(by_rank))))
+
+
+def _server_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
+    servers = _list(document, "$", "server_list")
+    _count(document, "$", "server_count", len(servers))
+    placed = []
+    for i, server in enumerate(servers):
+        at = f"$.server_list[{i}]"
+        host = _text(_object(server, at), at, "server_id")
+        for j, device in enumerate(_list(server, at, "device")):
+            path = f"{at}.device[{j}]"
+            _text(_object(device, path), path, "device_ip")
+            rank = _decimal(device, path, "rank_id")
+            placed.append((path, RankEntry(rank, host, str(_decimal(device, path, "device_id")))))
+    return placed
+
+
+def _group_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
+    groups = _list(document, "$", "group_list")
+    _count(document, "$", "group_count", len(groups))
+    placed = []
+    for i, group in enumerate(groups):
+        at = f"$.group_list[{i}]"
+        instances = _list(_object(group, at), at, "instance_list")
+        _count(group, at, "instance_count", len(instances))
+        for j, instance in enumerate(instances):
+            path = f"{at}.instance_list[{j}]"
+            host = _text(_object(instance, path), path, "server_id")
+            devices = _list(instance, path, "devices")
+            if len(devices) != 1:
+                raise RankTableError(f"{path}.devices has {len(devices)} devices; a rank has one")
+            device = _object(devices[0], f"{path}.devices[0]")
+            _text(device, f"{path}.devices[0]", "device_ip")
+            number = _decimal(device, f"{path}.devices[0]", "device_id")
+            placed.append((path, RankEntry(_decimal(instance, path, "rank_id"), host, str(number))))
+        _count(group, at, "device_num", len(instances))
+        _count(group, at, "server_num", len({_text(i, at, "server_id") for i in instances}))
+    return placed
+
+
+def _check_sizes(table: RankTable, rank_size: int, stage_size: int) -> None:
+    ranks = len(table.entries)
+    if ranks % rank_size:
+        raise RankTableError(
+            f"has {ranks} ranks; the servable declares rank_size={rank_size}, stage_size={stage_size}, so it needs "
+            f"{rank_size} or a multiple of it, one for each replica"
+        )
+
+
+def _object(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RankTableError(f"{path} is {_show(value)}, not an object")
+    return value
+
+
+def _field(parent: dict[str, Any], path: str, name: str) -> Any:
+    if name not in parent:
+        raise RankTableError(f"{path}.{name} is missing")
+    return parent[name]
+
+
+def _list(parent: dict[str, Any], path: str, name: str) -> list[Any]:
+    value = _field(parent, path, name)
+    if not isinstance(value, list) or not value:
+        raise RankTableError(f"{path}.{name} is {_show(value)}, not a list with at least one entry")
+    return value
+
+
+def _text(parent: dict[str, Any], path: str, name: str) -> str:
+    value = _field(parent, path, name)
+    if not isinstance(value, str) or not value:
+        raise RankTableError(f"{path}.{name} is {_show(value)}, not a string with something in it")
+    return value
+
+
+def _decimal(parent: dict[str, Any], path: str, name: str) -> int:
+    value = _text(parent, path, name)
+    if not (value.isascii() and value.isdecimal()) or str(int(value)) != value:
+        raise RankTableError(f"{path}.{name} is {_show(value)}, not a canonical decimal")
+    return int(value)
+
+
+def _count(parent: dict[str, Any], path: str, name: str, actual: int) -> None:
+    value = _decimal(parent, path, name)
+    if value != actual:
+        raise RankTableError(f"{path}.{name} is {value}, but there are {actual}")
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
