@@ -1,8 +1,8 @@
 """Main and Worker: requests one way, answers and the servable's state the other.
 
 Main connects to the Worker's front listener. The Worker sends an `Announce` at once and whenever it changes; after that
-Main may send `Infer`. A request is answered once, by `Reply` or `Failed`. Deadlines are readings of CLOCK_MONOTONIC, which
-the processes of one host share, in seconds.
+Main may send `Infer`. A request is answered once, by `Reply` or `Failed`. Deadlines are readings of CLOCK_MONOTONIC,
+which the processes of one host share, in seconds.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ class Failed(Message, frozen=True):
 
 
 class MethodInfo(msgspec.Struct, frozen=True, array_like=True):
+    """dtypes: input name to dtype, for the inputs whose dtype the servable knows; REST converts JSON numbers to it."""
+
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dtypes: dict[str, str] = {}
 
 
 class RankStatus(msgspec.Struct, frozen=True, array_like=True):

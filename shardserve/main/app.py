@@ -1,0 +1,73 @@
+"""The launcher's orders: attach a Worker, open a front end, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from shardserve.errors import InternalError, ShardserveError
+from shardserve.main.grpc_front import GrpcFront
+from shardserve.main.limits import Limits
+from shardserve.main.rest_front import RestFront
+from shardserve.main.router import Router
+from shardserve.wire.frames import Payload
+from shardserve.wire.messages import launch
+from shardserve.wire.stream import FrameStream
+
+logger = logging.getLogger(__name__)
+
+
+class Main:
+    """Obeys the launcher until it says stop or its connection ends, which ends the process at once."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._router = Router(self._limits)
+        self._fronts: list[GrpcFront | RestFront] = []
+        self._stream: FrameStream[launch.ToMain] = FrameStream(launch.ToMain, self._on_order, self._on_lost)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+
+    async def run(self, launcher: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: self._stream, sock=launcher)
+        await self._stopped.wait()
+
+    def _on_order(self, order: launch.ToMain, payload: Payload) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(order))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_lost(self, reason: Exception | None) -> None:
+        logger.warning("the launcher is gone%s", f": {reason}" if reason else "")
+        os._exit(1)
+
+    async def _answer(self, order: launch.ToMain) -> None:
+        try:
+            await self._obey(order)
+        except ShardserveError as error:
+            self._stream.send(launch.Refused(order.order, type(error).__name__, str(error)))
+            return
+        except Exception:
+            logger.exception("order %s failed", type(order).__name__)
+            bug = InternalError(f"a bug in Main at {type(order).__name__}; its log has the traceback")
+            self._stream.send(launch.Refused(order.order, type(bug).__name__, str(bug)))
+            return
+        self._stream.send(launch.Done(order.order))
+        if isinstance(order, launch.Stop):
+            self._stopped.set()
+
+    async def _obey(self, order: launch.ToMain) -> None:
+        match order:
+            case launch.Attach():
+                await self._router.attach(order.name, order.version, order.address)
+            case launch.StartGrpc():
+                self._fronts.append(await GrpcFront.start(self._router, order))
+            case launch.StartRest():
+                self._fronts.append(await RestFront.start(self._router, order))
+            case launch.Stop():
+                await self._router.stop(order.grace)
+                await asyncio.gather(*(front.stop(self._limits.flush) for front in self._fronts))
+                self._router.close()

@@ -1,0 +1,164 @@
+"""The gRPC front end: MSService.Predict, Admin.Status, grpc.health.v1 and server reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import TypeAlias
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shardserve.errors import InternalError, ShardserveError, StartError
+from shardserve.main import addresses, status
+from shardserve.main.router import Decoded, Router, infer
+from shardserve.main.servable import Result
+from shardserve.wire import proto
+from shardserve.wire.messages.launch import StartGrpc, TLSFiles
+from shardserve.wire.stubs import ms_service_pb2 as pb
+from shardserve.wire.stubs import ms_service_pb2_grpc, shardserve_pb2, shardserve_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+PredictContext: TypeAlias = "grpc.aio.ServicerContext[pb.PredictRequest, pb.PredictReply]"
+StatusContext: TypeAlias = "grpc.aio.ServicerContext[shardserve_pb2.StatusRequest, shardserve_pb2.StatusReply]"
+
+PREDICT = "mindspore.serving.proto.MSService"
+ADMIN = "shardserve.v1.Admin"
+ERROR_CLASS = "shardserve-error"
+"""The trailing metadata that names the class of errors.py, beside a gRPC status that several classes share."""
+
+
+class Predict(ms_service_pb2_grpc.MSServiceServicer):
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Predict(self, request: pb.PredictRequest, context: PredictContext) -> pb.PredictReply:
+        spec = request.servable_spec
+        try:
+            servable, info = self._router.resolve(spec.name, spec.version_number, spec.method_name)
+            left = context.time_remaining()
+            deadline = None if left is None else time.monotonic() + left
+            instances = [_decode(instance, index) for index, instance in enumerate(request.instances)]
+            results = await infer(servable, spec.method_name, info, instances, deadline)
+            return _reply(spec, results)
+        except ShardserveError as error:
+            if error.in_reply:
+                return pb.PredictReply(servable_spec=spec, error_msg=[_error_msg(error)])
+            await _abort(context, error)
+        except Exception:
+            logger.exception("a request of %s failed", context.peer())
+            await _abort(context, InternalError("a bug in the server; its log has the traceback"))
+        raise AssertionError("abort raises")
+
+
+class Admin(shardserve_pb2_grpc.AdminServicer):
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Status(self, request: shardserve_pb2.StatusRequest, context: StatusContext) -> shardserve_pb2.StatusReply:
+        return status.report(self._router)
+
+
+class GrpcFront:
+    """One listening gRPC server."""
+
+    def __init__(self, router: Router, server: grpc.aio.Server) -> None:
+        self._router = router
+        self._server = server
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(cls, router: Router, order: StartGrpc) -> GrpcFront:
+        """Listens as ordered; StartError names the address or the file that is wrong."""
+        address = addresses.check_free(order.address, "gRPC")
+        # Replies are not limited: only the servable's author decides how large they are.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", order.max_msg_mb_size << 20)]
+        server = grpc.aio.server(options=options)
+        front = cls(router, server)
+        ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), server)  # type: ignore[no-untyped-call]
+        shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(front._health, server)
+        reflection.enable_server_reflection((PREDICT, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            if order.tls is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, _credentials(order.tls))
+        except RuntimeError as error:
+            raise StartError(f"gRPC address {order.address}: {error}") from error
+        await front._report_health()
+        await server.start()
+        router.listeners.append(front._changed)
+        return front
+
+    async def stop(self, grace: float) -> None:
+        """Takes no more calls and waits up to `grace` seconds until the answers of those under way have left."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+    def _changed(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._report_health())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _report_health(self) -> None:
+        states = {"": self._router.ready, PREDICT: self._router.ready}
+        for servable in self._router.servables:
+            states[servable.name] = states.get(servable.name, False) or servable.state == "ready"
+        for service, ready in states.items():
+            serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+            await self._health.set(service, serving)
+
+
+def _decode(instance: pb.Instance, index: int) -> Decoded:
+    try:
+        return proto.from_instance(instance, f"instance {index}")
+    except ShardserveError as error:
+        return error
+
+
+def _reply(spec: pb.ServableSpec, results: list[Result]) -> pb.PredictReply:
+    reply = pb.PredictReply(servable_spec=spec)
+    failed = False
+    for result in results:
+        instance = reply.instances.add()
+        if isinstance(result, ShardserveError):
+            failed = True
+        else:
+            proto.to_instance(instance, *result)
+    if failed:
+        reply.error_msg.extend(
+            _error_msg(result if isinstance(result, ShardserveError) else None) for result in results
+        )
+    return reply
+
+
+def _error_msg(error: ShardserveError | None) -> pb.ErrorMsg:
+    return (
+        pb.ErrorMsg() if error is None else pb.ErrorMsg(error_code=error.mindspore_code, error_msg=str(error).encode())
+    )
+
+
+async def _abort(context: PredictContext, error: ShardserveError) -> None:
+    code = grpc.StatusCode[error.grpc_status]
+    await context.abort(code, str(error), ((ERROR_CLASS, type(error).__name__),))
+
+
+def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:
+    def read(path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise StartError(f"TLS file {path}: {error.strerror}") from error
+
+    ca = read(tls.custom_ca) if tls.custom_ca is not None else None
+    if tls.verify_client and ca is None:
+        raise StartError(
+            "verify_client needs custom_ca, the certificate that clients' certificates are checked against"
+        )
+    return grpc.ssl_server_credentials([(read(tls.private_key), read(tls.certificate))], ca, tls.verify_client)

@@ -1,0 +1,197 @@
+"""The JSON of REST requests and replies ↔ named values; what is wrong is InvalidInput with the JSON path."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shardserve.errors import InvalidInput, ShardserveError
+from shardserve.main.router import Decoded
+from shardserve.main.servable import Result
+from shardserve.wire import tensors
+from shardserve.wire.messages import TensorMeta
+
+TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
+"""Other names of dtypes, as MindSpore Serving's clients write them."""
+
+
+def decode_request(body: bytes, dtypes: Mapping[str, str]) -> list[Decoded]:
+    """The instances of a body. dtypes: what JSON numbers become, by input; without one, int32 and float32.
+
+    InvalidInput if the body as a whole is wrong; an instance that is wrong is its own InvalidInput.
+    """
+    try:
+        document = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise InvalidInput(f"the body isn't JSON: {error}") from None
+    if not isinstance(document, dict) or "instances" not in document:
+        raise InvalidInput('the body isn\'t an object with "instances"')
+    instances = document["instances"]
+    if isinstance(instances, dict):
+        return [_instance(instances, dtypes, "instances")]
+    if not isinstance(instances, list):
+        raise InvalidInput("instances is neither an object nor an array of objects")
+    return [_instance(instance, dtypes, f"instances[{index}]") for index, instance in enumerate(instances)]
+
+
+def _instance(instance: Any, dtypes: Mapping[str, str], path: str) -> Decoded:
+    if not isinstance(instance, dict):
+        return InvalidInput(f"{path} isn't an object")
+    try:
+        values = {name: parse_value(value, f"{path}.{name}", dtypes.get(name)) for name, value in instance.items()}
+        return tensors.encode_instance(values, path)
+    except InvalidInput as error:
+        return error
+
+
+def parse_value(value: Any, path: str, dtype: str | None = None) -> tensors.Value:
+    """A number, bool, string or base64 object (shape (1,)), or a nested rectangular array of them."""
+    shape, leaves = _flatten(value, path) if isinstance(value, list) else ((1,), [value])
+    kinds = set(map(type, leaves))
+    if kinds == {dict}:
+        if not isinstance(value, list):
+            return _from_base64(value, path)
+        found = [_from_base64(leaf, _at(path, shape, index)) for index, leaf in enumerate(leaves)]
+        if not all(isinstance(leaf, bytes) for leaf in found) and not all(isinstance(leaf, str) for leaf in found):
+            raise InvalidInput(f"{path}: base64 objects in an array are all of type str or all of type bytes")
+        return _objects(found, shape)
+    if kinds == {str}:
+        if dtype not in (None, "str"):
+            raise InvalidInput(f"{path}: a string where {dtype} is expected")
+        return _objects(leaves, shape)
+    if dtype in ("str", "bytes") and kinds:
+        raise InvalidInput(f"{path}: a number where {dtype} is expected")
+    return _numbers(leaves, kinds, dtype, shape, path)
+
+
+def _numbers(
+    leaves: list[Any], kinds: set[type], dtype: str | None, shape: tuple[int, ...], path: str
+) -> npt.NDArray[Any]:
+    def wrong(test: Any, text: str) -> InvalidInput:
+        index = next(index for index, leaf in enumerate(leaves) if test(leaf))
+        return InvalidInput(
+            f"{_at(path, shape, index)}: {text}" if len(shape) > 1 or len(leaves) > 1 else f"{path}: {text}"
+        )
+
+    if not kinds <= {bool, int, float}:
+        raise wrong(
+            lambda leaf: type(leaf) not in (bool, int, float), "neither number, bool nor string like the others"
+        )
+    if bool in kinds and len(kinds) > 1:
+        raise wrong(lambda leaf: type(leaf) is not type(leaves[0]), "bools and numbers in one array")
+    default = "bool" if kinds == {bool} else "int32" if kinds == {int} else "float32"
+    target = (
+        tensors.DTYPES[dtype or default].numpy
+        if (dtype or default) in tensors.DTYPES
+        else tensors.DTYPES[default].numpy
+    )
+    if not leaves:
+        return np.zeros(shape, target)
+    if (bool in kinds) != (target.kind == "b"):
+        raise wrong(lambda _: True, f"a {'bool' if bool in kinds else 'number'} where {target.name} is expected")
+    if target.kind in "iu":
+        limits = np.iinfo(target)
+        if float in kinds:
+            raise wrong(lambda leaf: type(leaf) is float, f"a fraction where {target.name} is expected")
+        if min(leaves) < limits.min or max(leaves) > limits.max:
+            raise wrong(lambda leaf: not limits.min <= leaf <= limits.max, f"a number that {target.name} can't hold")
+        return np.array(leaves, target).reshape(shape)
+    with np.errstate(over="ignore"):
+        array = np.array(leaves, np.float64).astype(target)
+    if target.kind != "b" and not np.isfinite(array).all():
+        index = int(np.argmin(np.isfinite(array)))
+        raise wrong(lambda leaf: leaf is leaves[index], f"a number that {target.name} can't hold")
+    return array.reshape(shape)
+
+
+def _flatten(value: list[Any], path: str) -> tuple[tuple[int, ...], list[Any]]:
+    """Shape and leaves of a nested array, level by level; InvalidInput at the first place that isn't rectangular."""
+    shape: tuple[int, ...] = (len(value),)
+    level = value
+    while level and any(type(item) is list for item in level):
+        for index, item in enumerate(level):
+            if type(item) is not list or len(item) != len(level[0]):
+                size = f"{len(item)} elements" if type(item) is list else "no array"
+                first = f"{len(level[0])} elements" if type(level[0]) is list else "no array"
+                raise InvalidInput(
+                    f"{_at(path, shape, index)}: a ragged array: {size}, where its first neighbour has {first}"
+                )
+        shape += (len(level[0]),)
+        level = list(itertools.chain.from_iterable(level))
+    return shape, level
+
+
+def _at(path: str, shape: tuple[int, ...], index: int) -> str:
+    return path + "".join(f"[{place}]" for place in np.unravel_index(index, shape))
+
+
+def _objects(values: list[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array.reshape(shape)
+
+
+def _from_base64(value: dict[str, Any], path: str) -> tensors.Value:
+    encoded, name, shape = value.get("b64"), value.get("type", "bytes"), value.get("shape")
+    if not isinstance(encoded, str) or not isinstance(name, str) or value.keys() - {"b64", "type", "shape"}:
+        raise InvalidInput(f'{path}: an object isn\'t {{"b64": "…", "type": "…", "shape": […]}}')
+    name = TYPES.get(name, name)
+    if name not in tensors.NUMBERS:
+        raise InvalidInput(f"{path}.type: unknown type {name!r}; known are {', '.join([*TYPES, *tensors.NUMBERS])}")
+    if shape is not None and not (isinstance(shape, list) and all(type(dim) is int and dim >= 0 for dim in shape)):
+        raise InvalidInput(f"{path}.shape: not an array of sizes")
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInput(f"{path}.b64: not base64: {error}") from None
+    if name in ("str", "bytes"):
+        if shape not in (None, [], [1]):
+            raise InvalidInput(f"{path}.shape: one {name} has shape [1], got {shape}")
+        return tensors.to_text(data, path) if name == "str" else data
+    itemsize = tensors.DTYPES[name].itemsize
+    if shape is None and len(data) % itemsize:
+        raise InvalidInput(f"{path}.b64: {len(data)} bytes are no whole number of {name}")
+    dims = (len(data) // itemsize,) if shape is None else tuple(shape)
+    return tensors.decode(TensorMeta(name, dims, len(data)), data, path)
+
+
+def encode_reply(results: list[Result]) -> bytes:
+    """Arrays become nested arrays, shape () a single value, str and bytes of shape (1,) too; bytes are base64 objects.
+
+    JSON knows neither NaN nor infinity: they become null.
+    """
+    instances: list[dict[str, Any]] = []
+    for result in results:
+        if isinstance(result, ShardserveError):
+            instances.append({"error_msg": str(result)})
+        else:
+            values = tensors.decode_instance(*result, where="output")
+            instances.append({name: _to_json(value) for name, value in values.items()})
+    return msgspec.json.encode({"instances": instances})
+
+
+def _to_json(value: tensors.Value) -> Any:
+    if isinstance(value, bytes):
+        return {"b64": base64.b64encode(value).decode(), "type": "bytes"}
+    if isinstance(value, np.ndarray):
+        if value.dtype == tensors.DTYPES["bfloat16"].numpy:
+            value = value.astype(np.float32)
+        return _to_json(value.tolist())
+    if isinstance(value, list) and value and isinstance(value[0], list | bytes):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def encode_error(error: ShardserveError) -> bytes:
+    return msgspec.json.encode({"error_msg": str(error)})
+
+
+def encode_health(ready: bool, states: Mapping[str, str]) -> bytes:
+    return msgspec.json.encode({"ready": ready, "servables": states})

@@ -1,0 +1,177 @@
+"""The REST front end: POST /model/{servable}[/version/{v}]:{method} and GET /healthz."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import ssl
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, NotFound, ShardserveError, StartError
+from shardserve.main import addresses, rest_codec
+from shardserve.main.router import Router, infer
+from shardserve.main.servable import Result
+from shardserve.wire.messages.launch import StartRest
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds that the client waits for the answer; without it, as long as it keeps the connection."""
+
+
+class RestFront:
+    """One listening HTTP server."""
+
+    def __init__(self, router: Router, order: StartRest) -> None:
+        self._router = router
+        self._limit = order.max_msg_mb_size << 20
+        routes = [
+            Route("/model/{servable}:{method}", self._predict, methods=["POST"]),
+            Route("/model/{servable}/version/{version}:{method}", self._predict, methods=["POST"]),
+            Route("/healthz", self._healthz, methods=["GET"]),
+        ]
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _bug})
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, router: Router, order: StartRest) -> RestFront:
+        """Listens as ordered; StartError names the address or the file that is wrong."""
+        front = cls(router, order)
+        config = uvicorn.Config(
+            front._app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            **_tls(order),
+        )
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise StartError(f"REST address {order.address}: TLS files: {error}") from error
+        listener = addresses.listen(order.address, "REST")
+        front._server = _Server(config)
+        front._serving = asyncio.get_running_loop().create_task(front._server.serve([listener]))
+        return front
+
+    async def stop(self, grace: float) -> None:
+        """Takes no more connections and waits up to `grace` seconds until the answers under way have left."""
+        assert self._server is not None
+        assert self._serving is not None
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace)
+        self._server.should_exit = True
+        await self._serving
+
+    async def _predict(self, request: Request) -> Response:
+        try:
+            results = await self._infer(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # Nobody reads it.
+        except ShardserveError as error:
+            return _failed(error)
+        errors = [result for result in results if isinstance(result, ShardserveError)]
+        status = errors[0].http_status if len(errors) == len(results) else 200
+        return Response(rest_codec.encode_reply(results), status, media_type="application/json")
+
+    async def _infer(self, request: Request) -> list[Result]:
+        parameters = request.path_params
+        version = parameters.get("version", "0")
+        if not version.isdecimal():
+            raise NotFound(f"version {version!r} isn't a number")
+        method = parameters["method"]
+        servable, info = self._router.resolve(parameters["servable"], int(version), method)
+        deadline = _deadline(request)
+        instances = rest_codec.decode_request(await self._body(request), info.dtypes)
+        answer = asyncio.ensure_future(infer(servable, method, info, instances, deadline))
+        leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
+        try:
+            await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ClientDisconnect
+            return answer.result()
+        finally:
+            answer.cancel()
+            leaving.cancel()
+
+    async def _body(self, request: Request) -> bytes:
+        too_large = MessageTooLarge(f"the body is larger than {self._limit} bytes, this server's max_msg_mb_size")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limit:
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._limit:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def _healthz(self, request: Request) -> Response:
+        ready = self._router.ready
+        states = {f"{servable.name}:{servable.version}": servable.state for servable in self._router.servables}
+        body = rest_codec.encode_health(ready, states)
+        return Response(body, 200 if ready else 503, media_type="application/json")
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # The launcher, not a signal, stops Main.
+
+
+def _deadline(request: Request) -> float | None:
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout = float(value)
+    except ValueError:
+        timeout = math.nan
+    if not 0 < timeout < math.inf:
+        raise InvalidInput(f"header {TIMEOUT_HEADER}: {value!r} isn't a number of seconds")
+    return time.monotonic() + timeout
+
+
+def _failed(error: ShardserveError, status: int | None = None) -> Response:
+    return Response(rest_codec.encode_error(error), status or error.http_status, media_type="application/json")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = "POST /model/{servable}[/version/{number}]:{method}"
+    return _failed(NotFound(f"{request.method} {request.url.path} isn't {known}"), error.status_code)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return _failed(InternalError("a bug in the server; its log has the traceback"))
+
+
+def _tls(order: StartRest) -> dict[str, Any]:
+    tls = order.tls
+    if tls is None:
+        return {}
+    if tls.verify_client and tls.custom_ca is None:
+        raise StartError(
+            "verify_client needs custom_ca, the certificate that clients' certificates are checked against"
+        )
+    return {
+        "ssl_certfile": tls.certificate,
+        "ssl_keyfile": tls.private_key,
+        "ssl_ca_certs": tls.custom_ca,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if tls.verify_client else ssl.CERT_NONE,
+    }

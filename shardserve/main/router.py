@@ -1,0 +1,137 @@
+"""From a servable's name, version and method to the Worker that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from shardserve.errors import InvalidInput, NotFound, ShardserveError, StartError, Unavailable
+from shardserve.main.limits import Limits
+from shardserve.main.servable import Result, Servable
+from shardserve.wire.frames import Buffer
+from shardserve.wire.messages import front
+
+Decoded = tuple[front.Instance, list[Buffer]] | ShardserveError
+"""One instance of a request as a front end read it, or what is wrong with it."""
+
+
+class Router:
+    """The attached servables; `listeners` are called whenever the state of one may have changed."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.listeners: list[Callable[[], None]] = []
+        self._versions: dict[str, dict[int, Servable]] = {}
+        self._stopping = False
+
+    @property
+    def servables(self) -> list[Servable]:
+        return [versions[version] for _, versions in sorted(self._versions.items()) for version in sorted(versions)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether every servable answers at once, and there is one."""
+        return (
+            bool(self._versions)
+            and not self._stopping
+            and all(servable.state == "ready" for servable in self.servables)
+        )
+
+    async def attach(self, name: str, version: int, address: str) -> None:
+        """Takes a servable version in, or hears that its Worker was respawned; StartError if nobody listens there."""
+        if self._stopping:
+            raise StartError("the server is stopping")
+        versions = self._versions.setdefault(name, {})
+        servable = versions.get(version)
+        if servable is None:
+            servable = versions[version] = Servable(name, version, self.limits, self._changed)
+        try:
+            await servable.attach(address)
+        finally:
+            self._changed()
+
+    def resolve(self, name: str, version: int, method: str) -> tuple[Servable, front.MethodInfo]:
+        """Who answers, and what the method takes. version 0: the latest that was ready, or the latest.
+
+        NotFound says what there is instead; Unavailable if it can't answer now.
+        """
+        if self._stopping:
+            raise Unavailable("the server is stopping")
+        servable = self._find(name, version)
+        announce = servable.check_available()
+        info = announce.methods.get(method)
+        if info is None:
+            there = ", ".join(sorted(announce.methods)) or "none"
+            raise NotFound(f"{servable} has no method {method!r}; it has: {there}")
+        return servable, info
+
+    def _find(self, name: str, version: int) -> Servable:
+        if not self._versions:
+            raise Unavailable(f"servable {name!r} is not available yet: the server has no servable so far")
+        versions = self._versions.get(name)
+        if versions is None:
+            there = ", ".join(f"{servable.name!r} version {servable.version}" for servable in self.servables)
+            raise NotFound(f"no servable {name!r} here; there are: {there}")
+        if version == 0:
+            ready = [number for number, servable in versions.items() if servable.was_ready]
+            return versions[max(ready or versions)]
+        if version not in versions:
+            raise NotFound(
+                f"servable {name!r} has no version {version}; it has: {', '.join(map(str, sorted(versions)))}"
+            )
+        return versions[version]
+
+    async def stop(self, grace: float) -> None:
+        """Refuses what is new, waits up to `grace` seconds for what is under way, then fails it with Unavailable."""
+        self._stopping = True
+        self._changed()
+        under_way = [answer for servable in self.servables for answer in servable.waiting]
+        if under_way:
+            await asyncio.wait(under_way, timeout=grace)
+        for servable in self.servables:
+            servable.fail_all(Unavailable(f"the server stopped; it waited {grace:g} s for this request"))
+
+    def close(self) -> None:
+        for servable in self.servables:
+            servable.close()
+
+    def _changed(self) -> None:
+        for listener in self.listeners:
+            listener()
+
+
+async def infer(
+    servable: Servable, method: str, info: front.MethodInfo, instances: Sequence[Decoded], deadline: float | None
+) -> list[Result]:
+    """One result per instance: bad ones get their error, the others run. InvalidInput if none is good."""
+    if not instances:
+        raise InvalidInput("a request has at least one instance, got none")
+    wanted = set(info.inputs)
+    good: list[front.Instance] = []
+    buffers: list[Buffer] = []
+    bad: dict[int, ShardserveError] = {}
+    for index, instance in enumerate(instances):
+        if isinstance(instance, ShardserveError):
+            bad[index] = instance
+        elif instance[0].keys() != wanted:
+            bad[index] = _wrong_names(index, method, info, set(instance[0]))
+        else:
+            good.append(instance[0])
+            buffers += instance[1]
+    if not good:
+        raise bad[0]
+    results = await servable.infer(method, good, buffers, deadline)
+    if not bad:
+        return results
+    answered = iter(results)
+    return [bad[index] if index in bad else next(answered) for index in range(len(instances))]
+
+
+def _wrong_names(index: int, method: str, info: front.MethodInfo, names: set[str]) -> InvalidInput:
+    missing = [name for name in info.inputs if name not in names]
+    unknown = sorted(names.difference(info.inputs))
+    parts = [
+        f"{kind} {', '.join(map(repr, which))}" for kind, which in (("missing", missing), ("unknown", unknown)) if which
+    ]
+    takes = ", ".join(map(repr, info.inputs)) or "none"
+    return InvalidInput(f"instance {index}: {' and '.join(parts)}; method {method!r} takes the inputs {takes}")

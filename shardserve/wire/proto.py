@@ -1,0 +1,61 @@
+"""Proto tensors ↔ `TensorMeta` and bytes, not through numpy: Main hands the bytes of numbers on as they came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from shardserve.errors import InvalidInput
+from shardserve.wire.frames import Buffer, Payload
+from shardserve.wire.messages import TensorMeta
+from shardserve.wire.stubs import ms_service_pb2 as pb
+from shardserve.wire.tensors import BYTES, NAMES, NUMBERS, STRING, check_meta, to_text
+
+
+def from_tensor(tensor: pb.Tensor, where: str) -> tuple[TensorMeta, bytes]:
+    """InvalidInput, naming `where`, if dtype, shape and sizes don't agree or a string isn't UTF-8."""
+    name = NAMES.get(tensor.dtype)
+    if name is None:
+        raise InvalidInput(f"{where}: unknown dtype number {tensor.dtype}")
+    shape = tuple(tensor.shape.dims)
+    if tensor.dtype in (STRING, BYTES):
+        parts = tensor.bytes_val
+        data = b"".join(parts)
+        meta = TensorMeta(name, shape, len(data), tuple(map(len, parts)))
+        if tensor.dtype == STRING:
+            for part in parts:
+                to_text(part, where)
+    else:
+        data = tensor.data
+        meta = TensorMeta(name, shape, len(data))
+    check_meta(meta, where)
+    return meta, data
+
+
+def to_tensor(tensor: pb.Tensor, meta: TensorMeta, data: Buffer | Payload) -> None:
+    """Fills an empty proto tensor; `data` holds what `meta` says."""
+    tensor.dtype = NUMBERS[meta.dtype]  # type: ignore[assignment]
+    tensor.shape.dims.extend(meta.shape)
+    raw = bytes(data)
+    if meta.lengths is None:
+        tensor.data = raw
+        return
+    at = 0
+    for length in meta.lengths:
+        tensor.bytes_val.append(raw[at : at + length])
+        at += length
+
+
+def from_instance(instance: pb.Instance, where: str) -> tuple[dict[str, TensorMeta], list[Buffer]]:
+    """The tensors of an instance, in the order of the dict's keys."""
+    metas: dict[str, TensorMeta] = {}
+    buffers: list[Buffer] = []
+    for name, tensor in instance.items.items():
+        metas[name], data = from_tensor(tensor, f"{where}, input {name!r}")
+        buffers.append(data)
+    return metas, buffers
+
+
+def to_instance(instance: pb.Instance, metas: Mapping[str, TensorMeta], parts: Sequence[Buffer | Payload]) -> None:
+    """Fills an empty proto instance; `parts` in the order of the keys."""
+    for (name, meta), part in zip(metas.items(), parts, strict=True):
+        to_tensor(instance.items[name], meta, part)
