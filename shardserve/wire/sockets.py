@@ -11,6 +11,8 @@ import errno
 import os
 import socket
 import struct
+import threading
+import time
 from typing import NamedTuple
 
 from shardserve.errors import ConfigError, StartError
@@ -87,6 +89,20 @@ def connect(address: Address, timeout: float) -> socket.socket:
     connection.settimeout(None)
     tune(connection)
     return connection
+
+
+def connect_within(address: Address, seconds: float, interval: float, stopped: threading.Event) -> socket.socket | None:
+    """Tries to connect until somebody listens; None after `seconds` (infinity: never) or when `stopped` is set.
+
+    A listener that isn't there yet, perhaps on another host, is no event to wait for: hence the interval between tries.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)))
+        except OSError:
+            if time.monotonic() + interval > deadline or stopped.wait(interval):
+                return None
 
 
 def is_local(host: str) -> bool:

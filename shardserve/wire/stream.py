@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -17,7 +18,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     """A connection that calls `on_frame(message, payload)` for each frame and `on_lost(reason)` once at its end.
 
     An exception of `on_frame` ends the connection, as a frame that doesn't parse does: both are the other side's fault and
-    reach `on_lost`. `unsent` is what the kernel hasn't taken yet, in bytes: callers bound their queues with it.
+    reach `on_lost`. `on_made(socket)` is called first and may refuse the connection. `unsent` is what the kernel hasn't taken yet, in bytes: callers bound their queues with it.
     """
 
     def __init__(
@@ -26,16 +27,19 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_frame: Callable[[M, Payload], None],
         on_lost: Callable[[Exception | None], None],
         max_payload: int = MAX_PAYLOAD,
+        on_made: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         self._reader: FrameReader[M] = FrameReader(union, max_payload)
         self._on_frame = on_frame
         self._on_lost = on_lost
+        self._on_made = on_made
         self._transport: asyncio.Transport | None = None
         self._reason: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's derive from no class of asyncio.
+        if self._on_made is not None and not self._on_made(transport.get_extra_info("socket")):
+            self.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.buffer()

@@ -1,0 +1,4 @@
+"""What runs on the hosts of the ranks: the supervisor, its fork server, and the agents, one process per rank.
+
+The supervisor lives in the user's process and imports no torch; the fork server and the agents do.
+"""

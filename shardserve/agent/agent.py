@@ -1,0 +1,203 @@
+"""An agent: one process, one rank. Loads its shard, joins the Worker, follows its orders until it has to leave."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from shardserve.agent.forking import ForkRequest, LastWords
+from shardserve.agent.lifetime import GenerationEnded, Lifetime
+from shardserve.agent.membership import BROKEN, Connection, Membership
+from shardserve.errors import ServableError, ShardserveError, StartError, from_wire
+from shardserve.settings import Settings
+from shardserve.shards.program import Program
+from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.messages import group
+from shardserve.wire.sockets import Address, connect_within, listen_abstract, listen_tcp, parse_address, twin_name
+
+logger = logging.getLogger(__name__)
+
+Order = tuple[group.ToAgent, Payload, Lifetime | None]
+
+
+def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) -> int:
+    """The life of a forked agent; its exit code: 0 told to leave, 1 an error, which is in `last_words`."""
+    try:
+        settings = Settings.from_environment()
+        torch.set_num_threads(request.threads)
+        with torch.inference_mode():
+            return Agent(request, shared_memory, settings).serve()
+    except ShardserveError as error:
+        text = str(error) if isinstance(error, ServableError) else f"rank {request.rank}: {error}"
+        os.write(last_words, msgspec.msgpack.encode(LastWords(type(error).__name__, text)))
+        return 1
+    except Exception:
+        logger.exception("rank %d ends", request.rank)
+        return 1
+
+
+class Agent:
+    """ShardError, ConfigError or StartError if the shard can't be loaded or the device or port isn't there."""
+
+    def __init__(self, request: ForkRequest, shared_memory: int | None, settings: Settings) -> None:
+        self._request = request
+        self._shared_memory = shared_memory
+        self._settings = settings
+        if request.device.startswith("cuda") and not torch.cuda.is_available():
+            raise StartError(f"rank {request.rank}: device {request.device}: CUDA is not available on this host")
+        self._programs = [
+            Program.load(model, config, request.device)
+            for model, config in zip(request.model_files, request.config_files, strict=True)
+        ]
+        self._stage_address = Address(request.host, request.stage_port)
+        self._listeners = self._listen()
+        self._incarnation = 0
+        self._dropped = 0
+
+    def _listen(self) -> Sequence[socket.socket]:
+        if self._programs[0].config.stage == 0:
+            return ()
+        what = f"rank {self._request.rank}: agent_start_port gives it"
+        return (listen_tcp(self._stage_address, what), listen_abstract(twin_name(self._stage_address)))
+
+    def serve(self) -> int:
+        """Works for one Worker after the other; ends when told to, or when none has come for reconnect_timeout."""
+        settings = self._settings
+        while True:
+            address = parse_address(self._request.worker_address, "distributed_address")
+            connected = connect_within(
+                address, settings.reconnect_timeout, settings.connect_retry_interval, threading.Event()
+            )
+            if connected is None:
+                logger.warning("no Worker at %s for %s s", address, settings.reconnect_timeout)
+                return 0
+            connection: Connection = FrameSocket(connected, group.ToAgent)
+            try:
+                if self._work(connection):
+                    return 0
+            finally:
+                connection.close()
+
+    def _work(self, connection: Connection) -> bool:
+        """Registers and follows orders; True when told to leave, False when the Worker is gone."""
+        orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        reader = OrderReader(connection, orders)
+        membership: Membership | None = None
+        try:
+            connection.send(self._registration())
+            threading.Thread(target=reader.read, name="orders", daemon=True).start()
+            while (order := orders.get()) is not None:
+                message, payload, lifetime = order
+                match message:
+                    case group.Step():
+                        self._step(connection, membership, message, payload)
+                    case group.Form():
+                        assert lifetime is not None
+                        membership = self._form(connection, message, lifetime)
+                        reader.membership = membership
+                    case group.End(generation=generation):
+                        membership = reader.membership = None
+                        connection.send(group.Parked(generation))
+                    case group.Registered(incarnation=incarnation):
+                        self._incarnation = incarnation
+                    case group.Refuse(error=error, message=text):
+                        raise from_wire(error, text)
+                    case group.Exit():
+                        return True
+                    case _:
+                        raise FrameError(f"{type(message).__name__} came out of turn")
+        except OSError as error:
+            logger.warning("rank %d: the Worker is gone: %s", self._request.rank, error)
+        return False
+
+    def _registration(self) -> group.Register:
+        return group.Register(
+            rank=self._request.rank,
+            pid=os.getpid(),
+            device=self._request.device,
+            incarnation=self._incarnation,
+            stage_address=str(self._stage_address),
+            configs=[program.config.to_dict() for program in self._programs],
+        )
+
+    def _form(self, connection: Connection, form: group.Form, lifetime: Lifetime) -> Membership | None:
+        try:
+            membership = Membership(
+                form,
+                lifetime,
+                self._programs,
+                self._request.rank,
+                connection,
+                self._listeners,
+                self._shared_memory,
+                self._settings,
+            )
+        except GenerationEnded:
+            return None
+        except (OSError, *BROKEN) as error:
+            connection.send(group.Broken(form.generation, str(error)))
+            return None
+        self._incarnation = form.generation.incarnation
+        connection.send(group.Formed(form.generation))
+        return membership
+
+    def _step(self, connection: Connection, membership: Membership | None, step: group.Step, payload: Payload) -> None:
+        if membership is None or membership.lifetime.generation != step.generation or membership.lifetime.ended:
+            self._dropped += 1
+            return
+        try:
+            membership.run(step, payload)
+        except GenerationEnded:
+            self._dropped += 1
+        except BROKEN as error:
+            logger.exception("step %d", step.step)
+            # Nothing more is run in a broken generation: its steps are no longer the same everywhere.
+            membership.lifetime.end()
+            connection.send(group.Broken(step.generation, f"{type(error).__name__}: {error}"))
+
+
+class OrderReader:
+    """The thread that reads the Worker's connection: queues its orders, and ends a generation's waits out of band."""
+
+    def __init__(self, connection: Connection, orders: queue.SimpleQueue[Order | None]) -> None:
+        self._connection = connection
+        self._orders = orders
+        self._lifetime: Lifetime | None = None
+        self.membership: Membership | None = None
+
+    def read(self) -> None:
+        """Until the connection ends; then the waits end, and None is queued."""
+        try:
+            while True:
+                message, payload = self._connection.receive()
+                self._take(message, payload)
+        except (OSError, EOFError, FrameError) as error:
+            logger.info("the Worker's connection ends: %s", error)
+        finally:
+            if self._lifetime is not None:
+                self._lifetime.end()
+            self._orders.put(None)
+
+    def _take(self, message: group.ToAgent, payload: Payload) -> None:
+        match message:
+            case group.FailureNoted(step=step):
+                if self.membership is not None:
+                    self.membership.note(step)
+                return
+            case group.Form(generation=generation):
+                self._lifetime = Lifetime(generation)
+            case group.End(generation=generation):
+                if self._lifetime is not None and self._lifetime.generation == generation:
+                    self._lifetime.end()
+            case group.Exit():
+                if self._lifetime is not None:
+                    self._lifetime.end()
+        self._orders.put((message, payload, self._lifetime if isinstance(message, group.Form) else None))

@@ -1,0 +1,1 @@
+"""Collectives of one tensor-parallel group, all with the interface of shards.collective."""

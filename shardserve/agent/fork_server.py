@@ -1,0 +1,94 @@
+"""`python -m shardserve.agent.fork_server FD`: imports torch, stays single-threaded, opens no device, forks agents."""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+
+# Before numpy is imported: its thread pool would not survive the fork, and torch has its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import msgspec
+
+from shardserve.agent.agent import run_agent
+from shardserve.agent.forking import MESSAGE_LIMIT, ForkReply, ForkRequest
+from shardserve.log import configure_logging
+from shardserve.wire.process import die_with_parent
+
+
+def serve(control: socket.socket) -> None:
+    """Forks on request until the supervisor's end of `control` is closed. Reaps what it forked."""
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    os.set_blocking(wake_read, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is control:
+                data, fds, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 1)
+                if not data:
+                    return
+                request = msgspec.msgpack.decode(data, type=ForkRequest)
+                fork(control, request, fds[0] if fds else None, (wake_read, wake_write))
+            else:
+                os.read(wake_read, 4096)
+                reap()
+
+
+def fork(control: socket.socket, request: ForkRequest, shared_memory: int | None, own: tuple[int, ...]) -> None:
+    parent = os.getpid()
+    words_read, words_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            die_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            control.close()
+            for fd in (*own, words_read):
+                os.close(fd)
+            code = run_agent(request, shared_memory, words_write)
+        finally:
+            # Not sys.exit: the fork server's stack and its exit handlers are not the agent's.
+            sys.stderr.flush()
+            os._exit(code)
+    # Nobody reaps the child before this loop turns again, so the pid is still its own.
+    pidfd = os.pidfd_open(pid)
+    socket.send_fds(control, [msgspec.msgpack.encode(ForkReply(pid))], [pidfd, words_read])
+    for fd in (pidfd, words_read, words_write, *([] if shared_memory is None else [shared_memory])):
+        os.close(fd)
+
+
+def reap() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def main() -> None:
+    die_with_parent(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging("agent")
+    control = socket.socket(fileno=int(sys.argv[1]))
+    # Objects of the parent that the collector never touches again stay shared with the children.
+    gc.collect()
+    gc.freeze()
+    serve(control)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""An agent's part in one generation: its links, its collective, and the steps that it runs there."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from shardserve.agent.collectives.memory import slot_size
+from shardserve.agent.collectives.shared_memory import SharedMemoryCollective, StepMismatch
+from shardserve.agent.lifetime import GenerationEnded, Lifetime
+from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
+from shardserve.agent.tensors import buffers_of, tensors_of
+from shardserve.settings import Settings
+from shardserve.shards.collective import Collective, SingleRank
+from shardserve.shards.program import Program
+from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.messages import group
+from shardserve.wire.sockets import parse_address
+
+logger = logging.getLogger(__name__)
+
+Connection = FrameSocket[group.ToAgent]
+
+# What breaks an invariant between ranks: no error of the step, nothing to drain; the generation has to end.
+BROKEN = (StepMismatch, LinkBroken, FrameError)
+
+
+class Membership:
+    """Made when all links and the collective stand; `run` executes steps in the order in which they came."""
+
+    def __init__(
+        self,
+        form: group.Form,
+        lifetime: Lifetime,
+        programs: Sequence[Program],
+        rank: int,
+        connection: Connection,
+        listeners: Sequence[socket.socket],
+        shared_memory: int | None,
+        settings: Settings,
+    ) -> None:
+        self.lifetime = lifetime
+        self._programs = programs
+        self._connection = connection
+        self._noted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        config = programs[0].config
+        self._first = config.stage == 0
+        self._answers = config.stage == config.stage_size - 1 and config.coordinate == 0
+        lifetime.on_end(lambda: self._noted.put(None))
+        self._collective = self._make_collective(form.collective, shared_memory, settings)
+        self._outgoing: OutgoingLink | None = None
+        self._incoming: IncomingLink | None = None
+        timeout = settings.form_timeout
+        # Connect first, accept then: a connection waits in the other's backlog, so no order of ranks can deadlock.
+        if form.next_address is not None:
+            address = parse_address(form.next_address, "stage link")
+            self._outgoing = OutgoingLink(address, rank, lifetime, timeout)
+        if not self._first:
+            self._incoming = IncomingLink(listeners, lifetime, timeout)
+
+    def _make_collective(self, kind: str, shared_memory: int | None, settings: Settings) -> Collective:
+        config = self._programs[0].config
+        if config.tensor_parallel_size == 1:
+            return SingleRank()
+        if kind != "shared_memory" or shared_memory is None:
+            raise LinkBroken(f"this rank has no {kind} collective")
+        return SharedMemoryCollective(
+            shared_memory,
+            config.coordinate,
+            config.tensor_parallel_size,
+            slot_size(settings),
+            self.lifetime,
+            settings.step_timeout,
+        )
+
+    def note(self, step: int) -> None:
+        """The Worker knows that this step failed here (called by the thread that reads its connection)."""
+        self._noted.put(step)
+
+    def run(self, step: group.Step, payload: Payload) -> None:
+        """One step, from its inputs to what it sends. GenerationEnded when it was cut short."""
+        program = self._programs[step.subgraph]
+        config = program.config
+        if self._incoming is not None:
+            payload = self._incoming.receive(step.step)
+        inputs = tensors_of(payload, config.receives, config.signature, step.dims, program.device)
+        outputs = self._execute(program, step, inputs)
+        if self._outgoing is not None:
+            self._outgoing.send(step.step, outputs)
+        elif self._answers:
+            self._connection.send(group.Output(step.generation, step.step), buffers_of(outputs))
+
+    def _execute(self, program: Program, step: group.Step, inputs: list[Tensor]) -> list[Tensor]:
+        try:
+            return program.run(step.dims, inputs, self._collective)
+        except (GenerationEnded, *BROKEN):
+            raise
+        except Exception as error:
+            logger.exception("step %d raised", step.step)
+            self._report(step, f"{type(error).__name__}: {error}")
+            return program.drain(step.dims, self._collective)
+
+    def _report(self, step: group.Step, message: str) -> None:
+        """Tells the Worker, and waits until it knows: only then may others see this rank's zeros."""
+        self._connection.send(group.StepFailed(step.generation, step.step, message))
+        while (noted := self._noted.get()) != step.step:
+            if noted is None:
+                raise GenerationEnded

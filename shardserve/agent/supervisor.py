@@ -1,0 +1,308 @@
+"""The supervisor: what `startup_agents` runs on a host. Forks this host's agents, watches them, forks them anew.
+
+It runs in an asyncio loop on a thread of the user's process. Deaths come from pidfds. A rank that dies more than
+`max_restarts` times in `restart_window`, or whose agent says that it can never work, is given up, and the Worker told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shardserve.agent.collectives.memory import create_memory, slot_size
+from shardserve.agent.forking import AgentProcess, ForkRequest, ForkServer
+from shardserve.errors import CLASSES, ConfigError, ServableError, ShardserveError, StartError, Unavailable, from_wire
+from shardserve.settings import Settings
+from shardserve.shards.config import CONFIG_FILE, ShardConfig
+from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.messages import group
+from shardserve.wire.sockets import connect_within, is_local, parse_address
+from shardserve.wire.stream import FrameStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """What `startup_agents` was asked for. model_files: one path per rank of this host, in rank order."""
+
+    distributed_address: str
+    model_files: tuple[str, ...]
+    group_config_files: tuple[str | None, ...]
+    agent_start_port: int
+    agent_ip: str | None
+    rank_start: int | None
+    device_type: str | None
+
+
+@dataclass(eq=False)
+class AgentSlot:
+    """One rank of this host and the process that has it now."""
+
+    request: ForkRequest
+    shared_memory: int | None
+    process: AgentProcess | None = None
+    deaths: deque[float] = field(default_factory=deque)
+    given_up: bool = False
+
+
+class Supervisor:
+    """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not."""
+
+    def __init__(self, options: HostOptions, settings: Settings, ready: Callable[[Exception | None], None]) -> None:
+        self._options = options
+        self._settings = settings
+        self._ready: Callable[[Exception | None], None] | None = ready
+        self._address = parse_address(options.distributed_address, "distributed_address")
+        self._slots: list[AgentSlot] = []
+        self._fork_server: ForkServer | None = None
+        self._stream: FrameStream[group.ToSupervisor] | None = None
+        self._stopping = threading.Event()
+        self._ended = asyncio.Event()
+        self._told = False
+        self._all_dead = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        try:
+            # First, since it imports torch meanwhile.
+            self._start_fork_server()
+            await self._join(None)
+            await self._ended.wait()
+        except ShardserveError as error:
+            self._report(error)
+        finally:
+            self._stopping.set()
+            await self._end_agents()
+
+    def stop(self) -> None:
+        """Ends the agents and `run`; for other threads: through `call_soon_threadsafe`."""
+        self._stopping.set()
+        self._report(Unavailable("stopped before all agents were registered"))
+        self._ended.set()
+
+    def _report(self, error: Exception | None) -> None:
+        if self._ready is not None:
+            ready, self._ready = self._ready, None
+            ready(error)
+        elif error is not None and not self._stopping.is_set():
+            logger.error("%s", error)
+
+    def _fail(self, error: ShardserveError) -> None:
+        self._report(error)
+        self._ended.set()
+
+    def _spawn(self, work: Callable[[], object]) -> None:
+        async def guarded() -> None:
+            try:
+                await work()  # type: ignore[misc]
+            except ShardserveError as error:
+                self._fail(error)
+
+        task = self._loop.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # The Worker's connection.
+
+    async def _join(self, seconds: float | None) -> None:
+        """Connects and introduces itself; None waits for ever, as long as nobody stops it."""
+        connected = await asyncio.to_thread(
+            connect_within,
+            self._address,
+            float("inf") if seconds is None else seconds,
+            self._settings.connect_retry_interval,
+            self._stopping,
+        )
+        if connected is None:
+            if not self._stopping.is_set():
+                self._fail(StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"))
+            return
+        stream: FrameStream[group.ToSupervisor] = FrameStream(group.ToSupervisor, self._frame, self._lost)
+        await self._loop.create_connection(lambda: stream, sock=connected)
+        self._stream = stream
+        stream.send(group.Introduce(os.getpid()))
+
+    def _lost(self, reason: Exception | None) -> None:
+        self._stream = None
+        if not self._stopping.is_set() and not self._ended.is_set():
+            logger.warning("the Worker at %s is gone; waiting for it to come back", self._address)
+            self._spawn(lambda: self._join(self._settings.reconnect_timeout))
+
+    def _frame(self, message: group.ToSupervisor, payload: Payload) -> None:
+        match message:
+            case group.Roster(hosts=hosts):
+                self._enlist(hosts)
+            case group.Enlisted():
+                self._spawn(lambda: self._enlisted(message))
+            case group.HostReady():
+                self._report(None)
+            case group.Kill(rank=rank, pid=pid, reason=reason):
+                self._kill(rank, pid, reason)
+            case group.Refuse(error=error, message=text):
+                self._fail(from_wire(error, text))
+            case group.Exit():
+                self._told = True
+                self._stopping.set()
+                self._report(Unavailable("the servable was stopped"))
+                self._ended.set()
+            case _:
+                raise FrameError(f"{type(message).__name__} came out of turn")
+
+    def _enlist(self, hosts: tuple[str, ...]) -> None:
+        options = self._options
+        own = () if options.rank_start is not None else tuple(host for host in hosts if is_local(host))
+        assert self._stream is not None
+        self._stream.send(group.Enlist(own, options.agent_ip, options.rank_start, len(options.model_files)))
+
+    async def _enlisted(self, message: group.Enlisted) -> None:
+        if self._slots:
+            known = tuple(slot.request.rank for slot in self._slots)
+            if known != message.ranks:
+                raise ConfigError(f"the Worker that came back gives this host rank {message.ranks}, it had {known}")
+            return
+        self._slots = self._plan(message)
+        await asyncio.gather(*(self._fork(slot) for slot in self._slots))
+
+    # The agents.
+
+    def _plan(self, message: group.Enlisted) -> list[AgentSlot]:
+        options = self._options
+        per_stage = message.rank_size // message.stage_size
+        threads = max(1, (os.cpu_count() or 1) // len(message.ranks))
+        memories = _group_memories(message.ranks, per_stage, slot_size(self._settings))
+        slots = []
+        for i, (rank, device) in enumerate(zip(message.ranks, message.devices, strict=True)):
+            _check_files(rank, rank % message.rank_size, options.model_files[i], options.group_config_files[i])
+            request = ForkRequest(
+                rank=rank,
+                host=message.host,
+                device=f"cuda:{device}" if options.device_type == "cuda" else "cpu",
+                worker_address=options.distributed_address,
+                stage_port=options.agent_start_port + i,
+                threads=threads,
+                model_files=(options.model_files[i],),
+                config_files=(options.group_config_files[i],),
+            )
+            slots.append(AgentSlot(request, memories.get(rank // per_stage)))
+        return slots
+
+    def _start_fork_server(self) -> None:
+        server = ForkServer()
+        self._fork_server = server
+        self._loop.add_reader(server.pidfd, self._fork_server_died, server)
+
+    def _fork_server_died(self, server: ForkServer) -> None:
+        """Its agents die with it; their pidfds say so, and they are forked anew by the next one."""
+        if self._fork_server is not server:
+            return
+        self._loop.remove_reader(server.pidfd)
+        server.close()
+        self._fork_server = None
+        if self._stopping.is_set():
+            return
+        if not server.has_forked:
+            self._fail(StartError(f"the fork server (pid {server.pid}) could not start; its output says why"))
+            return
+        logger.error("the fork server (pid %d) died; starting another", server.pid)
+        self._start_fork_server()
+
+    async def _fork(self, slot: AgentSlot) -> None:
+        while (server := self._fork_server) is not None:
+            try:
+                process = await server.fork(slot.request, slot.shared_memory, self._settings.register_timeout)
+                break
+            except ConnectionError:
+                self._fork_server_died(server)
+        else:
+            return
+        slot.process = process
+        self._loop.add_reader(process.pidfd, self._died, slot, process)
+        if self._stopping.is_set():
+            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+
+    def _died(self, slot: AgentSlot, process: AgentProcess) -> None:
+        self._loop.remove_reader(process.pidfd)
+        words = process.read_last_words()
+        process.close()
+        slot.process = None
+        rank = slot.request.rank
+        if self._stopping.is_set() or self._ended.is_set():
+            if not any(other.process for other in self._slots):
+                self._all_dead.set()
+            return
+        if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
+            self._give_up(slot, from_wire(words.error, words.message))
+            return
+        logger.warning("rank %d (pid %d) died; it is forked anew", rank, process.pid)
+        now = time.monotonic()
+        slot.deaths.append(now)
+        while slot.deaths[0] < now - self._settings.restart_window:
+            slot.deaths.popleft()
+        if len(slot.deaths) > self._settings.max_restarts:
+            window = self._settings.restart_window
+            self._give_up(slot, StartError(f"rank {rank}: died {len(slot.deaths)} times within {window} s"))
+            return
+        self._spawn(lambda: self._fork(slot))
+
+    def _give_up(self, slot: AgentSlot, error: ShardserveError) -> None:
+        slot.given_up = True
+        if self._stream is not None:
+            self._stream.send(group.GaveUp(slot.request.rank, str(error)))
+        if self._ready is not None:
+            self._fail(error)
+        else:
+            logger.error("rank %d is not forked again: %s", slot.request.rank, error)
+
+    def _kill(self, rank: int, pid: int, reason: str) -> None:
+        for slot in self._slots:
+            if slot.request.rank == rank and slot.process is not None and slot.process.pid == pid:
+                logger.warning("rank %d (pid %d) is killed: it %s", rank, pid, reason)
+                signal.pidfd_send_signal(slot.process.pidfd, signal.SIGKILL)
+
+    async def _end_agents(self) -> None:
+        """Agents that the Worker told to leave get exit_timeout; the fork server's end ends the rest."""
+        if self._told and any(slot.process for slot in self._slots):
+            try:
+                await asyncio.wait_for(self._all_dead.wait(), self._settings.exit_timeout)
+            except asyncio.TimeoutError:
+                logger.warning("agents did not leave within %s s and are killed", self._settings.exit_timeout)
+        if self._stream is not None:
+            self._stream.close()
+        if self._fork_server is not None:
+            self._loop.remove_reader(self._fork_server.pidfd)
+            self._fork_server.close()
+        for slot in self._slots:
+            if slot.process is not None:
+                self._loop.remove_reader(slot.process.pidfd)
+                slot.process.close()
+        for memory in {slot.shared_memory for slot in self._slots if slot.shared_memory is not None}:
+            os.close(memory)
+
+
+def _group_memories(ranks: tuple[int, ...], per_stage: int, slot_bytes: int) -> dict[int, int]:
+    """Shared memory for each tensor-parallel group all of whose ranks are here, by the group's number."""
+    memories = {}
+    for number in {rank // per_stage for rank in ranks}:
+        members = range(number * per_stage, (number + 1) * per_stage)
+        if per_stage > 1 and set(members) <= set(ranks):
+            memories[number] = create_memory(per_stage, slot_bytes)
+    return memories
+
+
+def _check_files(rank: int, local: int, model_file: str, config_file: str | None) -> None:
+    """What can be told without torch, before an agent is forked for it."""
+    if not os.path.isfile(model_file):
+        raise ConfigError(f"model_files: rank {rank}: there is no file {model_file}")
+    path = config_file or os.path.join(os.path.dirname(model_file), CONFIG_FILE)
+    config = ShardConfig.load(path)
+    if config.rank != local:
+        raise ConfigError(f"{path}: is the config of device{config.rank}; rank {rank} needs that of device{local}")

@@ -1,0 +1,111 @@
+"""A child process of the launcher: Main or a Worker, on a socketpair whose end ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from shardserve.errors import StartError, from_wire
+from shardserve.wire.frames import Payload
+from shardserve.wire.messages import launch
+from shardserve.wire.stream import FrameStream
+
+
+class Child:
+    """`python -m MODULE CONTROL FDS…`. `on_death` is called once, when it has ended and its orders have failed."""
+
+    def __init__(
+        self,
+        module: str,
+        fds: Sequence[int],
+        on_death: Callable[[Child], None],
+        on_incarnation: Callable[[int], None] | None = None,
+    ) -> None:
+        self._on_death = on_death
+        self._on_incarnation = on_incarnation
+        self._orders: dict[int, asyncio.Future[None]] = {}
+        self._next_order = 0
+        self._loop = asyncio.get_running_loop()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            inherited = (theirs.fileno(), *fds)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, inherited)],
+                pass_fds=inherited,
+                stdin=subprocess.DEVNULL,
+            )
+        self._module = module
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._stream: FrameStream[launch.ToLauncher] = FrameStream(launch.ToLauncher, self._frame, lambda _: None)
+        self.ended = asyncio.Event()
+        self._loop.add_reader(self._pidfd, self._died)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def connect(self) -> None:
+        """Needed once before the first order."""
+        await self._loop.create_connection(lambda: self._stream, sock=self._control)
+
+    def number(self) -> int:
+        """For the next order."""
+        self._next_order += 1
+        return self._next_order
+
+    async def order(self, message: msgspec.Struct, timeout: float | None) -> None:
+        """Sends an order and waits until it is done; raises what it was refused with."""
+        number: int = message.order  # type: ignore[attr-defined]
+        done = self._orders[number] = self._loop.create_future()
+        self._stream.send(message)
+        try:
+            await asyncio.wait_for(done, timeout)
+        except asyncio.TimeoutError:
+            what = type(message).__name__
+            raise StartError(f"{self._module} (pid {self.pid}) did not answer {what} within {timeout} s") from None
+        finally:
+            self._orders.pop(number, None)
+
+    def _frame(self, message: launch.ToLauncher, payload: Payload) -> None:
+        match message:
+            case launch.Done(order=number):
+                self._settle(number, None)
+            case launch.Refused(order=number, error=error, message=text):
+                self._settle(number, from_wire(error, text))
+            case launch.Incarnation(incarnation=incarnation):
+                if self._on_incarnation is not None:
+                    self._on_incarnation(incarnation)
+
+    def _settle(self, number: int, error: Exception | None) -> None:
+        done = self._orders.get(number)
+        if done is None or done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def _died(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        code = self._process.wait()
+        self._stream.abort()
+        for number in list(self._orders):
+            self._settle(number, StartError(f"{self._module} (pid {self.pid}) ended with code {code}"))
+        self.ended.set()
+        self._on_death(self)
+
+    async def end(self, message: msgspec.Struct, timeout: float) -> None:
+        """Sends the stop order and waits for the process's end; kills it after `timeout` seconds."""
+        self._stream.send(message)
+        try:
+            await asyncio.wait_for(self.ended.wait(), timeout)
+        except asyncio.TimeoutError:
+            self._process.kill()
+            await self.ended.wait()

@@ -1,0 +1,204 @@
+"""The launcher: parent of Main and of the Workers. Starts them, respawns them, ends them.
+
+It keeps what must outlive a child: the listeners of each Worker (whoever connects while it is respawned waits in their
+backlog), its incarnation, and which front ends Main has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from shardserve.errors import ConfigError, ShardserveError
+from shardserve.server.children import Child
+from shardserve.settings import Settings
+from shardserve.wire.messages import launch
+from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
+
+logger = logging.getLogger(__name__)
+
+# On top of a child's own time for its stop: the exchange of the orders.
+STOP_MARGIN = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServableOptions:
+    """A distributed servable to start; paths are absolute."""
+
+    servable_directory: str
+    servable_name: str
+    version_number: int
+    rank_table_json_file: str
+    distributed_address: Address
+    wait_agents_time_in_seconds: float
+
+
+@dataclass(eq=False)
+class Service:
+    """A Worker and what outlives it."""
+
+    options: ServableOptions
+    listeners: tuple[socket.socket, ...]
+    front_name: str
+    incarnation: int
+    worker: Child | None = None
+    deaths: deque[float] = field(default_factory=deque)
+    stopping: bool = False
+
+
+class Launcher:
+    """A resident of the runtime; one for the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._main: Child | None = None
+        self._main_deaths: deque[float] = deque()
+        self._main_lock = asyncio.Lock()
+        self._fronts: list[Callable[[int], msgspec.Struct]] = []
+        self._services: dict[tuple[str, int], Service] = {}
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        await self._stop.wait()
+        for task in self._tasks:
+            task.cancel()
+        grace = self._settings.stop_grace
+        if self._main is not None:
+            main = self._main
+            await main.end(launch.Stop(main.number(), grace), grace + STOP_MARGIN)
+        await asyncio.gather(*(self._end(service) for service in self._services.values()))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def start_front(self, order: Callable[[int], msgspec.Struct]) -> None:
+        """Has Main open a front end; `order` makes the message from its number."""
+        main = await self._ensure_main()
+        await main.order(order(main.number()), self._settings.start_timeout)
+        self._fronts.append(order)
+
+    async def start_servable(self, options: ServableOptions) -> None:
+        """Returns when all agents are ready; raises what the Worker was refused with."""
+        key = options.servable_name, options.version_number
+        if key in self._services:
+            raise ConfigError(f"servable {key[0]!r} version {key[1]} is started already")
+        main = await self._ensure_main()
+        address = options.distributed_address
+        listeners: list[socket.socket] = []
+        # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
+        incarnation = int(time.time())
+        front_name = f"shardserve-front-{id(self)}-{time.time_ns()}"
+        try:
+            listeners.append(listen_tcp(address, "distributed_address"))
+            listeners.append(listen_abstract(twin_name(address)))
+            listeners.append(listen_abstract(front_name))
+        except ShardserveError:
+            for listener in listeners:
+                listener.close()
+            raise
+        service = Service(options, tuple(listeners), front_name, incarnation)
+        self._services[key] = service
+        try:
+            await main.order(launch.Attach(main.number(), *key, front_name), self._settings.start_timeout)
+            await self._spawn_worker(service)
+        except BaseException:
+            del self._services[key]
+            await self._end(service)
+            raise
+
+    async def _spawn_worker(self, service: Service) -> None:
+        fds = [listener.fileno() for listener in service.listeners]
+        worker = Child(
+            "shardserve.worker",
+            fds,
+            lambda child: self._worker_died(service, child),
+            lambda incarnation: setattr(service, "incarnation", incarnation),
+        )
+        service.worker = worker
+        await worker.connect()
+        options = service.options
+        order = launch.Serve(
+            order=worker.number(),
+            servable_directory=options.servable_directory,
+            servable_name=options.servable_name,
+            version=options.version_number,
+            rank_table_json_file=options.rank_table_json_file,
+            incarnation=service.incarnation,
+            wait_agents_time_in_seconds=options.wait_agents_time_in_seconds,
+        )
+        await worker.order(order, None)
+
+    def _worker_died(self, service: Service, child: Child) -> None:
+        service.worker = None
+        if service.stopping or self._stop.is_set():
+            return
+        key = service.options.servable_name, service.options.version_number
+        if self._services.get(key) is not service:
+            return
+        if self._too_often(service.deaths, f"the Worker of {key[0]!r}"):
+            return
+        logger.error("the Worker of %r (pid %d) died; it is respawned", key[0], child.pid)
+        service.incarnation += 1
+        # Agents that stay away are waited for as long as it takes: they were all there before.
+        service.options = replace(service.options, wait_agents_time_in_seconds=0)
+        self._in_background(self._spawn_worker(service))
+
+    async def _end(self, service: Service) -> None:
+        service.stopping = True
+        if service.worker is not None:
+            seconds = self._settings.exit_timeout + STOP_MARGIN
+            await service.worker.end(launch.Stop(service.worker.number(), 0), seconds)
+        for listener in service.listeners:
+            listener.close()
+
+    async def _ensure_main(self) -> Child:
+        async with self._main_lock:
+            if self._main is None:
+                self._main = Child("shardserve.main", (), self._main_died)
+                await self._main.connect()
+            return self._main
+
+    def _main_died(self, child: Child) -> None:
+        self._main = None
+        if self._stop.is_set() or self._too_often(self._main_deaths, "Main"):
+            return
+        logger.error("Main (pid %d) died; it is respawned", child.pid)
+        self._in_background(self._restore_main())
+
+    async def _restore_main(self) -> None:
+        main = await self._ensure_main()
+        timeout = self._settings.start_timeout
+        for (name, version), service in self._services.items():
+            await main.order(launch.Attach(main.number(), name, version, service.front_name), timeout)
+        for order in self._fronts:
+            await main.order(order(main.number()), timeout)
+
+    def _too_often(self, deaths: deque[float], what: str) -> bool:
+        now = time.monotonic()
+        deaths.append(now)
+        while deaths[0] < now - self._settings.restart_window:
+            deaths.popleft()
+        if len(deaths) <= self._settings.max_restarts:
+            return False
+        logger.critical("%s died %d times within %s s: stopping", what, len(deaths), self._settings.restart_window)
+        self.stop()
+        return True
+
+    def _in_background(self, work: object) -> None:
+        async def guarded() -> None:
+            try:
+                await work  # type: ignore[misc]
+            except ShardserveError as error:
+                logger.error("%s", error)
+
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,154 @@
+"""The background thread of a serving script: the launcher and this host's supervisors run in its asyncio loop.
+
+The thread isn't a daemon: a script that has started a server stays up when its last line has run, until a signal or
+`stop`. SIGINT and SIGTERM, where the script has no handler of its own, stop everything; a second one does so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from types import FrameType, TracebackType
+from typing import Any, Protocol, TypeVar
+
+from shardserve.errors import StartError
+
+T = TypeVar("T")
+
+
+class Resident(Protocol):
+    """Something that lives in the thread: `run` is its life, `stop` asks for its end."""
+
+    async def run(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Runtime:
+    """One for the process, as long as any resident lives."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = threading.Event()
+        self._residents: list[Resident] = []
+        self._idle: asyncio.Event | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="shardserve")
+        self._signals = 0
+        self._thread.start()
+        self._started.wait()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not (self._idle is not None and self._idle.is_set())
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._started.set()
+        await self._idle.wait()
+
+    def houses(self, resident: Resident) -> bool:
+        return resident in self._residents
+
+    def settle(self, make: Callable[[], Resident]) -> Resident:
+        """Makes a resident in the thread and lets it live there."""
+
+        async def settle() -> Resident:
+            resident = make()
+            self._residents.append(resident)
+            task = asyncio.ensure_future(self._live(resident))
+            task.add_done_callback(_raise_in_loop)
+            return resident
+
+        return self.call(settle())
+
+    async def _live(self, resident: Resident) -> None:
+        assert self._idle is not None
+        try:
+            await resident.run()
+        finally:
+            self._residents.remove(resident)
+            if not self._residents:
+                self._idle.set()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine in the thread and waits for its result."""
+        assert self._loop is not None
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except asyncio.CancelledError:
+            raise StartError("the server was stopped meanwhile") from None
+
+    def request_stop(self) -> None:
+        """Asks every resident to end; returns at once, from any thread or signal handler."""
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop_residents)
+
+    def _stop_residents(self) -> None:
+        for resident in list(self._residents):
+            resident.stop()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            # The children die with this process.
+            os._exit(128 + number)
+        self.request_stop()
+        # After the script's last line its main thread only waits for ours to end.
+        if threading.main_thread().is_alive():
+            raise SystemExit(128 + number)
+
+
+_runtime: Runtime | None = None
+
+
+def current_runtime() -> Runtime:
+    """The process's runtime, started if there is none."""
+    global _runtime
+    if _runtime is None or not _runtime.alive:
+        _runtime = Runtime()
+        _handle_signals(_runtime)
+        _stop_on_uncaught(_runtime)
+    return _runtime
+
+
+def stop() -> None:
+    """Stops all servers and agents that this process started: requests under way get stop_grace, then all ends."""
+    if _runtime is not None:
+        _runtime.request_stop()
+        if threading.current_thread() is not _runtime._thread:
+            _runtime.join()
+
+
+def _handle_signals(runtime: Runtime) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        handler = signal.getsignal(number)
+        ours = getattr(handler, "__func__", None) is Runtime.on_signal
+        if handler == default or ours:
+            signal.signal(number, runtime.on_signal)
+
+
+def _stop_on_uncaught(runtime: Runtime) -> None:
+    """A script that ends with an exception must not stay up for the servers that it had started before."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        runtime.request_stop()
+        previous(kind, value, traceback)
+
+    sys.excepthook = hook
+
+
+def _raise_in_loop(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        task.get_loop().call_exception_handler({"message": "a resident failed", "exception": task.exception()})

@@ -1,0 +1,254 @@
+"""One replica's group of agents and its generations: forms them, numbers and sends steps, ends and re-forms.
+
+States: waiting (agents are missing) -> forming -> serving -> ending (survivors leave their waits) -> waiting …
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from shardserve.settings import Settings
+from shardserve.wire.frames import Payload
+from shardserve.wire.messages import Generation, group
+from shardserve.wire.stream import FrameStream
+from shardserve.worker.batching import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """What a group needs of the Worker around it."""
+
+    def next_generation(self) -> Generation: ...
+    def group_changed(self) -> None: ...
+    def step_ended(self) -> None: ...
+    def answered(self, batch: Batch, payload: Payload) -> None: ...
+    def failed(self, batch: Batch, message: str) -> None: ...
+    def interrupted(self, batches: list[Batch]) -> None: ...
+    def kill(self, agent: AgentHandle, reason: str) -> None: ...
+
+
+@dataclass(eq=False)
+class AgentHandle:
+    """A registered agent. local: its rank within the replica. host: by the rank table."""
+
+    rank: int
+    local: int
+    stage: int
+    host: str
+    device: str
+    pid: int
+    stage_address: str
+    stream: FrameStream[group.FromGroup]
+
+
+@dataclass(eq=False)
+class StepInFlight:
+    batch: Batch
+    failed: bool
+    timer: asyncio.TimerHandle
+
+
+class ReplicaGroup:
+    """replica: its number. dropped: frames that came from an agent in another generation."""
+
+    def __init__(
+        self, replica: int, rank_size: int, stage_size: int, window: int, owner: Owner, settings: Settings
+    ) -> None:
+        self.replica = replica
+        self.window = window
+        self.generation = Generation(0, 0)
+        self.state = "waiting"
+        self.endings = 0
+        self.dropped = 0
+        self.agents: dict[int, AgentHandle] = {}
+        self._rank_size = rank_size
+        self._per_stage = rank_size // stage_size
+        self._leader = rank_size - self._per_stage
+        self._owner = owner
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._pending: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_step = 0
+        self._steps: dict[int, StepInFlight] = {}
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._steps)
+
+    @property
+    def has_room(self) -> bool:
+        return self.state == "serving" and len(self._steps) < self.window
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a call that must be alone is under way."""
+        return len(self._steps) == 1 and any(call.alone for step in self._steps.values() for call in step.batch.calls)
+
+    def add(self, agent: AgentHandle) -> None:
+        """A rank that isn't there yet has registered."""
+        assert agent.local not in self.agents
+        self.agents[agent.local] = agent
+        self._form_if_complete()
+        self._owner.group_changed()
+
+    def lost(self, agent: AgentHandle) -> None:
+        """The agent's connection ended."""
+        if self.agents.get(agent.local) is not agent:
+            return
+        del self.agents[agent.local]
+        if self.state in ("forming", "serving"):
+            self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone")
+        elif self.state == "ending":
+            self._left(agent.local)
+        self._owner.group_changed()
+
+    def _form_if_complete(self) -> None:
+        if self.state != "waiting" or len(self.agents) < self._rank_size:
+            return
+        self.generation = self._owner.next_generation()
+        self.state = "forming"
+        self._next_step = 0
+        self._pending = set(self.agents)
+        self._start_timer(self._settings.form_timeout, self._form_timed_out)
+        for agent in self.agents.values():
+            successor = self.agents.get(agent.local + self._per_stage)
+            agent.stream.send(
+                group.Form(
+                    self.generation,
+                    self._collective(agent.stage),
+                    successor.stage_address if successor is not None else None,
+                )
+            )
+
+    def _collective(self, stage: int) -> str:
+        hosts = {agent.host for agent in self.agents.values() if agent.stage == stage}
+        return "shared_memory" if len(hosts) == 1 else "gloo"
+
+    def _form_timed_out(self) -> None:
+        ranks = ", ".join(str(self.agents[local].rank) for local in sorted(self._pending))
+        seconds = self._settings.form_timeout
+        for local in list(self._pending):
+            self._owner.kill(self.agents[local], f"did not join generation {self.generation} within {seconds} s")
+        self.end(f"rank {ranks} did not join within form_timeout ({seconds} s)")
+
+    def end(self, reason: str) -> None:
+        """Ends the generation for all; its unanswered batches go back to the owner."""
+        assert self.state in ("forming", "serving")
+        logger.warning("replica %d: generation %s ends: %s", self.replica, self.generation, reason)
+        self.state = "ending"
+        self.endings += 1
+        steps, self._steps = list(self._steps.values()), {}
+        for step in steps:
+            step.timer.cancel()
+        self._pending = set(self.agents)
+        for agent in self.agents.values():
+            agent.stream.send(group.End(self.generation))
+        self._start_timer(self._settings.abort_timeout, self._abort_timed_out)
+        self._owner.interrupted([step.batch for step in steps if not step.failed])
+        self._finish_ending()
+        self._owner.group_changed()
+
+    def _abort_timed_out(self) -> None:
+        for local in self._pending:
+            seconds = self._settings.abort_timeout
+            self._owner.kill(self.agents[local], f"did not leave generation {self.generation} within {seconds} s")
+
+    def _left(self, local: int) -> None:
+        self._pending.discard(local)
+        self._finish_ending()
+
+    def _finish_ending(self) -> None:
+        if self.state == "ending" and not self._pending:
+            self._cancel_timer()
+            self.state = "waiting"
+            self._form_if_complete()
+
+    def send_step(self, batch: Batch) -> None:
+        """Runs the batch as the next step; needs `has_room`."""
+        assert self.has_room
+        number, self._next_step = self._next_step, self._next_step + 1
+        timer = self._loop.call_later(self._settings.step_timeout, self._step_timed_out, number)
+        self._steps[number] = StepInFlight(batch, False, timer)
+        step = group.Step(self.generation, number, 0, batch.dims)
+        buffers = [array.reshape(-1).view("uint8").data for array in batch.arrays]
+        for agent in self.agents.values():
+            agent.stream.send(step, buffers if agent.stage == 0 else ())
+
+    def _step_timed_out(self, number: int) -> None:
+        seconds = self._settings.step_timeout
+        self.end(f"step {number} had no answer from rank {self._leader_rank} within step_timeout ({seconds} s)")
+
+    @property
+    def _leader_rank(self) -> int:
+        return self.agents[self._leader].rank
+
+    def handle(self, agent: AgentHandle, message: group.FromGroup, payload: Payload) -> None:
+        """A message of a registered agent of this group."""
+        generation = getattr(message, "generation", None)
+        if generation != self.generation or self.agents.get(agent.local) is not agent:
+            self.dropped += 1
+            return
+        match message:
+            case group.Output(step=number) if self.state == "serving":
+                self._output(number, payload)
+            case group.StepFailed(step=number, message=text) if self.state == "serving":
+                self._step_failed(agent, number, text)
+            case group.Formed() if self.state == "forming":
+                self._formed(agent)
+            case group.Broken(message=text) if self.state in ("forming", "serving"):
+                self.end(f"rank {agent.rank}: {text}")
+            case group.Parked() if self.state == "ending":
+                self._left(agent.local)
+                self._owner.group_changed()
+            case _:
+                self.dropped += 1
+
+    def _formed(self, agent: AgentHandle) -> None:
+        self._pending.discard(agent.local)
+        if not self._pending:
+            self._cancel_timer()
+            self.state = "serving"
+            logger.info("replica %d: generation %s serves", self.replica, self.generation)
+            self._owner.group_changed()
+
+    def _output(self, number: int, payload: Payload) -> None:
+        step = self._steps.pop(number, None)
+        if step is None:
+            self.dropped += 1
+            return
+        step.timer.cancel()
+        if not step.failed:
+            self._owner.answered(step.batch, payload)
+        self._owner.step_ended()
+
+    def _step_failed(self, agent: AgentHandle, number: int, text: str) -> None:
+        agent.stream.send(group.FailureNoted(self.generation, number))
+        step = self._steps.get(number)
+        # Absent: the rank raised after its last collective, and the leader's answer (right) came first.
+        if step is not None and not step.failed:
+            step.failed = True
+            self._owner.failed(step.batch, text)
+
+    def close(self) -> Iterable[Batch]:
+        """Stops for good; what was under way."""
+        self._cancel_timer()
+        steps, self._steps = list(self._steps.values()), {}
+        for step in steps:
+            step.timer.cancel()
+        self.state = "waiting"
+        return [step.batch for step in steps if not step.failed]
+
+    def _start_timer(self, seconds: float, action: Callable[[], None]) -> None:
+        self._cancel_timer()
+        self._timer = self._loop.call_later(seconds, action)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

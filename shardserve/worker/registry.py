@@ -1,0 +1,187 @@
+"""Who may join: supervisors enlist hosts, agents register ranks, and everything is checked against the rank table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardserve.errors import ConfigError, JoinRefused, ShardError
+from shardserve.servable import Servable
+from shardserve.shards.config import ShardConfig, Signature
+from shardserve.wire.messages import group
+from shardserve.wire.stream import FrameStream
+from shardserve.worker.group import AgentHandle, ReplicaGroup
+from shardserve.worker.rank_table import RankTable
+
+logger = logging.getLogger(__name__)
+
+Stream = FrameStream[group.FromGroup]
+
+
+@dataclass(eq=False)
+class HostHandle:
+    """A supervisor and the ranks that it keeps."""
+
+    pid: int
+    stream: Stream
+    ranks: tuple[int, ...] = ()
+    ready: bool = False
+
+
+class Registry:
+    """`on_model(signature, shards)` is called with the first shard of an export, before its agent joins."""
+
+    def __init__(
+        self,
+        servable: Servable,
+        table: RankTable,
+        groups: list[ReplicaGroup],
+        on_model: Callable[[Signature], None],
+    ) -> None:
+        assert servable.model is not None
+        self._servable = servable
+        self._model = servable.model
+        self._table = table
+        self._groups = groups
+        self._on_model = on_model
+        self._export: ShardConfig | None = None
+        self.hosts: list[HostHandle] = []
+        self.given_up: dict[int, str] = {}
+
+    def agent(self, rank: int) -> AgentHandle | None:
+        replica, local = divmod(rank, self._model.rank_size)
+        return self._groups[replica].agents.get(local)
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks of the table that no agent has registered for."""
+        return [entry.rank for entry in self._table.entries if self.agent(entry.rank) is None]
+
+    def introduce(self, stream: Stream, message: group.Introduce) -> HostHandle:
+        host = HostHandle(message.pid, stream)
+        self.hosts.append(host)
+        stream.send(group.Roster(self._table.hosts))
+        return host
+
+    def enlist(self, host: HostHandle, message: group.Enlist) -> None:
+        """JoinRefused or ConfigError says which rank, host or count is wrong."""
+        if message.rank_start is not None:
+            if not 0 <= message.rank_start < len(self._table.entries):
+                raise ConfigError(
+                    f"rank_start={message.rank_start}: the rank table has ranks 0 to {len(self._table.entries) - 1}"
+                )
+            hosts: tuple[str, ...] = (self._table.entries[message.rank_start].host,)
+        else:
+            hosts = message.hosts
+        ranks = self._table.ranks_on(hosts)
+        if not ranks:
+            raise ConfigError(
+                f"none of the rank table's hosts ({', '.join(self._table.hosts)}) is an address of this host; "
+                "give agent_ip and rank_start if the table knows it by another one"
+            )
+        if message.count != len(ranks):
+            listed = ", ".join(map(str, ranks))
+            raise ConfigError(
+                f"{message.count} model_files for {len(ranks)} ranks: the rank table gives this host rank {listed}"
+            )
+        for other in self.hosts:
+            both = set(other.ranks) & set(ranks)
+            if both and other is not host:
+                raise JoinRefused(f"rank {min(both)} is already kept by another startup_agents (pid {other.pid})")
+        host.ranks = ranks
+        entries = [self._table.entries[rank] for rank in ranks]
+        host.stream.send(
+            group.Enlisted(
+                ranks,
+                tuple(entry.device for entry in entries),
+                message.agent_ip or entries[0].host,
+                self._model.rank_size,
+                self._model.stage_size,
+            )
+        )
+        self.tell_ready()
+
+    def register(self, stream: Stream, message: group.Register, incarnation: int) -> tuple[ReplicaGroup, AgentHandle]:
+        """JoinRefused, ShardError or ConfigError says what doesn't fit; else the agent is in its group."""
+        if not 0 <= message.rank < len(self._table.entries):
+            raise JoinRefused(f"rank {message.rank}: the rank table has ranks 0 to {len(self._table.entries) - 1}")
+        there = self.agent(message.rank)
+        if there is not None:
+            raise JoinRefused(f"rank {message.rank} is already there (pid {there.pid} on {there.host})")
+        replica, local = divmod(message.rank, self._model.rank_size)
+        if not message.configs:
+            raise ShardError(f"rank {message.rank}: brings no group config")
+        config = ShardConfig.from_dict(message.configs[0], f"rank {message.rank}: group config")
+        self._check_shard(message, config, local)
+        if not any(group.agents for group in self._groups):
+            self._check_methods(config.signature)
+            self._on_model(config.signature)
+            self._export = config
+        entry = self._table.entries[message.rank]
+        agent = AgentHandle(
+            rank=message.rank,
+            local=local,
+            stage=config.stage,
+            host=entry.host,
+            device=message.device,
+            pid=message.pid,
+            stage_address=message.stage_address,
+            stream=stream,
+        )
+        self.given_up.pop(message.rank, None)
+        stream.send(group.Registered(incarnation))
+        self._groups[replica].add(agent)
+        self.tell_ready()
+        return self._groups[replica], agent
+
+    def _check_shard(self, message: group.Register, config: ShardConfig, local: int) -> None:
+        model = self._model
+        if (config.rank_size, config.stage_size) != (model.rank_size, model.stage_size):
+            raise ShardError(
+                f"rank {message.rank}: its shard is of rank_size={config.rank_size}, stage_size={config.stage_size}; "
+                f"servable {self._servable.name!r} declares {model.rank_size}, {model.stage_size}"
+            )
+        if config.rank != local:
+            raise ShardError(f"rank {message.rank}: needs the shard device{local}, was given device{config.rank}")
+        others = [agent for group in self._groups for agent in group.agents.values()]
+        if not others or self._export is None:
+            return
+        if config.export_id != self._export.export_id:
+            raise ShardError(
+                f"rank {message.rank}: its shard is of export {config.export_id}, that of rank {others[0].rank} "
+                f"of export {self._export.export_id}"
+            )
+        kind = message.device.partition(":")[0]
+        if kind != others[0].device.partition(":")[0]:
+            raise JoinRefused(
+                f"rank {message.rank}: runs on {message.device}, rank {others[0].rank} on {others[0].device}; "
+                "all ranks run on the same kind of device"
+            )
+
+    def _check_methods(self, signature: Signature) -> None:
+        for method in self._servable.methods.values():
+            for stage in method.stages:
+                given, taken = len(stage.inputs), len(signature.inputs)
+                if given != taken:
+                    raise ConfigError(f"method {method.name!r} gives the model {given} inputs; its shards take {taken}")
+                if stage.outputs_count != len(signature.outputs):
+                    raise ConfigError(
+                        f"method {method.name!r}: outputs_count={stage.outputs_count}; the model's shards give "
+                        f"{len(signature.outputs)}"
+                    )
+
+    def tell_ready(self) -> None:
+        """HostReady to each supervisor whose agents have come."""
+        for host in self.hosts:
+            if host.ranks and not host.ready and all(self.agent(rank) is not None for rank in host.ranks):
+                host.ready = True
+                host.stream.send(group.HostReady())
+
+    def kill(self, agent: AgentHandle, reason: str) -> None:
+        """Has the agent's supervisor end it; its connection ends at once, so that nobody waits for it."""
+        logger.warning("rank %d (pid %d) is ended: it %s", agent.rank, agent.pid, reason)
+        for host in self.hosts:
+            if agent.rank in host.ranks:
+                host.stream.send(group.Kill(agent.rank, agent.pid, reason))
+        agent.stream.abort()

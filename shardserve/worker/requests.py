@@ -1,0 +1,118 @@
+"""Requests from Main: each instance runs through its method's stages, and the results go back in one reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError
+from shardserve.servable import Method, MethodStage, Servable, Source
+from shardserve.wire.frames import Buffer, Payload, split
+from shardserve.wire.messages import front
+from shardserve.wire.stream import FrameStream
+from shardserve.wire.tensors import decode_instance, encode_instance
+from shardserve.worker.batching import Array, Call
+from shardserve.worker.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+Stream = FrameStream[front.ToWorker]
+
+
+class Requests:
+    """The requests under way of one connection to Main; their numbers are the connection's own."""
+
+    def __init__(self, servable: Servable, scheduler: Scheduler) -> None:
+        self._servable = servable
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def infer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
+        task = self._loop.create_task(self._answer(stream, message, payload))
+        self._tasks[message.request] = task
+        task.add_done_callback(lambda _: self._tasks.pop(message.request, None))
+
+    def cancel(self, request: int) -> None:
+        task = self._tasks.get(request)
+        if task is not None:
+            task.cancel()
+
+    def cancel_all(self) -> None:
+        """Main is gone; it submits again whatever it still needs."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    async def _answer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
+        try:
+            method = self._servable.methods.get(message.method)
+            if method is None:
+                raise NotFound(f"servable {self._servable.name!r} has no method {message.method!r}")
+            parts = split(payload, [meta.nbytes for instance in message.instances for meta in instance.values()])
+            runs = []
+            for i, instance in enumerate(message.instances):
+                own, parts = parts[: len(instance)], parts[len(instance) :]
+                runs.append(self._run(method, instance, own, f"instance {i}", message.deadline))
+            # One instance needs no task of its own.
+            if len(runs) == 1:
+                results = [await _outcome(runs[0])]
+            else:
+                results = await asyncio.gather(*(_outcome(run) for run in runs))
+            self._reply(stream, message.request, results)
+        except ShardserveError as error:
+            stream.send(front.Failed(message.request, type(error).__name__, str(error)))
+        except Exception:
+            logger.exception("request of method %r failed", message.method)
+            text = "an internal error; the server's log has more"
+            stream.send(front.Failed(message.request, InternalError.__name__, text))
+
+    @staticmethod
+    def _reply(stream: Stream, request: int, results: list[dict[str, Any] | ShardserveError]) -> None:
+        outcomes: list[front.InstanceOutputs | front.InstanceError] = []
+        buffers: list[Buffer] = []
+        for i, result in enumerate(results):
+            if isinstance(result, ShardserveError):
+                if not result.in_reply:
+                    raise result
+                outcomes.append(front.InstanceError(type(result).__name__, str(result)))
+            else:
+                metas, parts = encode_instance(result, f"instance {i}")
+                outcomes.append(front.InstanceOutputs(metas))
+                buffers += parts
+        stream.send(front.Reply(request, outcomes), buffers)
+
+    async def _run(
+        self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
+    ) -> dict[str, Any]:
+        given = decode_instance(metas, parts, where)
+        missing = [name for name in method.inputs if name not in given]
+        if missing:
+            raise InvalidInput(
+                f"{where}: input {missing[0]!r} is missing; {method.name} takes {', '.join(method.inputs)}"
+            )
+        values: dict[Source, Any] = {Source(0, i): given[name] for i, name in enumerate(method.inputs)}
+        for number, stage in enumerate(method.stages, start=1):
+            try:
+                outputs = await self._run_model(stage, values, deadline)
+            except InvalidInput as error:
+                raise InvalidInput(f"{where}: {error}") from error
+            values.update((Source(number, i), output) for i, output in enumerate(outputs))
+        return {name: values[source] for name, source in zip(method.output_names, method.outputs, strict=True)}
+
+    async def _run_model(
+        self, stage: MethodStage, values: dict[Source, Any], deadline: float | None
+    ) -> tuple[Array, ...]:
+        batching = await self._scheduler.model_known()
+        arrays = tuple(values[source] for source in stage.inputs)
+        call = Call(arrays, batching.key(arrays), deadline, self._loop.create_future())
+        self._scheduler.submit(call)
+        return await call.answer
+
+
+async def _outcome(run: Any) -> dict[str, Any] | ShardserveError:
+    try:
+        result: dict[str, Any] = await run
+    except ShardserveError as error:
+        return error
+    return result

@@ -1,0 +1,319 @@
+"""The Worker process: puts registry, groups, scheduler and requests together, and speaks with launcher and Main."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from shardserve.errors import ShardserveError, StartError
+from shardserve.servable import load_servable
+from shardserve.settings import Settings
+from shardserve.shards.config import Signature
+from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.messages import Generation, front, group, launch
+from shardserve.wire.sockets import same_user, tune
+from shardserve.wire.stream import FrameStream
+from shardserve.worker.batching import Batch, Batching
+from shardserve.worker.group import AgentHandle, ReplicaGroup
+from shardserve.worker.rank_table import load_rank_table
+from shardserve.worker.registry import HostHandle, Registry
+from shardserve.worker.requests import Requests
+from shardserve.worker.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# Beyond stage_size, so that a stage's next input is already there when it has finished a step.
+WINDOW_AHEAD = 1
+
+
+class Worker:
+    """Serves one servable version until it is stopped. ConfigError or RankTableError if that can't work."""
+
+    def __init__(self, serve: launch.Serve, settings: Settings, launcher: FrameStream[launch.ToWorker]) -> None:
+        self._serve = serve
+        self._settings = settings
+        self._launcher = launcher
+        self._incarnation = serve.incarnation
+        self._counter = 0
+        self._servable = load_servable(serve.servable_directory, serve.servable_name)
+        model = self._servable.model
+        assert model is not None
+        self._model = model
+        self._table = load_rank_table(serve.rank_table_json_file, model.rank_size, model.stage_size)
+        window = model.stage_size + WINDOW_AHEAD if model.enable_pipeline_infer else 1
+        self._groups = [
+            ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
+            for replica in range(len(self._table.entries) // model.rank_size)
+        ]
+        self._scheduler = Scheduler(self._groups, settings)
+        self._registry = Registry(self._servable, self._table, self._groups, self._model_came)
+        self._signature: Signature | None = None
+        self._state = "starting"
+        self._reason = ""
+        self._mains: list[FrameStream[front.ToWorker]] = []
+        self._servers: list[asyncio.Server] = []
+        self._connections: set[FrameStream[group.FromGroup]] = set()
+        self._all_left = asyncio.Event()
+        self._ready_order: int | None = serve.order
+
+    async def start(self, distributed: socket.socket, local: socket.socket, front_listener: socket.socket) -> None:
+        """Takes agents on the first two listeners (TCP and its local twin), Main on the third."""
+        loop = asyncio.get_running_loop()
+        for listener in (distributed, local):
+            self._servers.append(await loop.create_server(lambda: GroupConnection(self).stream, sock=listener))
+        self._servers.append(await loop.create_server(lambda: FrontConnection(self).stream, sock=front_listener))
+        if self._serve.wait_agents_time_in_seconds > 0:
+            loop.call_later(self._serve.wait_agents_time_in_seconds, self._waited_enough)
+
+    def _waited_enough(self) -> None:
+        if self._ready_order is None:
+            return
+        total, missing = len(self._table.entries), self._registry.missing
+        self._refuse_start(
+            StartError(
+                f"servable {self._servable.name!r}: {total - len(missing)} of {total} agents came within "
+                f"wait_agents_time_in_seconds={self._serve.wait_agents_time_in_seconds:g}; "
+                f"missing: rank {', '.join(map(str, missing))}"
+            )
+        )
+
+    def _refuse_start(self, error: ShardserveError) -> None:
+        order, self._ready_order = self._ready_order, None
+        if order is not None:
+            self._launcher.send(launch.Refused(order, type(error).__name__, str(error)))
+
+    async def stop(self) -> None:
+        """Main has drained: tells agents and supervisors to leave and waits for them, up to exit_timeout."""
+        self._set_state("stopping", "the servable is stopped")
+        for server in self._servers:
+            server.close()
+        self._scheduler.close("the servable is stopped")
+        for replica in self._groups:
+            replica.close()
+        for stream in list(self._connections):
+            stream.send(group.Exit("the servable is stopped"))
+        if self._connections:
+            try:
+                await asyncio.wait_for(self._all_left.wait(), self._settings.exit_timeout)
+            except asyncio.TimeoutError:
+                logger.warning("%d agents and supervisors did not leave in time", len(self._connections))
+
+    # What groups ask of their owner.
+
+    def next_generation(self) -> Generation:
+        self._counter += 1
+        return Generation(self._incarnation, self._counter)
+
+    def answered(self, batch: Batch, payload: Payload) -> None:
+        self._scheduler.answered(batch, payload)
+
+    def failed(self, batch: Batch, message: str) -> None:
+        self._scheduler.failed(batch, message)
+
+    def interrupted(self, batches: list[Batch]) -> None:
+        self._scheduler.interrupted(batches)
+
+    def kill(self, agent: AgentHandle, reason: str) -> None:
+        self._registry.kill(agent, reason)
+
+    def step_ended(self) -> None:
+        self._scheduler.pump()
+
+    def group_changed(self) -> None:
+        if self._state in ("failed", "stopping"):
+            return
+        if any(replica.state == "serving" for replica in self._groups):
+            # Ready means all replicas, the first time; afterwards one is enough to answer.
+            if self._state != "starting" or all(replica.state == "serving" for replica in self._groups):
+                self._set_state("ready", "")
+        elif self._state != "starting":
+            self._set_state("recovering", "the group re-forms")
+        self._announce()
+        self._scheduler.pump()
+
+    def _set_state(self, state: str, reason: str) -> None:
+        if state == "ready" and self._ready_order is not None:
+            self._launcher.send(launch.Done(self._ready_order))
+            self._ready_order = None
+        self._state, self._reason = state, reason
+        self._announce()
+
+    def _model_came(self, signature: Signature) -> None:
+        self._signature = signature
+        self._scheduler.set_batching(Batching(self._model, signature))
+
+    # Supervisors and agents.
+
+    def introduced(self, stream: FrameStream[group.FromGroup], message: group.Introduce) -> HostHandle:
+        return self._registry.introduce(stream, message)
+
+    def enlist(self, host: HostHandle, message: group.Enlist) -> None:
+        self._registry.enlist(host, message)
+
+    def register(
+        self, stream: FrameStream[group.FromGroup], message: group.Register
+    ) -> tuple[ReplicaGroup, AgentHandle]:
+        if message.incarnation > self._incarnation:
+            # An older launcher counted further than ours: generations stay totally ordered for this agent.
+            self._incarnation = message.incarnation + 1
+            self._launcher.send(launch.Incarnation(self._incarnation))
+        return self._registry.register(stream, message, self._incarnation)
+
+    def gave_up(self, message: group.GaveUp) -> None:
+        self._registry.given_up[message.rank] = message.reason
+        reason = f"rank {message.rank}: {message.reason}"
+        logger.error("%s", reason)
+        if len(self._groups) > 1 and any(replica.state == "serving" for replica in self._groups):
+            return
+        self._scheduler.close(reason)
+        self._set_state("failed", reason)
+        self._refuse_start(StartError(reason))
+
+    def joined(self, stream: FrameStream[group.FromGroup]) -> None:
+        self._connections.add(stream)
+
+    def left(self, stream: FrameStream[group.FromGroup], host: HostHandle | None) -> None:
+        self._connections.discard(stream)
+        if host is not None:
+            self._registry.hosts.remove(host)
+        if not self._connections:
+            self._all_left.set()
+
+    # Main.
+
+    def new_requests(self, stream: FrameStream[front.ToWorker]) -> Requests:
+        self._mains.append(stream)
+        stream.send(self._status())
+        return Requests(self._servable, self._scheduler)
+
+    def main_left(self, stream: FrameStream[front.ToWorker]) -> None:
+        self._mains.remove(stream)
+
+    def _announce(self) -> None:
+        status = self._status()
+        for stream in self._mains:
+            stream.send(status)
+
+    def _status(self) -> front.Announce:
+        return front.Announce(
+            name=self._servable.name,
+            version=self._serve.version,
+            state=self._state,
+            reason=self._reason,
+            rank_size=self._model.rank_size,
+            stage_size=self._model.stage_size,
+            methods={
+                method.name: front.MethodInfo(method.inputs, method.output_names, self._dtypes(method.name))
+                for method in self._servable.methods.values()
+            },
+            replicas=tuple(self._replica_status(replica) for replica in self._groups),
+        )
+
+    def _dtypes(self, method: str) -> dict[str, str]:
+        """The dtypes that the model takes for those inputs of the method that go straight to it."""
+        if self._signature is None:
+            return {}
+        declared = self._servable.methods[method]
+        return {
+            declared.inputs[source.index]: spec.dtype
+            for stage in declared.stages
+            for source, spec in zip(stage.inputs, self._signature.inputs, strict=True)
+            if source.stage == 0
+        }
+
+    def _replica_status(self, replica: ReplicaGroup) -> front.ReplicaStatus:
+        size, per_stage = self._model.rank_size, self._model.rank_size // self._model.stage_size
+        ranks = []
+        for entry in self._table.entries[replica.replica * size : (replica.replica + 1) * size]:
+            agent = replica.agents.get(entry.rank % size)
+            stage = entry.rank % size // per_stage
+            if agent is None:
+                ranks.append(front.RankStatus(entry.rank, stage, entry.host, entry.device, 0, "absent"))
+            else:
+                state = "serving" if replica.state == "serving" else "joined"
+                ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
+        return front.ReplicaStatus(replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks))
+
+
+class GroupConnection:
+    """One connection on the distributed address; its first message says whether a supervisor or an agent has come."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._host: HostHandle | None = None
+        self._agent: AgentHandle | None = None
+        self._group: ReplicaGroup | None = None
+        self.stream: FrameStream[group.FromGroup] = FrameStream(
+            group.FromGroup, self._frame, self._lost, on_made=_checked(lambda: worker.joined(self.stream))
+        )
+
+    def _frame(self, message: group.FromGroup, payload: Payload) -> None:
+        if self._agent is not None and self._group is not None:
+            self._group.handle(self._agent, message, payload)
+            return
+        try:
+            match message:
+                case group.Introduce() if self._host is None:
+                    self._host = self._worker.introduced(self.stream, message)
+                case group.Enlist() if self._host is not None:
+                    self._worker.enlist(self._host, message)
+                case group.GaveUp() if self._host is not None:
+                    self._worker.gave_up(message)
+                case group.Register() if self._host is None:
+                    self._group, self._agent = self._worker.register(self.stream, message)
+                case _:
+                    raise FrameError(f"{type(message).__name__} came out of turn")
+        except ShardserveError as error:
+            logger.warning("refused: %s", error)
+            self.stream.send(group.Refuse(type(error).__name__, str(error)))
+            self.stream.close()
+
+    def _lost(self, reason: Exception | None) -> None:
+        if isinstance(reason, FrameError):
+            logger.warning("a connection on the distributed address ends: %s", reason)
+        self._worker.left(self.stream, self._host)
+        if self._agent is not None and self._group is not None:
+            self._group.lost(self._agent)
+
+
+class FrontConnection:
+    """A connection of Main."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._requests: Requests | None = None
+        self.stream: FrameStream[front.ToWorker] = FrameStream(
+            front.ToWorker, self._frame, self._lost, on_made=_checked(self._made)
+        )
+
+    def _made(self) -> None:
+        self._requests = self._worker.new_requests(self.stream)
+
+    def _frame(self, message: front.ToWorker, payload: Payload) -> None:
+        assert self._requests is not None
+        match message:
+            case front.Infer():
+                self._requests.infer(self.stream, message, payload)
+            case front.Cancel(request=request):
+                self._requests.cancel(request)
+
+    def _lost(self, reason: Exception | None) -> None:
+        if self._requests is not None:
+            self._requests.cancel_all()
+            self._worker.main_left(self.stream)
+
+
+def _checked(then: Callable[[], None]) -> Callable[[socket.socket], bool]:
+    """Takes a new connection unless it comes from another user of this host."""
+
+    def made(connection: socket.socket) -> bool:
+        if connection.family == socket.AF_UNIX and not same_user(connection):
+            logger.warning("refused a local connection of another user")
+            return False
+        tune(connection)
+        then()
+        return True
+
+    return made
