@@ -1,0 +1,253 @@
+"""A shard, ready to run: its graph file compiled to one Python function over its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, fx
+
+from shardserve.errors import ShardError
+from shardserve.shards import expressions, operators
+from shardserve.shards.collective import Collective
+from shardserve.shards.config import CONFIG_FILE, ShardConfig
+from shardserve.shards.graph import Device, GraphFile, Node, Ref, Size, decode_argument, dtype_name, to_dtype
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_HASH_CHUNK = 1 << 20
+
+
+class Program:
+    """The shard of one local rank. One thread at a time may call `run` or `drain`."""
+
+    def __init__(
+        self, config: ShardConfig, graph: GraphFile, parameters: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        self._dims = graph.dims
+        self._parameters = list(parameters)
+        builder = _Builder(self, graph)
+        self._collectives = builder.collectives
+        self._forward = builder.compile()
+        self._collective: Collective | None = None
+        self._completed = 0
+
+    @classmethod
+    def load(
+        cls, graph_file: str | Path, group_config_file: str | Path | None = None, device: str | torch.device = "cpu"
+    ) -> Program:
+        """Read a shard's files; the config defaults to the group_config.json beside the graph.
+
+        Raises ShardError, naming the file, when one is missing, altered, of another export or version, when the graph
+        calls an operator that isn't allowed or when a weight is missing or has another shape or dtype.
+        """
+        graph_file = Path(graph_file)
+        config_file = Path(group_config_file) if group_config_file is not None else graph_file.with_name(CONFIG_FILE)
+        config = ShardConfig.load(config_file)
+        if config.graph_file != graph_file.name:
+            raise ShardError(f"{config_file} describes '{config.graph_file}', not '{graph_file.name}'")
+        weights_file = graph_file.with_name(config.weights_file)
+        check_digest(graph_file, config.graph_sha256)
+        graph = GraphFile.load(graph_file)
+        if graph.export_id != config.export_id:
+            raise ShardError(f"{graph_file} and {config_file} are of different exports")
+        for what, count, specs in (
+            ("inputs", len(graph.inputs), config.receives),
+            ("outputs", len(graph.outputs), config.sends),
+        ):
+            if count != len(specs):
+                raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
+        check_digest(weights_file, config.weights_sha256)
+        target = torch.device(device)
+        parameters = _load_parameters(graph, weights_file, target)
+        try:
+            return cls(config, graph, parameters, target)
+        except ShardError as error:
+            raise ShardError(f"{graph_file}: {error}") from error
+
+    @property
+    def collective_count(self) -> int:
+        """How many collectives each step issues; the same on all coordinates of the stage."""
+        return len(self._collectives)
+
+    def run(self, dims: Mapping[str, int], inputs: Sequence[Tensor], collective: Collective) -> list[Tensor]:
+        """One step: `inputs`, on this device, in the order of config.receives; the result in that of config.sends.
+
+        Raises what the operators raise: an IndexError for an id out of range, out of memory, …; then call `drain`.
+        """
+        self._collective, self._completed = collective, 0
+        sizes = [dims[dim] for dim in self._dims]
+        return list(self._forward(*sizes, *inputs, *self._parameters))
+
+    def drain(self, dims: Mapping[str, int], collective: Collective) -> list[Tensor]:
+        """After `run` raised: take part in the step's remaining collectives with zeros, and give zeros to send.
+
+        What the collective itself raises isn't an error of the step: it propagates, from here as from `run`.
+        """
+        for node in self._collectives[self._completed :]:
+            assert node.shape is not None
+            zeros = self._zeros(node.shape, node.dtype, dims)
+            _issue(collective, node, zeros)
+            self._completed += 1
+        return [self._zeros(spec.shape, spec.dtype, dims) for spec in self.config.sends]
+
+    def _zeros(self, shape: Sequence[int | str], dtype: str | None, dims: Mapping[str, int]) -> Tensor:
+        sizes = [expressions.evaluate(size, dims) for size in shape]
+        return torch.zeros(sizes, dtype=to_dtype(dtype), device=self.device)
+
+    def _bind(self, node: Node) -> Callable[[Tensor], Tensor]:
+        def issue(x: Tensor) -> Tensor:
+            assert self._collective is not None
+            result = _issue(self._collective, node, x.contiguous())
+            self._completed += 1
+            return result
+
+        return issue
+
+
+def check_digest(file: Path, expected: str) -> None:
+    """ShardError unless the sha256 of the file's content is `expected`."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as content:
+            while chunk := content.read(_HASH_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise ShardError(f"{file}: {error.strerror}") from error
+    if digest.hexdigest() != expected:
+        raise ShardError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: the file was altered or mixed up")
+
+
+def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
+    kind = node.op.partition(".")[2]
+    if kind == "all_reduce":
+        return collective.all_reduce(x, node.args[1])
+    if kind == "all_gather":
+        return collective.all_gather(x)
+    return collective.reduce_scatter(x, node.args[1])
+
+
+def _load_parameters(graph: GraphFile, file: Path, device: torch.device) -> list[Tensor]:
+    loaded: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            available = set(tensors.keys())
+            for parameter in graph.parameters:
+                if parameter.tensor not in available:
+                    raise ShardError(f"{file}: tensor '{parameter.tensor}' is missing")
+                if parameter.tensor not in loaded:
+                    loaded[parameter.tensor] = tensors.get_tensor(parameter.tensor)
+                tensor = loaded[parameter.tensor]
+                if tuple(tensor.shape) != parameter.shape or dtype_name(tensor.dtype) != parameter.dtype:
+                    raise ShardError(
+                        f"{file}: tensor '{parameter.tensor}' is {dtype_name(tensor.dtype)} {list(tensor.shape)}; "
+                        f"the graph needs {parameter.dtype} {list(parameter.shape)}"
+                    )
+    except (OSError, SafetensorError) as error:
+        raise ShardError(f"{file}: {error}") from error
+    return [loaded[parameter.tensor] for parameter in graph.parameters]
+
+
+class _Builder:
+    """Rebuilds a graph file as an fx.Graph, whose generated forward runs without an interpreter's overhead."""
+
+    def __init__(self, program: Program, graph: GraphFile) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.values: dict[str, fx.Node] = {}
+        self.dims: dict[str, fx.Node] = {}
+        self.sizes: dict[str, fx.Node | int] = {}
+        self.collectives: list[Node] = []
+        for index, dim in enumerate(graph.dims):
+            self.dims[dim] = self.graph.placeholder(f"dim{index}")
+        for index, name in enumerate(graph.inputs):
+            self.define(name, self.graph.placeholder(f"input{index}"))
+        for index, parameter in enumerate(graph.parameters):
+            self.define(parameter.name, self.graph.placeholder(f"parameter{index}"))
+        for node in graph.nodes:
+            try:
+                self.define(node.name, self.call(node))
+            except ShardError as error:
+                raise ShardError(f"node '{node.name}': {error}") from error
+        self.graph.output([self.value(name) for name in graph.outputs])
+
+    def compile(self) -> Callable[..., Sequence[Tensor]]:
+        forward: Callable[..., Sequence[Tensor]] = fx.GraphModule(torch.nn.Module(), self.graph).forward
+        return forward
+
+    def define(self, name: str, node: fx.Node) -> None:
+        if not _IDENTIFIER.match(name):
+            raise ShardError(f"'{name}' can't name a node")
+        if name in self.values:
+            raise ShardError(f"two nodes are named '{name}'")
+        self.values[name] = node
+
+    def value(self, name: str) -> fx.Node:
+        if name not in self.values:
+            raise ShardError(f"'{name}' is used and not defined before")
+        return self.values[name]
+
+    def call(self, node: Node) -> fx.Node:
+        kind, _, collective = node.op.partition(".")
+        args = [self.argument(decode_argument(value)) for value in node.args]
+        if kind == "collective":
+            self.check_collective(node, collective)
+            self.collectives.append(node)
+            return self.graph.call_function(self.program._bind(node), (args[0],))
+        target = operators.resolve(node.op)
+        # fx writes keywords into the source that it generates: only an operator's own may get there.
+        unknown = node.kwargs.keys() - operators.keywords(node.op)
+        if unknown:
+            raise ShardError(f"{node.op} takes no {', '.join(sorted(unknown))}")
+        kwargs = {name: self.argument(decode_argument(value)) for name, value in node.kwargs.items()}
+        return self.graph.call_function(target, tuple(args), kwargs)
+
+    def check_collective(self, node: Node, kind: str) -> None:
+        if kind not in operators.COLLECTIVES:
+            raise ShardError(f"operator '{node.op}' is not one that a shard may call")
+        reductions = node.args[1:]
+        gather = kind == "all_gather"
+        if len(reductions) != (0 if gather else 1) or (not gather and reductions[0] not in operators.REDUCTIONS):
+            raise ShardError(f"{node.op} has the arguments {node.args}")
+        if node.shape is None or node.kwargs:
+            raise ShardError(f"{node.op} needs the shape of what it is given, and takes no keywords")
+        to_dtype(node.dtype)
+        for size in node.shape:
+            if isinstance(size, str):
+                self.size(size)
+
+    def argument(self, value: Any) -> Any:
+        if isinstance(value, Ref):
+            return self.value(value.name)
+        if isinstance(value, Size):
+            return self.size(value.text)
+        if isinstance(value, Device):
+            return self.program.device
+        if isinstance(value, list):
+            return [self.argument(item) for item in value]
+        return value
+
+    def size(self, text: str) -> fx.Node | int:
+        if text not in self.sizes:
+            try:
+                self.sizes[text] = self.tree(expressions.parse(text).tree)
+            except expressions.ExpressionError as error:
+                raise ShardError(str(error)) from error
+        return self.sizes[text]
+
+    def tree(self, tree: expressions.Tree) -> fx.Node | int:
+        if isinstance(tree, int):
+            return tree
+        if isinstance(tree, str):
+            if tree not in self.dims:
+                raise ShardError(f"'{tree}' isn't one of the dims")
+            return self.dims[tree]
+        symbol, operands = tree[0], tuple(self.tree(operand) for operand in tree[1:])
+        assert isinstance(symbol, str)
+        return self.graph.call_function(expressions.FUNCTIONS[symbol], operands)
