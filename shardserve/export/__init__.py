@@ -1,0 +1,12 @@
+"""The exporter: cuts a plain PyTorch model into the shards of tensor- and pipeline-parallel ranks.
+
+`trace` (torch.export, made functional) → `propagate` with `rules` (placements through the graph, collectives where they
+meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → `write` (files) → `verify` (from the files).
+"""
+
+from shardserve.export.api import export
+from shardserve.export.plan import Plan
+from shardserve.export.report import Report, StageReport
+from shardserve.export.verify import VerifyResult, verify
+
+__all__ = ["Plan", "Report", "StageReport", "VerifyResult", "export", "verify"]

@@ -1,0 +1,96 @@
+"""The plan: which parameters are cut, along which dim, and where the pipeline stages begin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from shardserve.errors import ExportError
+from shardserve.export.placements import Replicate, Shard, parse_placement
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`parameters`: name pattern (as `blocks.*.mlp.up.weight`) → "Shard(dim)" or "Replicate()"; parameters that no
+    pattern matches are replicated. `cuts`: the module that begins each later pipeline stage.
+    """
+
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    cuts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, text in self.parameters.items():
+            parse_placement(text, f"plan: '{pattern}'")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan's JSON file; ExportError names the file and what is wrong."""
+        try:
+            content = json.loads(Path(path).read_text(), object_pairs_hook=_unique)
+        except OSError as error:
+            raise ExportError(f"plan {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ExportError(f"plan {path}: {error}") from error
+        try:
+            return cls.from_dict(content)
+        except ExportError as error:
+            raise ExportError(f"plan {path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Plan:
+        """The plan of a decoded JSON object."""
+        if not isinstance(content, dict) or content.keys() - {"parameters", "cuts"}:
+            raise ExportError('a plan is an object with "parameters" and "cuts"')
+        parameters, cuts = content.get("parameters", {}), content.get("cuts", [])
+        if not isinstance(parameters, dict) or not all(isinstance(text, str) for text in parameters.values()):
+            raise ExportError('"parameters" must be an object of strings')
+        if not isinstance(cuts, list) or not all(isinstance(module, str) for module in cuts):
+            raise ExportError('"cuts" must be a list of module names')
+        return cls(parameters, tuple(cuts))
+
+    def placements(self, shapes: Mapping[str, Sequence[int]], size: int) -> dict[str, Replicate | Shard]:
+        """The placement of each parameter on `size` ranks.
+
+        Raises ExportError for a pattern that matches nothing, patterns that disagree on a parameter, a dim that the
+        parameter doesn't have or that `size` doesn't divide.
+        """
+        placements: dict[str, Replicate | Shard] = {}
+        decided: dict[str, str] = {}
+        for pattern, text in self.parameters.items():
+            placement = parse_placement(text, f"plan: '{pattern}'")
+            matched = [name for name in shapes if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ExportError(f"plan: '{pattern}' matches no parameter of the model")
+            for name in matched:
+                if placements.get(name, placement) != placement:
+                    raise ExportError(
+                        f"plan: '{name}' is {placements[name]} by '{decided[name]}' and {placement} by '{pattern}'"
+                    )
+                placements[name], decided[name] = placement, pattern
+                if isinstance(placement, Shard):
+                    _check_divisible(name, placement, shapes[name], size)
+        return {name: placements.get(name, Replicate()) for name in shapes}
+
+
+def _check_divisible(name: str, placement: Shard, shape: Sequence[int], size: int) -> None:
+    if placement.dim >= len(shape):
+        raise ExportError(f"plan: parameter '{name}' of shape {list(shape)} has no dim {placement.dim}")
+    if shape[placement.dim] % (size * placement.blocks):
+        parts = f"{size} ranks" if placement.blocks == 1 else f"{placement.blocks} blocks on {size} ranks"
+        raise ExportError(
+            f"plan: dim {placement.dim} of parameter '{name}' has size {shape[placement.dim]}, "
+            f"which doesn't divide into {parts}"
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"'{key}' is given twice")
+        content[key] = value
+    return content

@@ -1,0 +1,171 @@
+"""Runs placements through the traced graph: one rank's local graph comes out, collectives included."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardserve.errors import ExportError
+from shardserve.export import rules, rules_dims
+from shardserve.export.emit import Call, Emitter, LocalNode, Value
+from shardserve.export.placements import Replicate, Shard
+from shardserve.export.symbols import Dim, simplify
+from shardserve.export.trace import Trace
+from shardserve.shards import operators
+
+assert rules_dims.reduction in rules.RULES.values()  # importing it registers its rules
+
+_CHECKS = frozenset(
+    {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
+)
+"""What the signature already says: dtypes at the inputs, conditions on the dims."""
+
+_SYMBOLIC: dict[Any, str] = {
+    torch.sym_float: "float",
+    torch.sym_int: "int",
+    torch.sym_max: "max",
+    torch.sym_min: "min",
+    math.floor: "floor",
+    math.ceil: "ceil",
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "truediv",
+    operator.floordiv: "floordiv",
+    operator.neg: "neg",
+    operator.pow: "pow",
+    pow: "pow",
+    math.sqrt: "sqrt",
+    math.log: "log",
+    math.exp: "exp",
+    torch.sym_sqrt: "sqrt",
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A parameter or constant in a rank's graph: its name there, and in the model."""
+
+    name: str
+    tensor: str
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+    placement: Replicate | Shard
+
+
+@dataclass(frozen=True)
+class LocalGraph:
+    """One coordinate's graph over all pipeline stages."""
+
+    coordinate: int
+    inputs: tuple[Value, ...]
+    parameters: tuple[Bound, ...]
+    nodes: tuple[LocalNode, ...]
+    outputs: tuple[Value, ...]
+    from_data: Mapping[str, bool]
+    gathered: Mapping[str, int]
+
+
+def propagate(
+    traced: Trace,
+    placements: Mapping[str, Replicate | Shard],
+    stages: Mapping[fx.Node, int],
+    size: int,
+    coordinate: int,
+) -> LocalGraph:
+    """The graph of tensor-parallel rank `coordinate` of `size`.
+
+    Nothing is traced again: shapes come from the traced graph and the placements, so no guard can be added here.
+    """
+    emitter = Emitter(size, coordinate, traced.printer)
+    environment: dict[fx.Node, Any] = dict(traced.constants)
+    inputs: list[Value] = []
+    parameters: list[Bound] = []
+    for _, node in traced.inputs:
+        value = emitter.declare(node.name, _shape(node.meta["val"]), node.meta["val"].dtype, Replicate(), data=True)
+        environment[node] = value
+        inputs.append(value)
+    for node, tensor in traced.bound.items():
+        fake = node.meta["val"]
+        placement = placements[tensor] if size > 1 else Replicate()
+        value = emitter.declare(node.name, _shape(fake), fake.dtype, placement, data=False)
+        environment[node] = value
+        local = emitter.local_shape(value.shape, placement)
+        parameters.append(Bound(value.name, tensor, local, fake.dtype, placement))
+    last = 0
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            emitter.stage = last = stages[node]
+            environment[node] = _emit(emitter, node, environment)
+        elif node.op not in ("placeholder", "output"):
+            raise ExportError(f"the traced graph holds '{node.name}' ({node.op}), which shards can't express")
+    emitter.stage = last
+    outputs = tuple(emitter.replicated(environment[node]) for _, node in traced.outputs)
+    return LocalGraph(
+        coordinate, tuple(inputs), tuple(parameters), tuple(emitter.nodes), outputs, emitter.from_data, emitter.gathered
+    )
+
+
+def _shape(fake: Tensor) -> tuple[Dim, ...]:
+    return tuple(simplify(size) for size in fake.shape)
+
+
+def _emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+    target, meaning = node.target, node.meta.get("val")
+    if isinstance(meaning, (int, torch.SymInt)) and not isinstance(meaning, bool):
+        return simplify(meaning)
+    args = _arguments(node.args, environment)
+    if target is operator.getitem:
+        return args[0][args[1]]
+    if isinstance(meaning, (float, torch.SymFloat)):
+        if target in _SYMBOLIC:
+            return emitter.scalar(f"sym.{_SYMBOLIC[target]}", args, node.name)
+        raise ExportError(f"'{node.name}' computes a number by {target}, which shards can't express")
+    if isinstance(target, torch._ops.OpOverload):
+        if target._opname in _CHECKS:
+            return None
+        return rules.emit(emitter, _call(node, target, args, _arguments(node.kwargs, environment)))
+    if isinstance(meaning, torch.SymBool):
+        return None  # only assertions take it, and those are conditions of the signature
+    raise ExportError(f"'{node.name}' ({target}) isn't an operator that shards can express{_where(node)}")
+
+
+def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    if not operators.is_allowed(op):
+        raise ExportError(f"operator {op} isn't one that a shard may call{_where(node)}")
+    meaning = node.meta["val"]
+    several = not isinstance(meaning, Tensor)
+    results = tuple((_shape(fake), fake.dtype) for fake in (meaning if several else (meaning,)))
+    arguments: dict[str, Any] = {}
+    for index, argument in enumerate(op._schema.arguments):
+        if index < len(args):
+            arguments[argument.name] = args[index]
+        elif argument.name in kwargs:
+            arguments[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            arguments[argument.name] = argument.default_value
+    arguments.pop("pin_memory", None)
+    if arguments.get("dropout_p") or arguments.get("training"):
+        raise ExportError(f"{op} draws random numbers or updates statistics{_where(node)}")
+    return Call(node.name, op, arguments, results, several)
+
+
+def _where(node: fx.Node) -> str:
+    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return f" (module '{stack[-1]}')" if stack and stack[-1] else ""
+
+
+def _arguments(value: Any, environment: Mapping[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return environment[value]
+    if isinstance(value, (list, tuple)):
+        return [_arguments(item, environment) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _arguments(item, environment) for key, item in value.items()}
+    return value

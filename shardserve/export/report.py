@@ -1,0 +1,66 @@
+"""What an export did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardserve.shards.config import Signature, TensorSpec, describe
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One pipeline stage: the collectives of each step in order, what it sends, the bytes of weights on each rank."""
+
+    collectives: tuple[str, ...]
+    sends: tuple[TensorSpec, ...]
+    parameter_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written. `gathered`: operators that had no rule for their inputs' placements and took whole tensors,
+    with how often; `conditions` of the signature are what tracing assumed beyond the declared ranges.
+    """
+
+    name: str
+    out: Path
+    export_id: str
+    rank_size: int
+    stage_size: int
+    signature: Signature
+    cuts: tuple[str, ...]
+    stages: tuple[StageReport, ...]
+    gathered: Mapping[str, int]
+    warnings: tuple[str, ...]
+    trace_seconds: float
+    seconds: float
+
+    def collectives(self) -> Counter[str]:
+        """How many of each kind of collective a step issues, over all stages."""
+        return Counter(kind for stage in self.stages for kind in stage.collectives)
+
+    def __str__(self) -> str:
+        ranks = f"{self.rank_size} ranks, {self.stage_size} pipeline stage{'s' * (self.stage_size > 1)}"
+        lines = [
+            f"{self.name}: {ranks}, in {self.out} ({self.seconds:.1f} s, {self.trace_seconds:.1f} s of it tracing)"
+        ]
+        lines += [f"  input {_line(spec)}" for spec in self.signature.inputs]
+        lines += [f"  dim {name}: {interval}" for name, interval in self.signature.dims.items()]
+        lines += [f"  only where {condition}" for condition in self.signature.conditions]
+        for index, stage in enumerate(self.stages):
+            counts = Counter(stage.collectives)
+            collectives = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no collectives"
+            megabytes = max(stage.parameter_bytes) / 1e6
+            begin = f" from '{self.cuts[index - 1]}'" if index else ""
+            lines.append(f"  stage {index}{begin}: {collectives}; {megabytes:.3g} MB of weights on a rank")
+            lines += [f"    sends {_line(spec)}" for spec in stage.sends if index < self.stage_size - 1]
+        lines += [f"  output {_line(spec)}" for spec in self.signature.outputs]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _line(spec: TensorSpec) -> str:
+    return f"{spec.name}: {spec.dtype} {describe(spec.shape)}"

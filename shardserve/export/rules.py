@@ -1,0 +1,286 @@
+"""What each operator does with sharded tensors: a table of small functions.
+
+A rule emits the operator on this rank's parts and says how the result lies; it returns None where it has no better way
+than the whole tensors. Operators without a rule take whole tensors too: always right, and the report names those that
+had to be gathered for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shardserve.export.emit import Call, Emitter, Rule, Value
+from shardserve.export.placements import Partial, Placement, Replicate, Shard
+from shardserve.export.symbols import Dim, divide, product
+
+RULES: dict[str, Rule] = {}
+"""Operator name → rule; what is tagged pointwise and isn't here follows `pointwise`."""
+
+_ELEMENTWISE = frozenset(
+    {"__and__", "__or__", "__xor__", "_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh_copy"}
+)
+_NOT_ELEMENTWISE = frozenset({"prelu"})  # its weight lies along dim 1, whatever the input's rank
+_KEEPS_SUM = frozenset({"neg", "alias", "clone", "contiguous", "detach"})
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for these operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def emit(emitter: Emitter, call: Call) -> Value | list[Value]:
+    """Append one operator of the model to the rank's graph."""
+    chosen = _rule(call)
+    if chosen is not None:
+        result = chosen(emitter, call)
+        if result is not None:
+            return result
+    if any(isinstance(value.placement, Shard) for value in call.values.values()):
+        emitter.gathered[call.opname] = emitter.gathered.get(call.opname, 0) + 1
+    return call.mapped(emitter.replicated).emit(emitter, Replicate())
+
+
+def _rule(call: Call) -> Rule | None:
+    chosen = RULES.get(call.opname)
+    elementwise = torch.Tag.pointwise in call.op.tags or call.opname in _ELEMENTWISE
+    if chosen is None and elementwise and call.opname not in _NOT_ELEMENTWISE and not call.several:
+        return pointwise
+    return chosen
+
+
+def pointwise(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """Elementwise with broadcasting: along one sharded dim of the result, every operand that has it is sharded."""
+    kept = _pending_sum(call)
+    if kept is not None:
+        return call.emit(emitter, kept)
+    call = call.mapped(emitter.reduced)
+    sharded = next(
+        (
+            Shard(value.placement.dim + len(call.shape) - value.ndim, value.placement.blocks)
+            for value in call.values.values()
+            if isinstance(value.placement, Shard)
+        ),
+        None,
+    )
+    if sharded is None:
+        return call.emit(emitter, Replicate())
+    return call.mapped(lambda value: _aligned(emitter, value, sharded, len(call.shape))).emit(emitter, sharded)
+
+
+def _pending_sum(call: Call) -> Partial | None:
+    """The placement of a result that is linear in operands whose sum over the ranks is still to be taken."""
+    pending = [value for value in call.values.values() if isinstance(value.placement, Partial)]
+    if not pending or any(value.placement != Partial() for value in pending):
+        return None
+    linear = call.opname in _KEEPS_SUM
+    if call.opname == "_to_copy":
+        linear = bool(call.dtype.is_floating_point and call.dtype.itemsize >= pending[0].dtype.itemsize)
+    if call.opname in ("add", "sub"):
+        linear = len(pending) == 2
+    if call.opname == "mul":
+        linear = len(pending) == 1 and all(value in pending or _whole(value) for value in call.values.values())
+    if call.opname == "div":
+        other = call["other"]
+        linear = call.get("rounding_mode") is None and (not isinstance(other, Value) or _whole(other))
+    return Partial() if linear else None
+
+
+def _whole(value: Value) -> bool:
+    return isinstance(value.placement, Replicate)
+
+
+def _aligned(emitter: Emitter, value: Value, result: Shard, ndim: int) -> Value:
+    """`value` as an operand of a result sharded so: sharded alike, or whole where it is broadcast along that dim."""
+    dim = result.dim - (ndim - value.ndim)
+    if dim < 0 or value.shape[dim] == 1:
+        return emitter.replicated(value)
+    return emitter.redistribute(value, Shard(dim, result.blocks))
+
+
+@rule("linear")
+def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """x [..., k], weight [n, k], bias [n] → [..., n]."""
+    x, weight, bias = emitter.reduced(call["input"]), call["weight"], call.get("bias")
+    last = x.ndim - 1
+    if weight.placement == Replicate() and isinstance(x.placement, Shard):
+        if x.placement.dim != last:
+            return call.emit(emitter, x.placement, input=x, bias=bias and emitter.replicated(bias))
+        # A slice of the weight costs nothing; gathering x would cost as much as the reduction.
+        weight = emitter.redistribute(weight, Shard(1, x.placement.blocks))
+    if not isinstance(weight.placement, Shard):
+        return None
+    if weight.placement.dim == 0:
+        x, blocks = emitter.replicated(x), weight.placement.blocks
+        bias = bias and emitter.redistribute(bias, Shard(0, blocks))
+        return call.emit(emitter, Shard(last, blocks), input=x, weight=weight, bias=bias)
+    x = emitter.redistribute(x, Shard(last, weight.placement.blocks))
+    bias = _one_rank_only(emitter, bias)
+    return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
+
+
+def _one_rank_only(emitter: Emitter, bias: Value | None) -> Value | None:
+    """The bias of a sum over ranks: added by the first."""
+    if bias is None:
+        return None
+    bias = emitter.replicated(bias)
+    return bias if emitter.coordinate == 0 else None
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """left [..., m, k] @ right [..., k, n]."""
+    first, second = list(call.values)
+    left, right = (emitter.reduced(call[name]) for name in (first, second))
+    if left.ndim < 2 or right.ndim < 2:
+        return None
+    m, k, n = left.ndim - 2, left.ndim - 1, right.ndim - 1
+    ndim = len(call.shape)
+
+    def emitted(placement: Placement, left: Value, right: Value) -> Value | list[Value]:
+        return call.emit(emitter, placement, **{first: left, second: right})
+
+    if left.placement == Shard(m) and _whole(right):
+        return emitted(Shard(ndim - 2), left, right)
+    contracted = _contraction(left, k, right, n - 1)
+    if contracted is not None:
+        left, right = (emitter.redistribute(side, Shard(dim, contracted)) for side, dim in ((left, k), (right, n - 1)))
+        return emitted(Partial(), left, right)
+    if isinstance(right.placement, Shard) and right.placement.dim == n:
+        return emitted(Shard(ndim - 1, right.placement.blocks), emitter.replicated(left), right)
+    for side in (left, right):
+        if isinstance(side.placement, Shard) and side.placement.dim < side.ndim - 2:
+            batch = Shard(side.placement.dim + ndim - side.ndim, side.placement.blocks)
+            return emitted(batch, *(_aligned(emitter, value, batch, ndim) for value in (left, right)))
+    return None
+
+
+def _contraction(left: Value, left_dim: int, right: Value, right_dim: int) -> int | None:
+    """The blocks in which the contracted dim is sharded on either side, None where it isn't."""
+    for side, dim in ((right, right_dim), (left, left_dim)):
+        if isinstance(side.placement, Shard) and side.placement.dim == dim:
+            return side.placement.blocks
+    return None
+
+
+@rule("addmm")
+def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """bias + left [m, k] @ right [k, n]; only what a linear layer is."""
+    bias, left, right = call["self"], emitter.reduced(call["mat1"]), call["mat2"]
+    if call["beta"] != 1 or call["alpha"] != 1 or bias.ndim != 1 or not isinstance(right.placement, Shard):
+        return None
+    blocks = right.placement.blocks
+    if right.placement.dim == 1:
+        bias = emitter.redistribute(bias, Shard(0, blocks))
+        return call.emit(emitter, Shard(1, blocks), self=bias, mat1=emitter.replicated(left))
+    left = emitter.redistribute(left, Shard(1, blocks))
+    own = _one_rank_only(emitter, bias)
+    if own is not None:
+        return call.emit(emitter, Partial(), self=own, mat1=left)
+    return emitter.call("aten.mm.default", (left, right), {}, call.shape, call.dtype, Partial(), call.name)
+
+
+@rule("embedding")
+def embedding(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """weight [rows, width], ids → [*ids, width]; our own kernel, which checks the ids' range on every rank alike."""
+    weight, ids = emitter.reduced(call["weight"]), emitter.replicated(call["indices"])
+    rows, start = weight.shape[0], 0
+    placement: Placement = Replicate()
+    if isinstance(weight.placement, Shard) and weight.placement.blocks > 1:
+        weight = emitter.replicated(weight)
+    if isinstance(weight.placement, Shard):
+        if weight.placement.dim == 0:
+            part = divide(rows, emitter.size)
+            assert isinstance(part, int)
+            placement, start = Partial(), part * emitter.coordinate
+        else:
+            placement = Shard(len(call.shape) - 1)
+    return emitter.call(
+        "shardserve.embedding", (weight, ids, start, rows), {}, call.shape, call.dtype, placement, call.name
+    )
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm")
+def normalization(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """Normalizes over the last dims: parts of any dim before them stand alone."""
+    x = emitter.reduced(call["input"])
+    if not isinstance(x.placement, Shard) or x.placement.dim >= x.ndim - len(call["normalized_shape"]):
+        return None
+    changed: dict[str, Any] = {
+        name: emitter.replicated(value) for name, value in call.values.items() if name != "input"
+    }
+    return call.emit(emitter, x.placement, input=x, **changed)
+
+
+@rule("scaled_dot_product_attention")
+def attention(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """query [..., heads, t, d], key, value [..., heads, s, d], mask broadcast to [..., heads, t, s]: by head or batch.
+
+    Kept whole, so that each device's own fast kernel is chosen when it runs.
+    """
+    query, key, value = (emitter.reduced(call[name]) for name in ("query", "key", "value"))
+    placement = query.placement
+    if not isinstance(placement, Shard) or placement.dim >= query.ndim - 2:
+        return None
+    if any(divide(side.shape[placement.dim], emitter.size * placement.blocks) is None for side in (key, value)):
+        return None
+    key, value = (emitter.redistribute(side, placement) for side in (key, value))
+    mask = call.get("attn_mask")
+    if mask is not None:
+        mask = _aligned(emitter, emitter.reduced(mask), placement, query.ndim)
+    return call.emit(emitter, placement, query=query, key=key, value=value, attn_mask=mask)
+
+
+@rule("view", "_unsafe_view", "reshape", "flatten", "unflatten")
+def view(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """A new shape for the same elements; parts keep theirs where the sharded dim leads its group of merged dims.
+
+    Always a reshape: strides of a rank's part may not allow the view that the whole tensor's allowed.
+    """
+    if call.op._overloadname == "dtype":
+        return None
+    x = call["self"] if "self" in call.arguments else call["input"]
+    placement = x.placement
+    if isinstance(placement, Shard):
+        moved = _reshaped(x.shape, call.shape, placement, emitter.size)
+        if moved is None:
+            return None
+        placement = moved
+    shape = list(emitter.local_shape(call.shape, placement))
+    return emitter.call("aten.reshape.default", (x, shape), {}, call.shape, call.dtype, placement, call.name)
+
+
+def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, size: int) -> Shard | None:
+    """Where a sharded dim goes in a reshape, None where its parts don't stay together."""
+    dim, blocks = placement.dim, placement.blocks
+    target = _starting_at(product(before[:dim]), after)
+    if target is not None:
+        # Both dims lead what follows the same dims before them, so equal parts of one are equal parts of the other.
+        if divide(after[target], blocks * size) is not None:
+            return Shard(target, blocks)
+        if after[target] == blocks and target + 1 < len(after) and divide(after[target + 1], size) is not None:
+            return Shard(target + 1)
+        return None
+    # [outer, n, …] → [outer * n * …] with n sharded: a rank's part lies in each of `outer` blocks.
+    if dim == 0 or blocks > 1:
+        return None
+    outer, target = before[dim - 1], _starting_at(product(before[: dim - 1]), after)
+    merged = [product(before[dim - 1 : end]) for end in range(dim + 1, len(before) + 1)]
+    if target is None or not isinstance(outer, int) or after[target] not in merged:
+        return None
+    return Shard(target, outer)
+
+
+def _starting_at(head: Dim, shape: Sequence[Dim]) -> int | None:
+    """The dim, not of size 1, before which the sizes' product is `head`."""
+    for dim, size in enumerate(shape):
+        if size != 1 and product(shape[:dim]) == head:
+            return dim
+    return None

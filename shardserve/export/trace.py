@@ -1,0 +1,240 @@
+"""From a plain nn.Module to one functional graph of whole operators, and the signature's dims and conditions."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from shardserve.errors import ExportError
+from shardserve.export.symbols import Printer, simplify
+from shardserve.shards.config import DimRange
+from shardserve.shards.expressions import is_name
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The traced model. Graph nodes carry `meta["val"]`, fake tensors of symbolic shapes."""
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]  # parameters, buffers and constants, by their names in the model
+    bound: Mapping[fx.Node, str]  # placeholder → which of `tensors` it stands for
+    inputs: tuple[tuple[str, fx.Node], ...]  # the tensor inputs, named, in the order of the model's leaves
+    constants: Mapping[
+        fx.Node, Any
+    ]  # placeholders of inputs that aren't tensors: the example's value is part of the graph
+    outputs: tuple[tuple[str, Any], ...]
+    printer: Printer
+    dims: Mapping[str, DimRange]
+    conditions: tuple[str, ...]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; each module's mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def ordered(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of forward's parameters, whichever order they were given in."""
+    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in [*known, *(name for name in kwargs if name not in known)]}
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> Trace:
+    """torch.export the model, then make the graph functional while its composite operators stay whole.
+
+    Raises ExportError for what can't be served: a model that torch.export refuses, that changes its buffers or inputs.
+    """
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes)
+            functional = program.run_decompositions({})
+        except Exception as error:  # torch.export raises whatever the model's own code raises
+            raise ExportError(f"torch.export can't trace the model: {error}") from error
+    signature = functional.graph_signature
+    for output in signature.output_specs:
+        if output.kind is not OutputKind.USER_OUTPUT:
+            raise ExportError(f"the model changes '{output.target}' ({output.kind.name.lower()}); shards keep no state")
+    placeholders = [node for node in functional.graph.nodes if node.op == "placeholder"]
+    tensors: dict[str, Tensor] = {}
+    bound: dict[fx.Node, str] = {}
+    inputs: list[fx.Node] = []
+    constants: dict[fx.Node, Any] = {}
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(node.meta["val"], Tensor):
+                inputs.append(node)
+            else:
+                constants[node] = node.meta["val"]
+            continue
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            raise ExportError(f"the model uses '{spec.target}', a {spec.kind.name.lower()}; shards hold tensors only")
+        assert spec.target is not None
+        stored = functional.state_dict.get(spec.target)
+        tensors[spec.target] = functional.constants[spec.target] if stored is None else stored
+        bound[node] = spec.target
+    names = _input_names(inputs, input_names)
+    symbols = _dim_names(model, args, kwargs, dynamic_shapes, dict(zip(names, inputs, strict=True)))
+    printer = Printer(symbols)
+    ranges = functional.range_constraints
+    dims = {name: _dim_range(ranges[symbol]) for symbol, name in symbols.items()}
+    returned = next(node for node in functional.graph.nodes if node.op == "output").args[0]
+    assert isinstance(returned, (tuple, list))
+    out_spec = functional.call_spec.out_spec
+    assert out_spec is not None
+    return Trace(
+        functional.graph,
+        tensors,
+        bound,
+        tuple(zip(names, inputs, strict=True)),
+        constants,
+        _outputs(list(returned), out_spec, output_names),
+        printer,
+        dims,
+        _conditions(functional.graph, placeholders, ranges, printer),
+    )
+
+
+def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        return [node.name for node in inputs]
+    if len(given) != len(inputs) or len(set(given)) < len(given):
+        raise ExportError(f"input_names must name {len(inputs)} inputs, each differently; got {list(given)}")
+    return list(given)
+
+
+def _outputs(returned: list[Any], spec: pytree.TreeSpec, given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
+    structure = pytree.tree_unflatten(list(range(len(returned))), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
+    kept = [(path, value) for path, value in zip(paths, returned, strict=True) if value is not None]
+    for path, value in kept:
+        if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
+            raise ExportError(f"output {pytree.keystr(path) or '0'} is {value}, not a tensor")
+    if given is not None:
+        if len(given) != len(kept) or len(set(given)) < len(given):
+            raise ExportError(f"output_names must name {len(kept)} outputs, each differently; got {list(given)}")
+        return tuple((name, value) for name, (_, value) in zip(given, kept, strict=True))
+    return tuple((_path_name(path), value) for path, value in kept)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    if not keys:
+        return "output"
+    return "_".join(keys) if not keys[0].isdecimal() else "_".join(["output", *keys])
+
+
+def _dim_range(declared: ValueRanges[Any]) -> DimRange:
+    # torch.export declares 0 where nothing is said; an input of size 0 is not a request.
+    upper = None if declared.upper in (int_oo, sympy.oo) else int(declared.upper)
+    return DimRange(max(1, int(declared.lower)), upper)
+
+
+def _dim_names(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any, inputs: Mapping[str, fx.Node]
+) -> dict[sympy.Symbol, str]:
+    declared = _declared(model, args, kwargs, dynamic_shapes)
+    names: dict[sympy.Symbol, str] = {}
+    for index, (input_name, node) in enumerate(inputs.items()):
+        for axis, size in enumerate(node.meta["val"].shape):
+            for symbol in sorted(getattr(simplify(size), "free_symbols", ()), key=str):
+                dim = declared[index].get(axis) if index < len(declared) else None
+                name = getattr(getattr(dim, "root", dim), "__name__", None)
+                if name is None or not is_name(name):
+                    name = f"{input_name}_{axis}" if is_name(f"{input_name}_{axis}") else f"dim_{len(names)}"
+                if symbol not in names:
+                    names[symbol] = name if name not in names.values() else f"{name}_{len(names)}"
+    return names
+
+
+def _declared(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> list[Mapping[int, Any]]:
+    """For each tensor among the inputs' leaves, axis → what dynamic_shapes declares of it."""
+    if dynamic_shapes is None:
+        return []
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    if not isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = dict(zip(arguments, dynamic_shapes, strict=False))
+    found: list[Mapping[int, Any]] = []
+
+    def walk(value: Any, spec: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(dict(spec) if isinstance(spec, Mapping) else dict(enumerate(spec or ())))
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, spec.get(key) if isinstance(spec, Mapping) else None)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                walk(item, spec[index] if isinstance(spec, (list, tuple)) and index < len(spec) else None)
+
+    for name, value in arguments.items():
+        walk(value, dynamic_shapes.get(name))
+    return found
+
+
+def _conditions(
+    graph: fx.Graph, placeholders: Sequence[fx.Node], ranges: Mapping[Any, ValueRanges[Any]], printer: Printer
+) -> tuple[str, ...]:
+    """What tracing assumed of the input dims beyond their ranges: both traces' guards and the graph's assertions."""
+    assumed: list[sympy.Basic] = []
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_scalar.default:
+            value = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
+            if isinstance(value, torch.SymBool):
+                assumed.append(value.node.expr)
+            elif value is False:
+                raise ExportError(f"the model asserts what doesn't hold: {node.args[1]}")
+    values = [node.meta.get("val") for node in placeholders]
+    environments = {id(size.node.shape_env): size.node.shape_env for size in _symbolic_sizes(values)}
+    for environment in environments.values():
+        assumed += [environment.replace(guard.expr) for guard in environment.guards]
+    conditions: list[str] = []
+    for expr in assumed:
+        expr = sympy.sympify(expr)
+        if expr == sympy.true or _follows(expr, ranges):
+            continue
+        text = printer.condition(expr)
+        if text not in conditions:
+            conditions.append(text)
+    return tuple(conditions)
+
+
+def _symbolic_sizes(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield from (size for size in value.shape if isinstance(size, torch.SymInt))
+
+
+def _follows(expr: sympy.Basic, ranges: Mapping[Any, ValueRanges[Any]]) -> bool:
+    """Whether the declared ranges alone make the guard true."""
+    known = {symbol: interval for symbol, interval in ranges.items() if symbol in expr.free_symbols}
+    bound = bound_sympy(expr, known)
+    return bool(bound.is_singleton() and bound.lower == sympy.true)

@@ -1,0 +1,213 @@
+"""Writes the shards: graph JSON, safetensors and group config of each local rank, put in place whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shardserve.errors import ExportError, ShardError
+from shardserve.export.cut import StageGraph
+from shardserve.export.placements import Replicate, Shard
+from shardserve.export.propagate import LocalGraph
+from shardserve.export.symbols import Dim, Printer
+from shardserve.shards.config import (
+    CONFIG_FILE,
+    DTYPES,
+    FORMAT_VERSION,
+    GRAPH_SUFFIX,
+    WEIGHTS_FILE,
+    ShardConfig,
+    Signature,
+    TensorSpec,
+)
+from shardserve.shards.graph import GraphFile, Node, Parameter, dtype_name, encode_argument
+
+_HASH_CHUNK = 1 << 20
+
+Meanings = Mapping[str, tuple[tuple[Dim, ...], str]]
+"""Name in a rank's graph → local shape and dtype."""
+
+
+def meanings(graph: LocalGraph) -> Meanings:
+    """The local shape and dtype of every tensor in one coordinate's graph."""
+    found: dict[str, tuple[tuple[Dim, ...], str]] = {}
+    for value in graph.inputs:
+        found[value.name] = (value.shape, dtype_name(value.dtype))
+    for parameter in graph.parameters:
+        found[parameter.name] = (parameter.shape, dtype_name(parameter.dtype))
+    for node in graph.nodes:
+        if node.shape is not None and node.dtype is not None:
+            found[node.name] = (node.shape, dtype_name(node.dtype))
+    return found
+
+
+def crossing_specs(names: Sequence[str], meaning: Meanings, printer: Printer) -> tuple[TensorSpec, ...]:
+    """The specs of the tensors that cross a pipeline cut; ExportError for one that can't."""
+    specs: list[TensorSpec] = []
+    for name in names:
+        shape, dtype = meaning[name]
+        if dtype not in DTYPES:
+            raise ExportError(f"'{name}' would cross a pipeline cut, and {dtype} can't: move the cut")
+        try:
+            specs.append(TensorSpec(name, dtype, printer.shape(shape)))
+        except ExportError as error:
+            raise ExportError(f"'{name}' would cross a pipeline cut: {error}: move the cut") from error
+    return tuple(specs)
+
+
+def graph_file(
+    stage: StageGraph,
+    meaning: Meanings,
+    signature: Signature,
+    printer: Printer,
+    export_id: str,
+    stored: Mapping[str, str],
+) -> GraphFile:
+    """The graph file of one rank; `stored` gives each tensor's name in the weights file."""
+    nodes: list[Node] = []
+    for node in stage.nodes:
+        shape = dtype = None
+        if node.op.startswith("collective."):
+            local, dtype = meaning[node.sources[0]]
+            shape = printer.shape(local)
+        try:
+            args = [encode_argument(value) for value in node.args]
+            kwargs = {key: encode_argument(value) for key, value in node.kwargs.items()}
+        except TypeError as error:
+            raise ExportError(
+                f"{node.op} ('{node.name}') has an argument that shards can't express: {error}"
+            ) from error
+        nodes.append(Node(node.name, node.op, args, kwargs, shape, dtype))
+    parameters = tuple(
+        Parameter(bound.name, stored[bound.tensor], dtype_name(bound.dtype), tuple(int(size) for size in bound.shape))
+        for bound in stage.parameters
+    )
+    return GraphFile(
+        FORMAT_VERSION, export_id, tuple(signature.dims), stage.receives, parameters, tuple(nodes), stage.sends
+    )
+
+
+def collectives(graph: GraphFile) -> list[tuple[object, ...]]:
+    """What a rank does with its group, in order: all ranks of a stage must agree on it."""
+    return [
+        (node.op, node.args[1:], node.shape, node.dtype) for node in graph.nodes if node.op.startswith("collective.")
+    ]
+
+
+def part(tensor: Tensor, placement: Replicate | Shard, size: int, coordinate: int) -> Tensor:
+    """A rank's own copy of its part of a weight."""
+    if isinstance(placement, Shard):
+        blocks = tensor.chunk(placement.blocks, placement.dim)
+        parts = [block.chunk(size, placement.dim)[coordinate] for block in blocks]
+        return torch.cat(parts, placement.dim)
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+class Writer:
+    """Writes all ranks of one export into a hidden folder of `out`, then puts the device folders in place."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.out, self.name = out, name
+        out.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
+        self.ranks: list[int] = []
+
+    def write(self, config: ShardConfig, graph: GraphFile, weights: Mapping[str, Tensor]) -> ShardConfig:
+        """Write one rank; gives its config with the files' checksums."""
+        folder = self.folder / f"device{config.rank}"
+        folder.mkdir()
+        (folder / config.graph_file).write_bytes(graph.encode())
+        save_file(dict(weights), folder / config.weights_file)
+        config = msgspec.structs.replace(
+            config,
+            graph_sha256=_digest(folder / config.graph_file),
+            weights_sha256=_digest(folder / config.weights_file),
+            parameter_bytes=sum(tensor.nbytes for tensor in weights.values()),
+        )
+        content = msgspec.json.format(msgspec.json.encode(config), indent=2)
+        (folder / CONFIG_FILE).write_bytes(content + b"\n")
+        self.ranks.append(config.rank)
+        return config
+
+    def commit(self) -> None:
+        """Replace the device folders of an earlier export, those of ranks that are no more included."""
+        for path in [*self.folder.glob("device*/*"), *self.folder.glob("device*")]:
+            _flush(path)
+        old = self.folder / "old"
+        old.mkdir()
+        for rank in self.ranks:
+            target = self.out / f"device{rank}"
+            if target.exists():
+                target.rename(old / target.name)
+            (self.folder / target.name).rename(target)
+        rank = len(self.ranks)
+        while _is_shard_of(self.out / f"device{rank}", self.name):
+            (self.out / f"device{rank}").rename(old / f"device{rank}")
+            rank += 1
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what isn't in place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def empty_config(
+    name: str,
+    export_id: str,
+    signature: Signature,
+    rank: int,
+    rank_size: int,
+    stage_size: int,
+    receives: tuple[TensorSpec, ...],
+    sends: tuple[TensorSpec, ...],
+) -> ShardConfig:
+    """A rank's config before its files are written."""
+    nothing = hashlib.sha256().hexdigest()
+    return ShardConfig(
+        FORMAT_VERSION,
+        export_id,
+        name,
+        rank_size,
+        stage_size,
+        rank,
+        signature,
+        receives,
+        sends,
+        f"{name}{GRAPH_SUFFIX}",
+        nothing,
+        WEIGHTS_FILE,
+        nothing,
+        0,
+    )
+
+
+def _is_shard_of(folder: Path, name: str) -> bool:
+    try:
+        return ShardConfig.load(folder / CONFIG_FILE).name == name
+    except ShardError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while chunk := content.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
