@@ -1,0 +1,79 @@
+"""`shardserve status`: what every servable, replica and rank of a server is doing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from shardserve.client import SSLConfig, status
+from shardserve.errors import ShardserveError
+
+EXAMPLE = """example:
+  shardserve status 127.0.0.1:5500
+  shardserve status 127.0.0.1:5500 --json | jq '.servables[].state'
+"""
+RANK_COLUMNS = ("rank", "stage", "host", "device", "pid", "state")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "status",
+        help="show the state of a server's servables, replicas and ranks",
+        description="Shows the state of every servable, replica and rank of a running server.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("address", metavar="ADDRESS", help="the server's gRPC address: host:port or unix:path")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_connection_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser, timeout: float | None = 10.0) -> None:
+    """--timeout and the TLS files, for every command that talks to a server."""
+    shown = f" (default {timeout:g})" if timeout is not None else " (default: none)"
+    parser.add_argument("--timeout", type=float, default=timeout, metavar="S", help=f"seconds to wait{shown}")
+    parser.add_argument("--custom-ca", metavar="FILE", help="connect with TLS, check the server against this CA")
+    parser.add_argument("--certificate", metavar="FILE", help="this client's certificate, for TLS")
+    parser.add_argument("--private-key", metavar="FILE", help="the key of that certificate")
+
+
+def tls_config(args: argparse.Namespace) -> SSLConfig | None:
+    """What the TLS arguments say; None without any. ConfigError if they don't go together."""
+    if args.custom_ca is None and args.certificate is None and args.private_key is None:
+        return None
+    return SSLConfig(args.certificate, args.private_key, args.custom_ca)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        found = status(args.address, args.timeout, tls_config(args))
+    except ShardserveError as error:
+        print(f"shardserve status: {args.address}: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(table(found)))
+    return 0
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The lines that people read."""
+    lines: list[str] = []
+    for servable in found["servables"]:
+        reason = f" ({servable['reason']})" if servable["reason"] else ""
+        lines.append(f"{servable['name']} version {servable['version']}: {servable['state']}{reason}")
+        lines.append(f"  ranks {servable['rank_size']}, pipeline stages {servable['stage_size']}")
+        for name, method in servable["methods"].items():
+            lines.append(f"  {name}({', '.join(method['inputs'])}) -> {', '.join(method['outputs'])}")
+        for replica in servable["replicas"]:
+            generation = ".".join(map(str, replica["generation"]))
+            where = f"  replica {replica['replica']}: {replica['state']}, generation {generation}"
+            lines.append(f"{where}, restarts {replica['restarts']}")
+            rows = [RANK_COLUMNS, *(tuple(str(rank[key]) for key in RANK_COLUMNS) for rank in replica["ranks"])]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["    " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return lines or ["no servables"]

@@ -1,0 +1,14 @@
+"""For users of a running server: `Client`, `AsyncClient`, their `SSLConfig`, and `status`. Needs no torch.
+
+from shardserve.client import Client
+
+with Client("localhost:5500", "matmul", "predict") as client:
+    print(client.infer({"x": np.ones((128, 96), np.float32)}))
+"""
+
+from shardserve.client.aio import AsyncClient
+from shardserve.client.channel import SSLConfig
+from shardserve.client.status import status
+from shardserve.client.sync import Client, InferFuture
+
+__all__ = ["AsyncClient", "Client", "InferFuture", "SSLConfig", "status"]

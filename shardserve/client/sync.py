@@ -1,0 +1,97 @@
+"""The client for ordinary code: one method call, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from shardserve.client import channel, codec
+from shardserve.errors import ShardserveError
+from shardserve.wire.stubs import ms_service_pb2 as pb
+from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceStub
+
+
+class InferFuture:
+    """The answer of an `infer_async`, once it's there."""
+
+    def __init__(self, call: Any, raise_errors: bool, error: ShardserveError | None = None) -> None:
+        self._call = call
+        self._raise_errors = raise_errors
+        self._error = error
+
+    def result(self) -> codec.Reply:
+        """Waits for the answer and gives what `Client.infer` gives."""
+        if self._error is not None:
+            return codec.failed(self._error, self._raise_errors)
+        try:
+            reply = self._call.result()
+        except grpc.FutureCancelledError:
+            return codec.failed(codec.from_status(grpc.StatusCode.CANCELLED, "cancelled", None), self._raise_errors)
+        except grpc.RpcError as error:
+            return codec.failed(codec.from_rpc(error), self._raise_errors)
+        return codec.decode_reply(reply, self._raise_errors)
+
+    def done(self) -> bool:
+        return self._call is None or bool(self._call.done())
+
+    def cancel(self) -> None:
+        """Tells the server that the answer isn't needed."""
+        if self._call is not None:
+            self._call.cancel()
+
+
+class Client:
+    """Calls one method of one servable. address: host:port or unix:path; version_number 0: the latest.
+
+    `infer` and `infer_async` take a dict of inputs or a list of such dicts, values numpy arrays, numbers, str or bytes
+    (numbers are sent as int64 and float64 of shape (1,)). An instance that failed is `{"error": message}` in its place;
+    a request that failed as a whole is the dict `{"error": message}`; with `raise_errors` both raise the class of
+    `shardserve.errors` instead. Threads may share a client.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        servable_name: str,
+        method_name: str,
+        version_number: int = 0,
+        ssl_config: channel.SSLConfig | None = None,
+        raise_errors: bool = False,
+    ) -> None:
+        self._spec = pb.ServableSpec(name=servable_name, method_name=method_name, version_number=version_number)
+        self._raise_errors = raise_errors
+        target = channel.target(address)
+        if ssl_config is None:
+            self._channel = grpc.insecure_channel(target, channel.OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, ssl_config.credentials(), channel.OPTIONS)
+        self._stub = MSServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def infer(self, instances: codec.Instance | Sequence[codec.Instance], timeout: float | None = None) -> codec.Reply:
+        """Waits for the answer, `timeout` seconds at most; a server that can't be reached is an error at once."""
+        return self.infer_async(instances, timeout).result()
+
+    def infer_async(
+        self, instances: codec.Instance | Sequence[codec.Instance], timeout: float | None = None
+    ) -> InferFuture:
+        """Sends the request and returns; errors of the input, too, come from `result()`."""
+        try:
+            request = codec.encode_request(self._spec, instances)
+        except ShardserveError as error:
+            return InferFuture(None, self._raise_errors, error)
+        return InferFuture(self._stub.Predict.future(request, timeout=timeout), self._raise_errors)
+
+    def close(self) -> None:
+        """Ends the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
