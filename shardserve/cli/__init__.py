@@ -1,0 +1,38 @@
+"""The `shardserve` command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import shardserve
+from shardserve.cli import export, infer, status, up
+from shardserve.errors import ShardserveError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command, with all of its subcommands."""
+    top = argparse.ArgumentParser(prog="shardserve", description=shardserve.__doc__)
+    top.add_argument("--version", action="version", version=f"shardserve {shardserve.__version__}")
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (export, up, status, infer):
+        command.add_parser(subparsers)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; what goes wrong is one line on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except ShardserveError as error:
+        print(f"shardserve: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
