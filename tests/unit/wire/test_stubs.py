@@ -1,0 +1,23 @@
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+STUBS = REPOSITORY / "shardserve" / "wire" / "stubs"
+
+
+def test_the_stubs_are_those_of_the_protos(tmp_path):
+    pytest.importorskip("grpc_tools", reason="grpcio-tools, which writes the stubs, isn't installed")
+    generate = runpy.run_path(str(REPOSITORY / "protos" / "generate.py"))["generate"]
+    written = generate(tmp_path / "stubs")
+    assert [path.name for path in written] == sorted(path.name for path in STUBS.iterdir() if path.is_file())
+    for path in written:
+        assert path.read_bytes() == (STUBS / path.name).read_bytes(), f"{path.name}: run `make stubs`"
+
+
+def test_importing_wire_and_client_needs_no_torch():
+    code = "import sys, shardserve.client, shardserve.main.app; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
