@@ -38,12 +38,14 @@ def export(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     cuts: Sequence[str] = (),
+    strict: bool = False,
 ) -> Report:
     """Cut `model` into tensor_parallel x pipeline_parallel shards and write out/device0 … in this one process.
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
     after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
-    each later stage; without them, stages are balanced by their parameters' bytes. Raises ExportError.
+    each later stage; without them, stages are balanced by their parameters' bytes. `strict` refuses a
+    tensor-parallel export whose plan shards no parameter. Raises ExportError.
     """
     started = time.perf_counter()
     _check(name, tensor_parallel, pipeline_parallel, plan)
@@ -52,7 +54,10 @@ def export(
     traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
     trace_seconds = time.perf_counter() - started
     shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
-    placements = plan.placements({**dict(_named(model)), **shapes}, tensor_parallel)
+    shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
+    placements = _placements(model, plan, shapes, tensor_parallel)
+    if strict and _only_replicated(placements, tensor_parallel):
+        raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
     cuts = _cuts(traced, tuple(cuts) or tuple(plan.cuts), pipeline_parallel)
     stages = cut.assign(traced, cuts)
     graphs = [propagate(traced, placements, stages, tensor_parallel, rank) for rank in range(tensor_parallel)]
@@ -84,9 +89,23 @@ def _check(name: str, tensor_parallel: int, pipeline_parallel: int, plan: Plan |
         raise ExportError("tensor_parallel > 1 needs a plan: finding one automatically is not supported yet")
 
 
-def _named(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Parameters by every name that they have: tied ones by each, unused ones too, as patterns may match either."""
-    return [(name, tuple(value.shape)) for name, value in model.named_parameters(remove_duplicate=False)]
+def _placements(
+    model: nn.Module, plan: Plan, traced: Mapping[str, tuple[int, ...]], size: int
+) -> dict[str, Replicate | Shard]:
+    """The placement of every tensor. Tied weights have several names and one placement, given by any of them."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    given = plan.placements({**{name: tuple(value.shape) for name, value in named.items()}, **traced}, size)
+    by_tensor: dict[int, tuple[str, Replicate | Shard]] = {}
+    for name, placement in given.items():
+        if name in named:
+            first, decided = by_tensor.setdefault(id(named[name]), (name, placement))
+            if decided != placement:
+                raise ExportError(f"plan: '{first}' and '{name}' are one tied weight, given {decided} and {placement}")
+    placements: dict[str, Replicate | Shard] = {name: given.get(name, Replicate()) for name in traced}
+    for name, value in named.items():
+        if name in traced and id(value) in by_tensor:
+            placements[name] = by_tensor[id(value)][1]
+    return placements
 
 
 def _cuts(traced: Trace, cuts: tuple[str, ...], stages: int) -> tuple[str, ...]:
@@ -188,6 +207,10 @@ def _warnings(graph: LocalGraph, placements: Mapping[str, Replicate | Shard], si
         f"{op} takes whole tensors: sharded inputs are gathered for it ({count} time{'s' * (count > 1)})"
         for op, count in graph.gathered.items()
     ]
-    if size > 1 and all(isinstance(placement, Replicate) for placement in placements.values()):
+    if _only_replicated(placements, size):
         found.append(f"no parameter is sharded: each of the {size} ranks of a stage computes the same")
     return tuple(found)
+
+
+def _only_replicated(placements: Mapping[str, Replicate | Shard], size: int) -> bool:
+    return size > 1 and all(isinstance(placement, Replicate) for placement in placements.values())

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from shardserve.errors import ExportError
+from shardserve.export.symbols import Dim
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Replicate:
 class Shard:
     """Every rank has an equal part of dim `dim`.
 
-    With `blocks` > 1 the dim is that many blocks one after another (a fused query-key-value projection has 3), and a
-    rank has its part of each of them.
+    With `blocks` > 1 the dim is that many blocks one after another (a fused query-key-value projection has 3; a batch
+    and its heads in one dim, as many as the batch is large), and a rank has its part of each of them.
     """
 
     dim: int
-    blocks: int = 1
+    blocks: Dim = 1
 
     def __str__(self) -> str:
         return f"Shard({self.dim})" if self.blocks == 1 else f"Shard({self.dim}, blocks={self.blocks})"

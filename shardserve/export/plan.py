@@ -53,7 +53,7 @@ class Plan:
         return cls(parameters, tuple(cuts))
 
     def placements(self, shapes: Mapping[str, Sequence[int]], size: int) -> dict[str, Replicate | Shard]:
-        """The placement of each parameter on `size` ranks.
+        """The placements on `size` ranks of the parameters that a pattern matches.
 
         Raises ExportError for a pattern that matches nothing, patterns that disagree on a parameter, a dim that the
         parameter doesn't have or that `size` doesn't divide.
@@ -73,7 +73,7 @@ class Plan:
                 placements[name], decided[name] = placement, pattern
                 if isinstance(placement, Shard):
                     _check_divisible(name, placement, shapes[name], size)
-        return {name: placements.get(name, Replicate()) for name in shapes}
+        return placements
 
 
 def _check_divisible(name: str, placement: Shard, shape: Sequence[int], size: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from shardserve.errors import ExportError
 from shardserve.export import rules, rules_dims
 from shardserve.export.emit import Call, Emitter, LocalNode, Value
-from shardserve.export.placements import Replicate, Shard
+from shardserve.export.placements import Partial, Replicate, Shard
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards import operators
@@ -102,7 +102,10 @@ def propagate(
     for node in traced.graph.nodes:
         if node.op == "call_function":
             emitter.stage = last = stages[node]
-            environment[node] = _emit(emitter, node, environment)
+            value = _emit(emitter, node, environment)
+            # One reduction here, rather than one of each of what is made of the terms.
+            pending = isinstance(value, Value) and isinstance(value.placement, Partial) and len(node.users) > 1
+            environment[node] = emitter.reduced(value) if pending else value
         elif node.op not in ("placeholder", "output"):
             raise ExportError(f"the traced graph holds '{node.name}' ({node.op}), which shards can't express")
     emitter.stage = last

@@ -268,14 +268,14 @@ def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, siz
         if after[target] == blocks and target + 1 < len(after) and divide(after[target + 1], size) is not None:
             return Shard(target + 1)
         return None
-    # [outer, n, …] → [outer * n * …] with n sharded: a rank's part lies in each of `outer` blocks.
+    # [outer, n * m] → [outer * n, m], the second dim sharded: a rank's part lies in each of `outer` blocks.
     if dim == 0 or blocks > 1:
         return None
     outer, target = before[dim - 1], _starting_at(product(before[: dim - 1]), after)
-    merged = [product(before[dim - 1 : end]) for end in range(dim + 1, len(before) + 1)]
-    if target is None or not isinstance(outer, int) or after[target] not in merged:
+    if target is None:
         return None
-    return Shard(target, outer)
+    inner = divide(after[target], outer)
+    return Shard(target, outer) if inner is not None and divide(inner, size) is not None else None
 
 
 def _starting_at(head: Dim, shape: Sequence[Dim]) -> int | None:

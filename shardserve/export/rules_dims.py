@@ -127,7 +127,10 @@ def cat(emitter: Emitter, call: Call) -> Result:
 @rule("sum", "mean", "amax", "amin", "var", "any", "all", "argmax", "logsumexp", "prod")
 def reduction(emitter: Emitter, call: Call) -> Result:
     """Over dims: those that are not sharded alone; a sum or mean over the sharded dim leaves terms of a sum."""
-    x = emitter.reduced(call["self"])
+    x = call["self"]
+    if x.placement == Partial() and call.opname in ("sum", "mean") and call.dtype == x.dtype:
+        return call.emit(emitter, Partial())  # the terms' sums: less to reduce
+    x = emitter.reduced(x)
     placement = x.placement
     if not isinstance(placement, Shard):
         return None
@@ -161,6 +164,22 @@ def filled_like(emitter: Emitter, call: Call) -> Result:
 def filled_new(emitter: Emitter, call: Call) -> Result:
     """Only the dtype and device matter."""
     return call.emit(emitter, Replicate())
+
+
+@rule("_native_batch_norm_legit_no_training")
+def batch_norm(emitter: Emitter, call: Call) -> Result:
+    """input [batch, channels, …], everything else [channels]: channel by channel; the other two results are empty."""
+    x = emitter.reduced(call["input"])
+    sharded = isinstance(x.placement, Shard) and x.placement.dim == 1
+    if isinstance(x.placement, Shard) and not sharded:
+        x = emitter.replicated(x)
+    blocks = x.placement.blocks if isinstance(x.placement, Shard) else 1
+    channels = Shard(0, blocks) if sharded else Replicate()
+    names = ("weight", "bias", "running_mean", "running_var")
+    per_channel = [call[name] and emitter.redistribute(call[name], channels) for name in names]
+    arguments = (x, *per_channel, False, call["momentum"], call["eps"], True)
+    normalized = emitter.call("aten.batch_norm.default", arguments, {}, call.shape, call.dtype, x.placement, call.name)
+    return [normalized]
 
 
 @rule("conv1d", "conv2d", "conv3d")

@@ -32,13 +32,15 @@ def product(sizes: Any) -> Dim:
     return simplify(result)
 
 
-def divide(size: Dim, parts: int) -> Dim | None:
+def divide(size: Dim, parts: Dim) -> Dim | None:
     """size / parts where that is exact for all values of the dims, else None."""
-    if isinstance(size, int):
+    if isinstance(size, int) and isinstance(parts, int):
         return size // parts if size % parts == 0 else None
-    quotient = sympy.expand(size / parts)
-    coefficients = quotient.as_coefficients_dict().values()
-    return quotient if all(coefficient.is_Integer for coefficient in coefficients) else None
+    quotient = sympy.expand(sympy.cancel(sympy.sympify(size) / parts))
+    above, below = sympy.fraction(sympy.together(quotient))
+    if below != 1 or not above.is_polynomial(*above.free_symbols):
+        return None
+    return simplify(quotient)
 
 
 class Printer:
@@ -103,7 +105,7 @@ class Printer:
     def _sum(self, expr: sympy.Add) -> str:
         text = ""
         # Positive terms first: "t - 1", not "-1 + t".
-        for term in sorted(expr.args, key=lambda term: (term.could_extract_minus_sign(), str(term))):
+        for term in sorted(expr.args, key=lambda term: (term.could_extract_minus_sign(), term.is_number, str(term))):
             negative = term.could_extract_minus_sign()
             operand = self._operand(-term) if negative else self.expression(term)
             text += (" - " if text else "-") + operand if negative else (" + " if text else "") + operand

@@ -77,7 +77,7 @@ def trace(
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes)
             functional = program.run_decompositions({})
         except Exception as error:  # torch.export raises whatever the model's own code raises
-            raise ExportError(f"torch.export can't trace the model: {error}") from error
+            raise ExportError(f"torch.export can't trace the model: {type(error).__name__}: {error}") from error
     signature = functional.graph_signature
     for output in signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:

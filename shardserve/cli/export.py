@@ -1,0 +1,168 @@
+"""`shardserve export`: cuts a model into the shards of all ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardserve.errors import ExportError, ShardserveError
+
+if TYPE_CHECKING:
+    from shardserve.export import Plan
+
+DEFAULT_TOLERANCE = 1e-4
+_LATER = ("--meta", "--ranks", "--memory-per-device")
+_OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "plan")
+
+EXAMPLE = """SOURCE is package.module:function, importable from the current directory. The function takes no arguments
+and returns (model, args) or (model, args, options): a torch.nn.Module, a tuple of example inputs, and a dict with
+any of kwargs, dynamic_shapes (as torch.export takes them), input_names, output_names, plan.
+
+example:
+  shardserve export net:example --name transformer --out model --tp 2 --pp 2 --plan plan.json --verify
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "export",
+        help="cut a model into the shards of all ranks",
+        description="Cuts a PyTorch model into tensor- and pipeline-parallel shards, in one process, without devices.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to a parser of its own."""
+    parser.add_argument("source", metavar="SOURCE", help="package.module:function that gives the model; see below")
+    parser.add_argument("--name", required=True, metavar="NAME", help="names the graph files: NAME.graph.json")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
+    parser.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel ranks of a pipeline stage")
+    parser.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--plan", metavar="FILE", help="JSON: how parameters are sharded, where stages begin")
+    parser.add_argument(
+        "--cut",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="the module that begins the next stage; once per stage after the first (default: balance the parameters)",
+    )
+    for later in _LATER:
+        parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
+    parser.add_argument("--strict", action="store_true", help="fail if the plan shards no parameter")
+    parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
+    parser.add_argument("--atol", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="absolute tolerance")
+    parser.add_argument("--rtol", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="relative tolerance")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and verify if asked to; 0, or 1 with the reason on stderr."""
+    try:
+        return _export(args)
+    except ShardserveError as error:
+        print(f"shardserve export: {error}", file=sys.stderr)
+        return 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    for later in _LATER:
+        if getattr(args, later[2:].replace("-", "_")) is not None:
+            raise ExportError(f"{later} is not supported yet")
+    function = _function(args.source)
+    model, example, options = _returned(args.source, function())
+    from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
+
+    plan = _plan(args.plan, options.pop("plan", None))
+    report = export(
+        model,
+        example,
+        name=args.name,
+        out=args.out,
+        tensor_parallel=args.tp,
+        pipeline_parallel=args.pp,
+        plan=plan,
+        cuts=tuple(args.cut),
+        strict=args.strict,
+        **options,
+    )
+    print(report)
+    if not args.verify:
+        return 0
+    result = verify(model, example, options.get("kwargs"), args.out, args.name, atol=args.atol, rtol=args.rtol)
+    print(f"max abs error: {result.max_abs_error:.3g}")
+    if not result.passed:
+        print(
+            f"shardserve export: the shards differ from the model by more than atol {args.atol:g}, "
+            f"rtol {args.rtol:g}; the largest difference is in {result.worst}",
+            file=sys.stderr,
+        )
+    return 0 if result.passed else 1
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
+    return int(text)
+
+
+def _function(source: str) -> Any:
+    if source.endswith(".pt2") or Path(source).is_dir():
+        raise ExportError(
+            f"'{source}': .pt2 files and Hugging Face folders are not supported yet; give module:function"
+        )
+    module_name, colon, name = source.partition(":")
+    if not colon or not module_name or not name:
+        raise ExportError(f"'{source}' isn't package.module:function")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that the user's own module misses is that module's error, told by its name all the same.
+        raise ExportError(f"can't import '{module_name}': {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ExportError(f"'{module_name}' has no function '{name}'")
+    return function
+
+
+def _returned(source: str, returned: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    from torch.nn import Module
+
+    expected = f"{source} must return (model, args) or (model, args, options)"
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
+        raise ExportError(f"{expected}, got {type(returned).__name__}")
+    model, args, options = (*returned, {})[:3]
+    if not isinstance(model, Module):
+        raise ExportError(f"{expected}: model is {type(model).__name__}, not a torch.nn.Module")
+    if not isinstance(args, (tuple, list)):
+        raise ExportError(f"{expected}: args is {type(args).__name__}, not a tuple of example inputs")
+    if not isinstance(options, Mapping):
+        raise ExportError(f"{expected}: options is {type(options).__name__}, not a dict")
+    for option in options:
+        if option == "weights":
+            raise ExportError(f"{source}: options['weights'] is not supported yet")
+        if option not in _OPTIONS:
+            raise ExportError(f"{source}: unknown option '{option}'; known: {', '.join(_OPTIONS)}")
+    return model, tuple(args), dict(options)
+
+
+def _plan(file: str | None, given: Any) -> Plan | None:
+    """The plan of --plan, else the one that the function gave."""
+    from shardserve.export import Plan
+
+    if file == "auto":
+        raise ExportError("--plan auto is not supported yet: give a plan file")
+    if file is not None:
+        return Plan.load(file)
+    if given is None or isinstance(given, Plan):
+        return given
+    return Plan.load(given) if isinstance(given, (str, Path)) else Plan.from_dict(given)

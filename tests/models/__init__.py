@@ -1,0 +1,1 @@
+"""Models that tests export: small, plain PyTorch, of the kinds that people serve."""
