@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
+
+from shardserve.settings import Settings
 
 
 def configure_logging(process: str) -> None:
-    """Lines on stderr: time, level, process. The level is that of SHARDSERVE_LOG_LEVEL, WARNING if unset."""
+    """Lines on stderr: time, level, process. The level is the setting log_level."""
     logging.basicConfig(
         stream=sys.stderr,
-        level=os.environ.get("SHARDSERVE_LOG_LEVEL", "WARNING").upper(),
+        level=Settings.from_environment().log_level,
         format=f"%(asctime)s %(levelname)s {process}[%(process)d] %(message)s",
     )

@@ -12,11 +12,16 @@ from dataclasses import dataclass, fields
 
 from shardserve.errors import ConfigError
 
+CHOICES = {
+    "collective": ("auto", "shared_memory", "gloo"),
+    "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     connect_retry_interval: float = 0.2
-    """Between two attempts to reach a Worker that doesn't listen yet: another host's listener has no event to wait on."""
+    """Between two attempts to reach a Worker that doesn't listen yet: a far listener is no event to wait for."""
     register_timeout: float = 120.0
     """For an agent to load its shard and register, counted from its fork."""
     form_timeout: float = 30.0
@@ -41,14 +46,27 @@ class Settings:
     collective_slot_bytes: int = 1 << 20
     """Shared memory of one rank for one collective; larger tensors go in several pieces."""
 
+    collective: str = "auto"
+    """Of tensor-parallel groups on CPU. auto: shared_memory on one host, gloo across hosts; or one of the two for all."""
+    log_level: str = "WARNING"
+    """Of our own processes: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"setting {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """ConfigError names the variable that isn't a positive number."""
-        given: dict[str, float | int] = {}
+        given: dict[str, float | int | str] = {}
         for field in fields(cls):
             name = f"SHARDSERVE_{field.name.upper()}"
             text = environment.get(name)
             if text is None:
+                continue
+            if field.type == "str":
+                given[field.name] = text
                 continue
             try:
                 value = int(text) if field.type == "int" else float(text)

@@ -102,9 +102,8 @@ class Agent:
                     case group.Form():
                         assert lifetime is not None
                         membership = self._form(connection, message, lifetime)
-                        reader.membership = membership
                     case group.End(generation=generation):
-                        membership = reader.membership = None
+                        membership = None
                         connection.send(group.Parked(generation))
                     case group.Registered(incarnation=incarnation):
                         self._incarnation = incarnation
@@ -134,7 +133,7 @@ class Agent:
                 form,
                 lifetime,
                 self._programs,
-                self._request.rank,
+                self._request,
                 connection,
                 self._listeners,
                 self._shared_memory,
@@ -142,7 +141,7 @@ class Agent:
             )
         except GenerationEnded:
             return None
-        except (OSError, *BROKEN) as error:
+        except (OSError, TimeoutError, *BROKEN) as error:
             connection.send(group.Broken(form.generation, str(error)))
             return None
         self._incarnation = form.generation.incarnation
@@ -171,7 +170,6 @@ class OrderReader:
         self._connection = connection
         self._orders = orders
         self._lifetime: Lifetime | None = None
-        self.membership: Membership | None = None
 
     def read(self) -> None:
         """Until the connection ends; then the waits end, and None is queued."""
@@ -188,9 +186,9 @@ class OrderReader:
 
     def _take(self, message: group.ToAgent, payload: Payload) -> None:
         match message:
-            case group.FailureNoted(step=step):
-                if self.membership is not None:
-                    self.membership.note(step)
+            case group.FailureNoted() | group.StoreReply():
+                if self._lifetime is not None and self._lifetime.generation == message.generation:
+                    self._lifetime.answer(message)
                 return
             case group.Form(generation=generation):
                 self._lifetime = Lifetime(generation)

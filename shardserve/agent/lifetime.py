@@ -1,25 +1,29 @@
-"""The end of a generation, seen from inside an agent."""
+"""One generation, seen from inside an agent: its end, and the Worker's answers to what the agent asks in it."""
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 
-from shardserve.wire.messages import Generation
+from shardserve.wire.messages import Generation, group
+
+Answer = group.FailureNoted | group.StoreReply
 
 
 class GenerationEnded(Exception):
-    """Raised in whatever waits for another rank when the generation ends: not an error of the step."""
+    """Raised in whatever waits for another process when the generation ends: not an error of the step."""
 
 
 class Lifetime:
-    """Lets the thread that reads the Worker's connection end the waits of all others."""
+    """Lets the thread that reads the Worker's connection end the waits of all others, and hand them answers."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self._lock = threading.Lock()
         self._ended = False
         self._actions: list[Callable[[], None]] = []
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
 
     @property
     def ended(self) -> bool:
@@ -37,5 +41,22 @@ class Lifetime:
         with self._lock:
             self._ended = True
             actions, self._actions = self._actions, []
+        self._answers.put(None)
         for action in actions:
             action()
+
+    def answer(self, message: Answer) -> None:
+        """From the thread that reads the Worker's connection."""
+        self._answers.put(message)
+
+    def await_answer(self, timeout: float | None = None) -> Answer:
+        """The answer to the one question that is open. GenerationEnded when the generation ends meanwhile,
+        TimeoutError after `timeout` seconds.
+        """
+        try:
+            answer = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(f"the Worker did not answer within {timeout} s") from None
+        if answer is None:
+            raise GenerationEnded
+        return answer

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-import queue
 import socket
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from shardserve.agent.collectives.errors import CollectiveBroken
+from shardserve.agent.collectives.gloo import GlooCollective
 from shardserve.agent.collectives.memory import slot_size
-from shardserve.agent.collectives.shared_memory import SharedMemoryCollective, StepMismatch
+from shardserve.agent.collectives.shared_memory import SharedMemoryCollective
+from shardserve.agent.forking import ForkRequest
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
+from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
 from shardserve.agent.tensors import buffers_of, tensors_of
 from shardserve.settings import Settings
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 Connection = FrameSocket[group.ToAgent]
 
 # What breaks an invariant between ranks: no error of the step, nothing to drain; the generation has to end.
-BROKEN = (StepMismatch, LinkBroken, FrameError)
+BROKEN = (CollectiveBroken, LinkBroken, FrameError)
 
 
 class Membership:
@@ -38,7 +41,7 @@ class Membership:
         form: group.Form,
         lifetime: Lifetime,
         programs: Sequence[Program],
-        rank: int,
+        request: ForkRequest,
         connection: Connection,
         listeners: Sequence[socket.socket],
         shared_memory: int | None,
@@ -47,40 +50,34 @@ class Membership:
         self.lifetime = lifetime
         self._programs = programs
         self._connection = connection
-        self._noted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         config = programs[0].config
         self._first = config.stage == 0
         self._answers = config.stage == config.stage_size - 1 and config.coordinate == 0
-        lifetime.on_end(lambda: self._noted.put(None))
-        self._collective = self._make_collective(form.collective, shared_memory, settings)
+        self._collective = self._make_collective(form.collective, request.host, shared_memory, settings)
         self._outgoing: OutgoingLink | None = None
         self._incoming: IncomingLink | None = None
         timeout = settings.form_timeout
         # Connect first, accept then: a connection waits in the other's backlog, so no order of ranks can deadlock.
         if form.next_address is not None:
             address = parse_address(form.next_address, "stage link")
-            self._outgoing = OutgoingLink(address, rank, lifetime, timeout)
+            self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout)
         if not self._first:
             self._incoming = IncomingLink(listeners, lifetime, timeout)
 
-    def _make_collective(self, kind: str, shared_memory: int | None, settings: Settings) -> Collective:
+    def _make_collective(self, kind: str, host: str, shared_memory: int | None, settings: Settings) -> Collective:
         config = self._programs[0].config
-        if config.tensor_parallel_size == 1:
+        rank, size = config.coordinate, config.tensor_parallel_size
+        if size == 1:
             return SingleRank()
-        if kind != "shared_memory" or shared_memory is None:
-            raise LinkBroken(f"this rank has no {kind} collective")
+        if kind == "gloo":
+            timeout = settings.form_timeout
+            store = WorkerStore(self._connection.send, self.lifetime, f"stage{config.stage}/", timeout)
+            return GlooCollective(store, rank, size, host, self.lifetime, timeout, settings.step_timeout)
+        if shared_memory is None:
+            raise CollectiveBroken("the group's ranks are not all agents of one startup_agents, so share no memory")
         return SharedMemoryCollective(
-            shared_memory,
-            config.coordinate,
-            config.tensor_parallel_size,
-            slot_size(settings),
-            self.lifetime,
-            settings.step_timeout,
+            shared_memory, rank, size, slot_size(settings), self.lifetime, settings.step_timeout
         )
-
-    def note(self, step: int) -> None:
-        """The Worker knows that this step failed here (called by the thread that reads its connection)."""
-        self._noted.put(step)
 
     def run(self, step: group.Step, payload: Payload) -> None:
         """One step, from its inputs to what it sends. GenerationEnded when it was cut short."""
@@ -108,6 +105,6 @@ class Membership:
     def _report(self, step: group.Step, message: str) -> None:
         """Tells the Worker, and waits until it knows: only then may others see this rank's zeros."""
         self._connection.send(group.StepFailed(step.generation, step.step, message))
-        while (noted := self._noted.get()) != step.step:
-            if noted is None:
-                raise GenerationEnded
+        answer = self.lifetime.await_answer()
+        assert isinstance(answer, group.FailureNoted)
+        assert answer.step == step.step

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from shardserve.settings import Settings
@@ -16,6 +17,7 @@ from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
+from shardserve.worker.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class ReplicaGroup:
         self._timer: asyncio.TimerHandle | None = None
         self._next_step = 0
         self._steps: dict[int, StepInFlight] = {}
+        self._rendezvous = Rendezvous()
 
     @property
     def in_flight(self) -> int:
@@ -114,6 +117,7 @@ class ReplicaGroup:
         self.generation = self._owner.next_generation()
         self.state = "forming"
         self._next_step = 0
+        self._rendezvous = Rendezvous()
         self._pending = set(self.agents)
         self._start_timer(self._settings.form_timeout, self._form_timed_out)
         for agent in self.agents.values():
@@ -127,6 +131,8 @@ class ReplicaGroup:
             )
 
     def _collective(self, stage: int) -> str:
+        if self._settings.collective != "auto":
+            return self._settings.collective
         hosts = {agent.host for agent in self.agents.values() if agent.stage == stage}
         return "shared_memory" if len(hosts) == 1 else "gloo"
 
@@ -199,6 +205,9 @@ class ReplicaGroup:
                 self._output(number, payload)
             case group.StepFailed(step=number, message=text) if self.state == "serving":
                 self._step_failed(agent, number, text)
+            case group.StoreCall(call=call) if self.state in ("forming", "serving"):
+                reply = partial(self._store_reply, agent.stream, call)
+                self._rendezvous.call(message, reply)
             case group.Formed() if self.state == "forming":
                 self._formed(agent)
             case group.Broken(message=text) if self.state in ("forming", "serving"):
@@ -208,6 +217,9 @@ class ReplicaGroup:
                 self._owner.group_changed()
             case _:
                 self.dropped += 1
+
+    def _store_reply(self, stream: FrameStream[group.FromGroup], call: int, value: bytes) -> None:
+        stream.send(group.StoreReply(self.generation, call, value))
 
     def _formed(self, agent: AgentHandle) -> None:
         self._pending.discard(agent.local)

@@ -1,4 +1,4 @@
-"""The one sequencer: which calls become the next step, of which group, and what becomes of those whose step ended badly."""
+"""The one sequencer: which calls become the next step of which group, and what becomes of those that were cut short."""
 
 from __future__ import annotations
 

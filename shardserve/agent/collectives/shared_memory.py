@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shardserve.agent.collectives import futex
+from shardserve.agent.collectives.errors import CollectiveBroken
 from shardserve.agent.collectives.memory import LINE, memory_size
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 
@@ -31,10 +32,6 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 TURNS = 1 << 24
 # Turns that spin, giving the core away each time, before a waiting rank sleeps: about 20 us.
 SPINS = 20
-
-
-class StepMismatch(Exception):
-    """A rank is at another collective than this one: an invariant of the group is broken."""
 
 
 class _Line(ctypes.Structure):
@@ -112,7 +109,7 @@ class SharedMemoryCollective:
         starts = (layouts.cumsum(1) - layouts)[:, self.rank].tolist()
         counts = layouts[:, self.rank].tolist()
         if counts != list(output_splits):
-            raise StepMismatch(f"rank {self.rank} expects {list(output_splits)} rows, is sent {counts}")
+            raise CollectiveBroken(f"rank {self.rank} expects {list(output_splits)} rows, is sent {counts}")
         parts = [
             everything[r, start : start + count] for r, (start, count) in enumerate(zip(starts, counts, strict=True))
         ]
@@ -166,7 +163,7 @@ class SharedMemoryCollective:
             at = self._slot(other, slot)
             theirs = _Header.from_buffer(self._memory, at)
             if (theirs.kind, theirs.size) != (kind, size):
-                raise StepMismatch(
+                raise CollectiveBroken(
                     f"at turn {self._turn} rank {self.rank} is at collective {kind} of {size} bytes, "
                     f"rank {other} at {theirs.kind} of {theirs.size}"
                 )
@@ -194,7 +191,9 @@ class SharedMemoryCollective:
             now = time.monotonic()
             deadline = deadline or now + self._timeout
             if now >= deadline or not futex.wait(self._words[other], word, deadline - now):
-                raise StepMismatch(f"rank {self.rank} waited {self._timeout} s for rank {other} at turn {self._turn}")
+                raise CollectiveBroken(
+                    f"rank {self.rank} waited {self._timeout} s for rank {other} at turn {self._turn}"
+                )
 
 
 _COMBINE: dict[str, Callable[..., Tensor]] = {
