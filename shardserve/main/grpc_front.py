@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from pathlib import Path
 from typing import TypeAlias
 
 import grpc
@@ -13,11 +12,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shardserve.errors import InternalError, ShardserveError, StartError
-from shardserve.main import addresses, status
+from shardserve.main import addresses, status, tls
 from shardserve.main.router import Decoded, Router, infer
 from shardserve.main.servable import Result
 from shardserve.wire import proto
-from shardserve.wire.messages.launch import StartGrpc, TLSFiles
+from shardserve.wire.messages.launch import StartGrpc
 from shardserve.wire.stubs import ms_service_pb2 as pb
 from shardserve.wire.stubs import ms_service_pb2_grpc, shardserve_pb2, shardserve_pb2_grpc
 
@@ -88,7 +87,7 @@ class GrpcFront:
             if order.tls is None:
                 server.add_insecure_port(address)
             else:
-                server.add_secure_port(address, _credentials(order.tls))
+                server.add_secure_port(address, tls.grpc_credentials(order.tls))
         except RuntimeError as error:
             raise StartError(f"gRPC address {order.address}: {error}") from error
         await front._report_health()
@@ -147,18 +146,3 @@ def _error_msg(error: ShardserveError | None) -> pb.ErrorMsg:
 async def _abort(context: PredictContext, error: ShardserveError) -> None:
     code = grpc.StatusCode[error.grpc_status]
     await context.abort(code, str(error), ((ERROR_CLASS, type(error).__name__),))
-
-
-def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:
-    def read(path: str) -> bytes:
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise StartError(f"TLS file {path}: {error.strerror}") from error
-
-    ca = read(tls.custom_ca) if tls.custom_ca is not None else None
-    if tls.verify_client and ca is None:
-        raise StartError(
-            "verify_client needs custom_ca, the certificate that clients' certificates are checked against"
-        )
-    return grpc.ssl_server_credentials([(read(tls.private_key), read(tls.certificate))], ca, tls.verify_client)

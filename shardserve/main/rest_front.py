@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import logging
 import math
-import ssl
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -18,8 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, NotFound, ShardserveError, StartError
-from shardserve.main import addresses, rest_codec
+from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, NotFound, ShardserveError
+from shardserve.main import addresses, rest_codec, tls
 from shardserve.main.router import Router, infer
 from shardserve.main.servable import Result
 from shardserve.wire.messages.launch import StartRest
@@ -57,12 +55,8 @@ class RestFront:
             log_config=None,
             access_log=False,
             server_header=False,
-            **_tls(order),
+            **(tls.uvicorn_options(order.tls) if order.tls is not None else {}),
         )
-        try:
-            config.load()
-        except (OSError, ssl.SSLError) as error:
-            raise StartError(f"REST address {order.address}: TLS files: {error}") from error
         listener = addresses.listen(order.address, "REST")
         front._server = _Server(config)
         front._serving = asyncio.get_running_loop().create_task(front._server.serve([listener]))
@@ -159,19 +153,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _bug(request: Request, error: Exception) -> Response:
     return _failed(InternalError("a bug in the server; its log has the traceback"))
-
-
-def _tls(order: StartRest) -> dict[str, Any]:
-    tls = order.tls
-    if tls is None:
-        return {}
-    if tls.verify_client and tls.custom_ca is None:
-        raise StartError(
-            "verify_client needs custom_ca, the certificate that clients' certificates are checked against"
-        )
-    return {
-        "ssl_certfile": tls.certificate,
-        "ssl_keyfile": tls.private_key,
-        "ssl_ca_certs": tls.custom_ca,
-        "ssl_cert_reqs": ssl.CERT_REQUIRED if tls.verify_client else ssl.CERT_NONE,
-    }

@@ -1,0 +1,163 @@
+import base64
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import pytest
+
+from shardserve.errors import InvalidInput, StepError
+from shardserve.main import rest_codec
+from shardserve.wire import tensors
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+def parse(value, dtype=None):
+    return rest_codec.parse_value(value, "instances.x", dtype)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "expected"),
+    [
+        (3, None, np.array([3], np.int32)),
+        (2.5, None, np.array([2.5], np.float32)),
+        (True, None, np.array([True])),
+        ([1, 2.5], None, np.array([1, 2.5], np.float32)),
+        ([[1, 2], [3, 4]], None, np.array([[1, 2], [3, 4]], np.int32)),
+        ([[[True]], [[False]]], None, np.array([[[True]], [[False]]])),
+        ([], None, np.zeros((0,), np.float32)),
+        ([[], []], None, np.zeros((2, 0), np.float32)),
+        ([[], []], "int64", np.zeros((2, 0), np.int64)),
+        (3, "float64", np.array([3.0])),
+        ([1, 2], "int64", np.array([1, 2], np.int64)),
+        ([0, 255], "uint8", np.array([0, 255], np.uint8)),
+        ([2**64 - 1], "uint64", np.array([2**64 - 1], np.uint64)),
+        ([1.5], "bfloat16", np.array([1.5], ml_dtypes.bfloat16)),
+        ([1.5], "float16", np.array([1.5], np.float16)),
+        ({"b64": b64(np.float32([1, 2]).tobytes()), "type": "fp32", "shape": [2, 1]}, None, np.float32([[1], [2]])),
+        ({"b64": b64(np.float16([1, 2]).tobytes()), "type": "float16"}, None, np.float16([1, 2])),
+        ({"b64": b64(np.float64(1).tobytes()), "type": "fp64", "shape": []}, None, np.array(1.0)),
+        ({"b64": b64(b"\1\0"), "type": "bool"}, None, np.array([True, False])),
+        ({"b64": b64(b"\x80\x3f"), "type": "bfloat16"}, None, np.array([1], ml_dtypes.bfloat16)),
+    ],
+)
+def test_values_become_arrays(value, dtype, expected):
+    array = parse(value, dtype)
+    assert array.dtype == expected.dtype
+    assert array.shape == expected.shape
+    assert array.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("häuser", ["häuser"]),
+        (["a", "b"], ["a", "b"]),
+        ([["a"], ["b"]], [["a"], ["b"]]),
+        ([{"b64": b64(b"\xff"), "type": "bytes"}, {"b64": ""}], [b"\xff", b""]),
+    ],
+)
+def test_strings_become_arrays_of_objects(value, expected):
+    assert parse(value).tolist() == expected
+
+
+def test_one_base64_string_or_bytes_is_itself():
+    assert parse({"b64": b64(b"\xff\0")}) == b"\xff\0"
+    assert parse({"b64": b64("ñ".encode()), "type": "str", "shape": [1]}) == "ñ"
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "text"),
+    [
+        ([[1, 2], [3]], None, "instances.x[1]: a ragged array: 1 elements, where its first neighbour has 2 elements"),
+        ([[1, 2], 3], None, "instances.x[1]: a ragged array: no array, where its first neighbour has 2 elements"),
+        ([[[1], [2]], [[3], [4, 5]]], None, "instances.x[1][1]: a ragged array"),
+        ([1, "a"], None, "instances.x[1]: neither number, bool nor string like the others"),
+        ([1, None], None, "instances.x[1]: neither"),
+        (None, None, "instances.x: neither"),
+        ([True, 1], None, "instances.x[1]: bools and numbers"),
+        ([[1, 2], [3, 2**31]], None, "instances.x[1][1]: a number that int32 can't hold"),
+        (-1, "uint8", "instances.x: a number that uint8 can't hold"),
+        ([1, 1.5], "int64", "instances.x[1]: a fraction where int64 is expected"),
+        ([1, 1e39], None, "instances.x[1]: a number that float32 can't hold"),
+        ([True], "int64", "instances.x: a bool where int64 is expected"),
+        (1, "bool", "instances.x: a number where bool is expected"),
+        ("a", "float32", "instances.x: a string where float32 is expected"),
+        (1, "str", "instances.x: a number where str is expected"),
+        ({"b64": "AA==", "type": "int99"}, None, "instances.x.type: unknown type 'int99'"),
+        ({"b64": "A", "type": "int8"}, None, "instances.x.b64: not base64"),
+        ({"b64": "ÄÄ==", "type": "int8"}, None, "instances.x.b64: not base64"),
+        ({"b64": "AAA=", "type": "int32"}, None, "instances.x.b64: 2 bytes are no whole number of int32"),
+        ({"b64": "AAA=", "type": "int8", "shape": [3]}, None, "instances.x: int8 of shape [3] is 3 bytes, got 2"),
+        ({"b64": "AAA=", "type": "int8", "shape": [-2]}, None, "instances.x.shape: not an array of sizes"),
+        ({"b64": "AAA=", "type": "int8", "shape": [True]}, None, "instances.x.shape: not an array of sizes"),
+        ({"b64": "AAA=", "shape": [2]}, None, "instances.x.shape: one bytes has shape [1]"),
+        ({"b64": "/w==", "type": "str"}, None, "instances.x: a string that isn't UTF-8"),
+        ({"data": 1}, None, "instances.x: an object isn't"),
+        ([{"b64": "", "type": "str"}, {"b64": ""}], None, "all of type str or all of type bytes"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_path(value, dtype, text):
+    with pytest.raises(InvalidInput) as caught:
+        parse(value, dtype)
+    assert str(caught.value).startswith(text) or text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "the body isn't JSON"),
+        (b'{"instances": [1,', "the body isn't JSON"),
+        (b'{"instances": \xff}', "the body isn't JSON"),
+        (b"[1]", 'the body isn\'t an object with "instances"'),
+        (b'{"instance": {}}', 'the body isn\'t an object with "instances"'),
+        (b'{"instances": 1}', "instances is neither"),
+    ],
+)
+def test_a_body_that_is_wrong(body, text):
+    with pytest.raises(InvalidInput, match=text):
+        rest_codec.decode_request(body, {})
+
+
+def test_an_instance_that_is_wrong_leaves_the_others():
+    body = msgspec.json.encode({"instances": [{"x": 1}, {"x": [[1], 2]}, 3, {"x": 2}]})
+    first, second, third, fourth = rest_codec.decode_request(body, {"x": "int64"})
+    assert first[0]["x"].dtype == fourth[0]["x"].dtype == "int64"
+    assert str(second).startswith("instances[1].x[1]: a ragged array")
+    assert str(third) == "instances[2] isn't an object"
+
+
+def test_replies():
+    values = {
+        "scalar": np.array(2.5, np.float32),
+        "one": np.array([7], np.int64),
+        "half": np.array([[1.5], [2]], ml_dtypes.bfloat16),
+        "flag": np.array([True]),
+        "text": "ñ",
+        "texts": np.array(["a", "b"], object),
+        "raw": b"\xff",
+        "raws": np.array([b"a", b"b"], object),
+        "none": np.zeros((0, 2), np.int8),
+        "nan": np.array([np.nan], np.float32),
+    }
+    metas, parts = tensors.encode_instance(values, "instance 0")
+    body = rest_codec.encode_reply([(metas, parts), StepError("id 9 is out of range")])
+    assert msgspec.json.decode(body) == {
+        "instances": [
+            {
+                "scalar": 2.5,
+                "one": [7],
+                "half": [[1.5], [2.0]],
+                "flag": [True],
+                "text": "ñ",
+                "texts": ["a", "b"],
+                "raw": {"b64": "/w==", "type": "bytes"},
+                "raws": [{"b64": "YQ==", "type": "bytes"}, {"b64": "Yg==", "type": "bytes"}],
+                "none": [],
+                "nan": [None],
+            },
+            {"error_msg": "id 9 is out of range"},
+        ]
+    }

@@ -1,0 +1,154 @@
+import asyncio
+import time
+
+import httpx
+import numpy as np
+from main_harness import Launcher, Worker, announce, attached, keep
+
+from shardserve.wire.messages import front
+
+METHODS = {
+    "predict": front.MethodInfo(("x",), ("x",), {}),
+    "wide": front.MethodInfo(("x",), ("x",), {"x": "int64"}),
+}
+
+
+def rest(test, max_mb=100):
+    """Runs `test(launcher, worker, http)` with an attached echo Worker."""
+
+    async def run():
+        worker = Worker(greeting=announce(methods=METHODS))
+        async with Launcher() as launcher:
+            base = f"http://{await launcher.rest(max_mb)}"
+            async with attached(launcher, worker), httpx.AsyncClient(base_url=base, timeout=20) as http:
+                await test(launcher, worker, http)
+
+    asyncio.run(run())
+
+
+def test_one_instance_and_several():
+    async def test(launcher, worker, http):
+        for path in ("/model/echo:predict", "/model/echo/version/1:predict", "/model/echo/version/0:predict"):
+            reply = await http.post(path, json={"instances": {"x": [[1, 2], [3, 4]]}})
+            assert reply.status_code == 200
+            assert reply.headers["content-type"] == "application/json"
+            assert reply.json() == {"instances": [{"x": [[1, 2], [3, 4]]}]}
+        reply = await http.post("/model/echo:predict", json={"instances": [{"x": "a"}, {"x": 1.5}]})
+        assert reply.json() == {"instances": [{"x": "a"}, {"x": [1.5]}]}
+
+    rest(test)
+
+
+def test_the_signature_decides_the_dtype():
+    async def test(launcher, worker, http):
+        for method, dtype in (("predict", "int32"), ("wide", "int64")):
+            assert (await http.post(f"/model/echo:{method}", json={"instances": {"x": [1]}})).status_code == 200
+            assert (await worker.next(front.Infer)).instances[0]["x"].dtype == dtype
+
+    rest(test)
+
+
+def test_wrong_requests_have_their_status_and_a_text():
+    async def test(launcher, worker, http):
+        good = {"instances": {"x": 1}}
+        for path, content, status, text in [
+            ("/model/nobody:predict", good, 404, "no servable 'nobody' here"),
+            ("/model/echo:nothing", good, 404, "has no method 'nothing'"),
+            ("/model/echo/version/7:predict", good, 404, "has no version 7"),
+            ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a number"),
+            ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
+            ("/model/echo:predict", {"instances": {"x": [[1], 2]}}, 400, "instances.x[1]: a ragged array"),
+            ("/model/echo:predict", {"instances": {"z": 1}}, 400, "missing 'x' and unknown 'z'"),
+            ("/model/echo:predict", {"instances": []}, 400, "at least one instance"),
+            ("/model/echo:predict", {"x": 1}, 400, "instances"),
+        ]:
+            reply = await http.post(path, json=content)
+            assert reply.status_code == status, reply.text
+            assert text in reply.json()["error_msg"]
+        assert (await http.get("/model/echo:predict")).status_code == 405
+        assert (await http.post("/model/echo:predict", content=b"{")).status_code == 400
+        wrong = await http.post("/model/echo:predict", json=good, headers={"x-request-timeout": "soon"})
+        assert wrong.status_code == 400
+
+    rest(test)
+
+
+def test_instances_fail_alone():
+    def script(worker, message, payload):
+        failed = front.InstanceError("StepError", "id 9 is out of range")
+        results = [front.InstanceOutputs({}), *[failed] * (len(message.instances) - 1)]
+        worker.send(front.Reply(message.request, results if len(results) > 1 else [failed]))
+
+    async def test(launcher, worker, http):
+        worker.script = script
+        reply = await http.post("/model/echo:predict", json={"instances": [{"x": 1}, {"z": 1}, {"x": 2}]})
+        assert reply.status_code == 200
+        first, second, third = reply.json()["instances"]
+        assert first == {}
+        assert "unknown 'z'" in second["error_msg"]
+        assert third == {"error_msg": "id 9 is out of range"}
+        reply = await http.post("/model/echo:predict", json={"instances": {"x": 1}})
+        assert reply.status_code == 500
+        assert reply.json() == {"instances": [{"error_msg": "id 9 is out of range"}]}
+
+    rest(test)
+
+
+def test_a_body_over_the_limit():
+    async def chunks():
+        for _ in range(20):
+            yield bytes(100_000)
+
+    async def test(launcher, worker, http):
+        for content in (bytes(1_100_000), chunks()):
+            reply = await http.post("/model/echo:predict", content=content)
+            assert reply.status_code == 413
+            assert "1048576 bytes" in reply.json()["error_msg"]
+        assert (await http.post("/model/echo:predict", json={"instances": {"x": 1}})).status_code == 200
+
+    rest(test, max_mb=1)
+
+
+def test_a_deadline_and_a_client_that_leaves():
+    async def test(launcher, worker, http):
+        worker.script = keep
+        started = time.monotonic()
+        content = {"instances": {"x": 1}}
+        reply = await http.post("/model/echo:predict", json=content, headers={"X-Request-Timeout": "0.3"})
+        assert reply.status_code == 504
+        assert "waited 0." in reply.json()["error_msg"]
+        assert time.monotonic() - started < 2
+        first = await worker.next(front.Infer)
+        assert (await worker.next(front.Cancel)).request == first.request
+        post = asyncio.create_task(http.post("/model/echo:predict", json=content))
+        second = await worker.next(front.Infer)
+        post.cancel()
+        assert (await worker.next(front.Cancel)).request == second.request
+
+    rest(test)
+
+
+def test_not_yet_available_and_health():
+    async def run():
+        async with Launcher() as launcher:
+            base = f"http://{await launcher.rest()}"
+            async with httpx.AsyncClient(base_url=base, timeout=20) as http:
+                reply = await http.post("/model/echo:predict", json={"instances": {"x": 1}})
+                assert reply.status_code == 503
+                assert "not available yet" in reply.json()["error_msg"]
+                assert (await http.get("/healthz")).status_code == 503
+                async with attached(launcher, Worker()):
+                    reply = await http.get("/healthz")
+                    assert reply.status_code == 200
+                    assert reply.json() == {"ready": True, "servables": {"echo:1": "ready"}}
+
+    asyncio.run(run())
+
+
+def test_a_large_array():
+    async def test(launcher, worker, http):
+        array = np.random.default_rng(0).random((300, 400)).astype(np.float32)
+        reply = await http.post("/model/echo:predict", json={"instances": {"x": array.tolist()}})
+        assert np.array_equal(np.float32(reply.json()["instances"][0]["x"]), array)
+
+    rest(test)
