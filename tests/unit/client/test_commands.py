@@ -1,0 +1,103 @@
+import argparse
+import asyncio
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from main_harness import Launcher, Worker, announce, attached, free_port
+
+from shardserve.cli import infer, status
+
+
+def run_command(module, *arguments):
+    parser = argparse.ArgumentParser(prog="shardserve")
+    module.add_parser(parser.add_subparsers())
+    args = parser.parse_args([module.__name__.rpartition(".")[2], *map(str, arguments)])
+    return args.run(args)
+
+
+def serve(test):
+    async def run():
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            async with attached(launcher, Worker(greeting=announce(counter=3))):
+                await asyncio.to_thread(test, address)
+
+    asyncio.run(run())
+
+
+def test_status_as_json(capsys):
+    def test(address):
+        assert run_command(status, address, "--json") == 0
+
+    serve(test)
+    found = json.loads(capsys.readouterr().out)
+    [servable] = found["servables"]
+    assert (servable["name"], servable["version"], servable["state"]) == ("echo", 1, "ready")
+    assert (servable["rank_size"], servable["stage_size"]) == (1, 1)
+    [replica] = servable["replicas"]
+    assert (replica["replica"], replica["generation"], replica["state"]) == (0, [1, 3], "serving")
+    rank = {"rank": 0, "stage": 0, "host": "127.0.0.1", "device": "cpu", "pid": 4242, "state": "serving"}
+    assert replica["ranks"] == [rank]
+
+
+def test_status_as_a_table(capsys):
+    serve(lambda address: run_command(status, address))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "echo version 1: ready"
+    assert "  predict(x) -> x" in lines
+    assert "  replica 0: serving, generation 1.3, restarts 0" in lines
+    assert lines[-1].split() == ["0", "0", "127.0.0.1", "cpu", "4242", "serving"]
+
+
+@pytest.mark.parametrize("module", [status, infer])
+def test_nobody_answers(module, capsys):
+    address = f"127.0.0.1:{free_port()}"
+    assert run_command(module, address, *(["echo", "predict"] if module is infer else [])) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"shardserve {module.__name__.rpartition('.')[2]}: {address}: UNAVAILABLE")
+    assert error.count("\n") == 1
+
+
+def test_infer_from_files_to_files(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.arange(3, dtype=np.float32))
+
+    def test(address):
+        command = [address, "echo", "predict", "--output-dir", tmp_path / "out"]
+        assert run_command(infer, *command, "--input", f"x={tmp_path}/x.npy") == 0
+        assert run_command(infer, *command, "--input", f"z={tmp_path}/x.npy") == 1
+        assert run_command(infer, *command, "--input", f"x={tmp_path}/none.npy") == 1
+
+    serve(test)
+    out, err = capsys.readouterr()
+    assert out == "x: float32 [3]\n[0. 1. 2.]\n"
+    assert np.load(tmp_path / "out" / "x.npy").tolist() == [0, 1, 2]
+    assert "unknown 'z'" in err
+    assert f"{tmp_path}/none.npy" in err
+
+
+def test_pickles_are_not_read(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
+    assert run_command(infer, "127.0.0.1:1", "echo", "predict", "--input", f"x={tmp_path}/x.npy") == 1
+    assert "allow_pickle=False" in capsys.readouterr().err
+
+
+def test_wrong_usage_and_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(infer, "a:1", "echo", "predict", "--input", "x")
+    assert caught.value.code == 2
+    for module in (status, infer):
+        with pytest.raises(SystemExit) as caught:
+            run_command(module, "--help")
+        assert caught.value.code == 0
+        assert "example:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "saved"),
+    [("text", "text"), (np.array(["a", "b"], object), ["a", "b"]), (np.array([1.5], ml_dtypes.bfloat16), [1.5])],
+)
+def test_outputs_that_npy_has_no_dtype_for(tmp_path, value, saved):
+    infer._save(tmp_path / "y.npy", value)
+    assert np.load(tmp_path / "y.npy").tolist() == saved
