@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 
 from shardserve.errors import InternalError, ShardserveError
 from shardserve.main.grpc_front import GrpcFront
@@ -28,6 +29,7 @@ class Main:
         self._fronts: list[GrpcFront | RestFront] = []
         self._stream: FrameStream[launch.ToMain] = FrameStream(launch.ToMain, self._on_order, self._on_lost)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._stopped = asyncio.Event()
 
     async def run(self, launcher: socket.socket) -> None:
@@ -41,6 +43,9 @@ class Main:
         task.add_done_callback(self._tasks.discard)
 
     def _on_lost(self, reason: Exception | None) -> None:
+        if self._stopping:
+            self._stopped.set()
+            return
         logger.warning("the launcher is gone%s", f": {reason}" if reason else "")
         os._exit(1)
 
@@ -57,7 +62,8 @@ class Main:
             return
         self._stream.send(launch.Done(order.order))
         if isinstance(order, launch.Stop):
-            self._stopped.set()
+            self._stopping = True
+            self._stream.close()  # Once Done has left, the connection is lost and `run` returns.
 
     async def _obey(self, order: launch.ToMain) -> None:
         match order:
@@ -68,6 +74,8 @@ class Main:
             case launch.StartRest():
                 self._fronts.append(await RestFront.start(self._router, order))
             case launch.Stop():
+                end = time.monotonic() + order.grace
                 await self._router.stop(order.grace)
-                await asyncio.gather(*(front.stop(self._limits.flush) for front in self._fronts))
+                flush = max(self._limits.flush, end - time.monotonic())
+                await asyncio.gather(*(front.stop(flush) for front in self._fronts))
                 self._router.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -62,13 +62,40 @@ class Admin(shardserve_pb2_grpc.AdminServicer):
         return status.report(self._router)
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """grpc.health.v1; `end_watches` ends what would otherwise hold up a stop until its grace is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[Any]] = set()
+        self._ended = False
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
+        try:
+            await super().Watch(request, context)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            # gRPC ends a stream whose handler returns; one whose handler was cancelled it leaves open.
+        finally:
+            self._watches.discard(task)
+
+    def end_watches(self) -> None:
+        self._ended = True
+        for task in self._watches:
+            task.cancel()
+
+
 class GrpcFront:
     """One listening gRPC server."""
 
     def __init__(self, router: Router, server: grpc.aio.Server) -> None:
         self._router = router
         self._server = server
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = _Health()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -98,6 +125,7 @@ class GrpcFront:
     async def stop(self, grace: float) -> None:
         """Takes no more calls and waits up to `grace` seconds until the answers of those under way have left."""
         await self._health.enter_graceful_shutdown()
+        self._health.end_watches()
         await self._server.stop(grace)
 
     def _changed(self) -> None:

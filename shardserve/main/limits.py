@@ -28,8 +28,5 @@ class Limits:
     reconnect_delay: float = 0.1
     """Before connecting again to a Worker that ended a connection without having said anything."""
 
-    attach_wait: float = 1.0
-    """For a Worker to say what it serves, before its Attach is answered all the same."""
-
-    flush: float = 5.0
-    """At a stop, for answers to leave after the last request was answered."""
+    flush: float = 0.5
+    """At a stop, for the last answers to leave, if that is more than what is left of the grace."""

@@ -8,7 +8,6 @@ listener, so a connection made in between waits in the backlog.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -79,7 +78,6 @@ class Servable:
     _announced: bool = False
     _was_ready: bool = False
     _gone: bool = False
-    _heard: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: dict[_Waiting, None] = field(default_factory=dict)
     _submitted: dict[int, _Waiting] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -212,11 +210,7 @@ class Servable:
     # The connection to the Worker
 
     async def attach(self, address: str) -> None:
-        """Connects to the Worker's listener at an abstract Unix address, and again whenever the connection ends.
-
-        Returns when the Worker has announced itself, so that what it can answer is answered from then on; a Worker that
-        is still starting is waited for only `limits.attach_wait`.
-        """
+        """Connects to the Worker's listener at an abstract Unix address, and again whenever the connection ends."""
         if self._stream is not None and address == self._address:
             return
         if self._stream is not None:
@@ -229,8 +223,6 @@ class Servable:
             await self._connect()
         except OSError as error:
             raise StartError(f"{self}: no Worker listens at @{address}: {error}") from error
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._heard.wait(), self.limits.attach_wait)
 
     def close(self) -> None:
         if self._stream is not None:
@@ -313,7 +305,6 @@ class Servable:
             raise FrameError(f"the Worker of {message.name!r} version {message.version} is at the address of {self}")
         self.announce = message
         self._was_ready = self._was_ready or message.state == "ready"
-        self._heard.set()
         if not self._announced:
             self._announced = True
             for waiting in self._waiting:

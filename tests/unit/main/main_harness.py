@@ -143,9 +143,11 @@ class Worker:
 async def attached(launcher, *workers):
     """Attaches the Workers to Main; returns once Main knows what they announced."""
     for worker in workers:
-        order = launcher.give(launch.Attach, worker.greeting.name, worker.greeting.version, worker.address)
+        attach = launch.Attach, worker.greeting.name, worker.greeting.version, worker.address
+        await launcher.order(*attach)
         await worker.start()
-        assert isinstance(await order, launch.Done)
+        # Answered after Main has read what came before it, the Worker's Announce.
+        await launcher.order(*attach)
     yield
     for worker in workers:
         worker.listener.close()

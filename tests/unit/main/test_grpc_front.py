@@ -141,6 +141,7 @@ def test_a_client_that_leaves_is_told_to_the_worker():
         worker.script = keep
         call = client.infer_async(X)
         infer = await worker.next(front.Infer)
+        assert infer.deadline is None
         call.cancel()
         assert (await worker.next(front.Cancel)).request == infer.request
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import grpc
 import httpx
 import numpy as np
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from main_harness import Launcher, Worker, attached, echo, keep
 
 from shardserve.client import AsyncClient
@@ -66,9 +68,15 @@ def test_stop_with_idle_connections_is_quick():
     async def run():
         worker = Worker(echo)
         async with Launcher() as launcher:
-            rest = await launcher.rest()
-            async with attached(launcher, worker), httpx.AsyncClient(base_url=f"http://{rest}") as http:
+            rest, address = await launcher.rest(), await launcher.grpc()
+            async with (
+                attached(launcher, worker),
+                httpx.AsyncClient(base_url=f"http://{rest}") as http,
+                grpc.aio.insecure_channel(address) as channel,
+            ):
                 assert (await http.get("/healthz")).status_code == 200
+                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
                 await asyncio.wait_for(launcher.order(launch.Stop, 30.0), 3)
                 assert await asyncio.to_thread(launcher.process.wait, 10) == 0
 

@@ -16,9 +16,11 @@ def run(test, **limits):
     async def body():
         router = Router(Limits(**limits))
         worker = Worker(keep)
-        attach = asyncio.create_task(router.attach("echo", 1, worker.address))
+        changed = asyncio.Event()
+        await router.attach("echo", 1, worker.address)
+        router.listeners.append(changed.set)
         await worker.start()
-        await attach
+        await asyncio.wait_for(changed.wait(), 10)
         try:
             await test(router, worker)
         finally:
