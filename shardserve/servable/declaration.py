@@ -109,16 +109,17 @@ def load_servable(directory: str, name: str) -> Servable:
     path = Path(directory) / name / "servable_config.py"
     if not path.is_file():
         raise ConfigError(f"servable {name!r}: there is no file {path}")
+    search_path = list(sys.path)
     sys.path.insert(0, str(path.parent))
     try:
         with declaring(name) as servable:
             runpy.run_path(str(path), run_name="servable_config")
     except ShardserveError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path[:] = search_path
     if servable.model is None:
         raise ConfigError(f"{path}: declares no model (distributed.declare_servable)")
     if not servable.methods:

@@ -12,8 +12,8 @@ class Model:
     """A model cut into rank_size shards: stage_size pipeline stages of rank_size / stage_size tensor-parallel ranks.
 
     with_batch_dim: the model's tensors have a batch dim in front that instances don't have: the Worker stacks and
-    splits. without_batch_dim_inputs: positions of the inputs that have none nevertheless. enable_pipeline_infer: several
-    steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value.
+    splits. without_batch_dim_inputs: positions of the inputs that have none nevertheless. enable_pipeline_infer:
+    several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value.
     """
 
     rank_size: int
@@ -25,9 +25,8 @@ class Model:
 
     def __post_init__(self) -> None:
         for name in ("rank_size", "stage_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"declare_servable: {name}={value!r} is not an integer of at least 1")
+            if not _is_integer(getattr(self, name), least=1):
+                raise ConfigError(f"declare_servable: {name}={getattr(self, name)!r} is not an integer of at least 1")
         if self.rank_size % self.stage_size:
             raise ConfigError(
                 f"declare_servable: rank_size={self.rank_size} is not a multiple of stage_size={self.stage_size}"
@@ -35,11 +34,16 @@ class Model:
         for name in ("with_batch_dim", "enable_pipeline_infer"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"declare_servable: {name}={getattr(self, name)!r} is not a bool")
-        if any(not isinstance(i, int) or i < 0 for i in self.without_batch_dim_inputs):
+        if not all(_is_integer(i, least=0) for i in self.without_batch_dim_inputs):
             raise ConfigError(
                 f"declare_servable: without_batch_dim_inputs={self.without_batch_dim_inputs!r}: not positions of inputs"
             )
         if self.without_batch_dim_inputs and not self.with_batch_dim:
             raise ConfigError("declare_servable: without_batch_dim_inputs needs with_batch_dim=True")
-        if self.max_batch_size is not None and (not isinstance(self.max_batch_size, int) or self.max_batch_size < 1):
-            raise ConfigError(f"declare_servable: max_batch_size={self.max_batch_size!r} is not at least 1")
+        size = self.max_batch_size
+        if size is not None and not _is_integer(size, least=1):
+            raise ConfigError(f"declare_servable: max_batch_size={size!r} is not an integer of at least 1")
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

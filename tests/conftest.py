@@ -1,0 +1,47 @@
+import gc
+import multiprocessing.resource_tracker
+import os
+import socket
+import threading
+
+import psutil
+import pytest
+
+
+@pytest.fixture
+def free_port():
+    """A port of 127.0.0.1 that nobody had a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _children():
+    # multiprocessing keeps one helper process as long as the interpreter lives.
+    helper = multiprocessing.resource_tracker._resource_tracker._pid
+    return {child for child in psutil.Process().children(recursive=True) if child.pid != helper}
+
+
+def _descriptors():
+    gc.collect()
+    held = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            held[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return held
+
+
+@pytest.fixture
+def nothing_left():
+    """The test ends with the threads, descriptors and child processes that it began with."""
+    threads, descriptors, children = set(threading.enumerate()), _descriptors(), _children()
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)
+        assert not thread.is_alive(), f"{thread} is left"
+    _, alive = psutil.wait_procs(_children() - children, timeout=10)
+    assert not alive
+    left = {fd: name for fd, name in _descriptors().items() if descriptors.get(fd) != name}
+    assert not left
