@@ -47,7 +47,7 @@ class Settings:
     """Shared memory of one rank for one collective; larger tensors go in several pieces."""
 
     collective: str = "auto"
-    """Of tensor-parallel groups on CPU. auto: shared_memory on one host, gloo across hosts; or one of the two for all."""
+    """Of tensor-parallel groups on CPU. auto: shared_memory on one host, else gloo; or one of the two for all."""
     log_level: str = "WARNING"
     """Of our own processes: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
 

@@ -15,7 +15,7 @@ import torch
 from shardserve.agent.forking import ForkRequest, LastWords
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
-from shardserve.errors import ServableError, ShardserveError, StartError, from_wire
+from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
 from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
@@ -34,7 +34,9 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
         settings = Settings.from_environment()
         torch.set_num_threads(request.threads)
         with torch.inference_mode():
-            return Agent(request, shared_memory, settings).serve()
+            Agent(request, shared_memory, settings).serve()
+        os.write(last_words, msgspec.msgpack.encode(LastWords("", "told to leave")))
+        return 0
     except ShardserveError as error:
         text = str(error) if isinstance(error, ServableError) else f"rank {request.rank}: {error}"
         os.write(last_words, msgspec.msgpack.encode(LastWords(type(error).__name__, text)))
@@ -68,8 +70,8 @@ class Agent:
         what = f"rank {self._request.rank}: agent_start_port gives it"
         return (listen_tcp(self._stage_address, what), listen_abstract(twin_name(self._stage_address)))
 
-    def serve(self) -> int:
-        """Works for one Worker after the other; ends when told to, or when none has come for reconnect_timeout."""
+    def serve(self) -> None:
+        """Works for one Worker after the other until told to leave; Unavailable if none comes for reconnect_timeout."""
         settings = self._settings
         while True:
             address = parse_address(self._request.worker_address, "distributed_address")
@@ -77,12 +79,11 @@ class Agent:
                 address, settings.reconnect_timeout, settings.connect_retry_interval, threading.Event()
             )
             if connected is None:
-                logger.warning("no Worker at %s for %s s", address, settings.reconnect_timeout)
-                return 0
+                raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")
             connection: Connection = FrameSocket(connected, group.ToAgent)
             try:
                 if self._work(connection):
-                    return 0
+                    return
             finally:
                 connection.close()
 

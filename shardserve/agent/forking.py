@@ -44,7 +44,7 @@ class ForkReply(msgspec.Struct, frozen=True):
 
 
 class LastWords(msgspec.Struct, frozen=True):
-    """Why an agent ended of its own will. error: a class name of shardserve.errors."""
+    """Why an agent ended of its own will. error: a class name of shardserve.errors, or nothing if it left in order."""
 
     error: str
     message: str

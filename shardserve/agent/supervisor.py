@@ -239,6 +239,9 @@ class Supervisor:
             if not any(other.process for other in self._slots):
                 self._all_dead.set()
             return
+        if words is not None and not words.error:
+            # The Worker told it; the same order is on its way to this supervisor.
+            return
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))
             return

@@ -11,7 +11,7 @@ class Net(nn.Module):
         super().__init__()
         weight = torch.full((96, 16), 0.5)
         if seed is not None:
-            weight = torch.randn(96, 16, generator=torch.Generator().manual_seed(seed))
+            weight = torch.randn(96, 16, generator=torch.Generator().manual_seed(seed)) / 96**0.5
         self.w = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:

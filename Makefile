@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+STUBS := shardserve/wire/stubs
+
+.PHONY: help demo test unit e2e lint format stubs bench-smoke clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## export the matmul model, serve it on 8 ranks, call it, lose a rank, stop
+	$(BIN)/python examples/matmul_distributed/demo.py
+
+test: $(VENV)/.installed-dev ## all tests
+	$(BIN)/python -m pytest
+
+unit: $(VENV)/.installed-dev ## the tests of single modules
+	$(BIN)/python -m pytest tests/unit
+
+e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
+	$(BIN)/python -m pytest tests/e2e tests/chaos
+
+lint: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## have ruff format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: $(VENV)/.installed-dev ## generate the gRPC stubs from protos/
+	$(BIN)/python protos/generate.py
+
+bench-smoke: $(VENV)/.installed-dev ## time to ready, p50 beside a bare gRPC echo, time to recover from kill -9
+	$(BIN)/python -m benchmarks.smoke
+
+clean: ## remove what make made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info examples/*/model results
