@@ -15,7 +15,7 @@ import sys
 
 import uvloop
 
-from shardserve.errors import ShardserveError
+from shardserve.errors import InternalError, ShardserveError
 from shardserve.log import configure_logging
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
@@ -39,6 +39,10 @@ async def run(control: socket.socket, listeners: list[socket.socket]) -> None:
             await worker.start(*listeners)
         except ShardserveError as error:
             stream.send(launch.Refused(message.order, type(error).__name__, str(error)))
+        except Exception as error:
+            logger.exception("the Worker can't start")
+            text = f"{type(error).__name__}: {error}"
+            stream.send(launch.Refused(message.order, InternalError.__name__, text))
 
     async def stop(message: launch.Stop) -> None:
         if worker is not None:

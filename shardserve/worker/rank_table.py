@@ -6,11 +6,15 @@ The layouts are those of MindSpore's `hccl` rank tables: `server_list` (version 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardserve.errors import RankTableError
+
+# No longer than a 64-bit integer: Python refuses to convert thousands of digits.
+_CANONICAL = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def load_rank_table(path: str, rank_size: int, stage_size: int) -> RankTable:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RankTableError(f"rank table {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RankTableError(f"rank table {path}: not JSON: {error}") from error
     try:
         table = parse_rank_table(document)
@@ -151,7 +155,7 @@ def _text(parent: dict[str, Any], path: str, name: str) -> str:
 
 def _decimal(parent: dict[str, Any], path: str, name: str) -> int:
     value = _text(parent, path, name)
-    if not (value.isascii() and value.isdecimal()) or str(int(value)) != value:
+    if not _CANONICAL.match(value):
         raise RankTableError(f"{path}.{name} is {_show(value)}, not a canonical decimal")
     return int(value)
 
