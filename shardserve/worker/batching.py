@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,8 @@ import numpy.typing as npt
 
 from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import Model
-from shardserve.shards.config import Signature, TensorSpec
+from shardserve.shards.config import Signature, TensorSpec, describe
+from shardserve.shards.expressions import parse
 from shardserve.wire.frames import Payload, split
 
 Array = npt.NDArray[np.generic]
@@ -67,6 +69,9 @@ class Batching:
             self._find_batch_dim()
 
     def _find_batch_dim(self) -> None:
+        positions, count = self._model.without_batch_dim_inputs, len(self._signature.inputs)
+        if any(position >= count for position in positions):
+            raise ConfigError(f"without_batch_dim_inputs={positions}, but the model takes {count} inputs")
         batched = [spec for spec, has in zip(self._signature.inputs, self._batched, strict=True) if has]
         fronts = {spec.shape[0] if spec.shape else None for spec in batched}
         if len(fronts) != 1 or None in fronts:
@@ -81,10 +86,27 @@ class Batching:
                 raise ConfigError(f"with_batch_dim=True, but the batch dim is the expression {front}, not a dim")
             self._dim = front
             largest = self._signature.dims[front].max or UNBOUNDED_BATCH
+            self._check_outputs(front)
         self.max_size = min(self._model.max_batch_size or largest, largest)
 
-    def key(self, arrays: Sequence[Array]) -> Key:
-        """Calls of the same key may share a batch. InvalidInput if the model doesn't take these arrays."""
+    def _check_outputs(self, dim: str) -> None:
+        """No part of an output may be of several instances: each would get what was computed for the others."""
+        for spec in self._signature.outputs:
+            rest = spec.shape[1:] if spec.shape[:1] == (dim,) else spec.shape
+            if any(isinstance(size, str) and dim in parse(size).names for size in rest):
+                raise ConfigError(
+                    f"with_batch_dim=True, but output {spec.name}{describe(spec.shape)} can't be split into instances: "
+                    f"the batch dim {dim} may only be its first"
+                )
+
+    def key(self, arrays: Sequence[Array | str | bytes]) -> Key:
+        """Calls of the same key may share a batch. InvalidInput if the model doesn't take these values."""
+        for spec, value in zip(self._signature.inputs, arrays, strict=True):
+            if isinstance(value, str | bytes):
+                raise InvalidInput(f"input '{spec.name}' must have dtype {spec.dtype}, got {type(value).__name__}")
+        return self._key(cast(Sequence[Array], arrays))
+
+    def _key(self, arrays: Sequence[Array]) -> Key:
         smallest = self._size or (self._signature.dims[self._dim].min if self._dim else 1)
         self._padded_size(arrays, smallest)
         shared = (a.tobytes() for a, batched in zip(arrays, self._batched, strict=True) if not batched)
@@ -137,7 +159,7 @@ class Batching:
         front = self._dim or self._size
         has_batch = [bool(spec.shape) and spec.shape[0] == front for spec in specs]
         return [
-            tuple(output[i] if batched else output for output, batched in zip(outputs, has_batch, strict=True))
+            tuple(output[i, ...] if batched else output for output, batched in zip(outputs, has_batch, strict=True))
             for i in range(len(batch.calls))
         ]
 

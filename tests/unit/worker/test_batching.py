@@ -1,0 +1,257 @@
+import asyncio
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from shardserve.errors import ConfigError, InvalidInput
+from shardserve.servable import Model
+from shardserve.shards.config import DimRange, Signature, TensorSpec
+from shardserve.wire.frames import FrameError, padded
+from shardserve.worker.batching import UNBOUNDED_BATCH, Batching, Call
+
+
+def spec(text):
+    """ "x float32 batch 3" """
+    name, dtype, *shape = text.split()
+    return TensorSpec(name, dtype, tuple(int(size) if size.isdecimal() else size for size in shape))
+
+
+def signature(inputs, outputs, conditions=(), **dims):
+    return Signature(
+        {name: DimRange(*ends) for name, ends in dims.items()},
+        tuple(map(spec, inputs)),
+        tuple(map(spec, outputs)),
+        conditions,
+    )
+
+
+def batching(inputs, outputs, conditions=(), model=None, **dims):
+    return Batching(Model(rank_size=1, stage_size=1, **(model or {})), signature(inputs, outputs, conditions, **dims))
+
+
+@pytest.fixture
+def call():
+    loop = asyncio.new_event_loop()
+
+    def make(*arrays):
+        return Call(arrays, (), None, loop.create_future())
+
+    yield make
+    loop.close()
+
+
+def payload(*arrays):
+    """What the leader of the last stage sends."""
+    out = np.zeros(sum(padded(a.nbytes) for a in arrays), np.uint8)
+    at = 0
+    for a in arrays:
+        out[at : at + a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+        at += padded(a.nbytes)
+    return out
+
+
+def same(array, expected):
+    assert array.dtype == expected.dtype
+    np.testing.assert_array_equal(array, expected)
+
+
+def test_stack_and_split(call):
+    batches = batching(["x float32 batch 3"], ["y float32 batch 2", "z int64 batch"], batch=(1, 8))
+    assert batches.max_size == 8
+    rows = [np.arange(3, dtype=np.float32) + 10 * i for i in range(3)]
+    calls = [call(row) for row in rows]
+    batch = batches.make_batch(calls)
+    assert batch.dims == {"batch": 3}
+    same(batch.arrays[0], np.stack(rows))
+    y, z = np.arange(6, dtype=np.float32).reshape(3, 2), np.array([7, 8, 9])
+    results = batches.split_batch(batch, payload(y, z))
+    for i, (first, second) in enumerate(results):
+        same(first, y[i])
+        same(second, z[i])
+        assert isinstance(second, np.ndarray)
+
+
+def test_one_call(call):
+    batches = batching(["x float32 batch 3"], ["y float32 batch 3"], batch=(1, 8))
+    backwards = np.arange(6, dtype=np.float32)[::-2]
+    batch = batches.make_batch([call(backwards)])
+    assert batch.arrays[0].flags.c_contiguous
+    same(batch.arrays[0], backwards[None])
+
+
+def test_without_batch_dim(call):
+    batches = batching(
+        ["x float32 rows 3"], ["y float32 rows", "n int64"], model={"with_batch_dim": False}, rows=(1, 9)
+    )
+    assert batches.max_size == 1
+    x = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    assert batches.key([x]) == ((4, 3),)
+    batch = batches.make_batch([call(x)])
+    assert batch.dims == {"rows": 4}
+    same(batch.arrays[0], x)
+    assert batch.arrays[0].flags.c_contiguous
+    y, n = np.arange(4, dtype=np.float32), np.array(5)
+    [(first, second)] = batches.split_batch(batch, payload(y, n))
+    same(first, y)
+    same(second, n)
+    assert second.shape == ()
+
+
+def test_scalars_and_empty_tensors(call):
+    batches = batching(["x float32 batch", "e int32 batch 0 2"], ["y float32 batch", "e float64 0"], batch=(1, 4))
+    calls = [call(np.array(i, np.float32), np.empty((0, 2), np.int32)) for i in range(2)]
+    assert batches.key(calls[0].arrays) == ((), (0, 2))
+    batch = batches.make_batch(calls)
+    assert [array.shape for array in batch.arrays] == [(2,), (2, 0, 2)]
+    results = batches.split_batch(batch, payload(np.array([3, 4], np.float32), np.empty(0)))
+    assert [y.item() for y, _ in results] == [3, 4]
+    assert all(y.shape == () and e.shape == (0,) and e.dtype == np.float64 for y, e in results)
+
+
+def test_scalar_inputs_without_batch_dim(call):
+    batches = batching(["x float32"], ["y float32"], model={"with_batch_dim": False})
+    batch = batches.make_batch([call(np.array(2, np.float32))])
+    assert batch.arrays[0].shape == ()
+    [(y,)] = batches.split_batch(batch, payload(np.array(4, np.float32)))
+    same(y, np.array(4, np.float32))
+
+
+def test_bfloat16_and_bool(call):
+    batches = batching(["x bfloat16 batch 2", "m bool batch"], ["y bfloat16 batch 2", "m bool batch"], batch=(1, 4))
+    x = np.array([1.5, -2], ml_dtypes.bfloat16)
+    calls = [call(x, np.array(True)), call(x * 2, np.array(False))]
+    batches.key(calls[0].arrays)
+    batch = batches.make_batch(calls)
+    same(batch.arrays[0], np.stack([x, x * 2]))
+    results = batches.split_batch(batch, payload(*batch.arrays))
+    same(results[1][0], x * 2)
+    assert [m.item() for _, m in results] == [True, False]
+
+
+def test_static_batch_is_padded_with_the_last_instance(call):
+    batches = batching(["x float32 4 2"], ["y float32 4", "constant float32 3"])
+    assert batches.max_size == 4
+    calls = [call(np.full(2, i, np.float32)) for i in range(2)]
+    batches.key(calls[0].arrays)
+    batch = batches.make_batch(calls)
+    same(batch.arrays[0], np.array([[0, 0], [1, 1], [1, 1], [1, 1]], np.float32))
+    constant = np.ones(3, np.float32)
+    results = batches.split_batch(batch, payload(np.arange(4, dtype=np.float32), constant))
+    assert [y.item() for y, _ in results] == [0, 1]
+    for _, whole in results:
+        same(whole, constant)
+
+
+def test_batch_below_the_least_size_is_padded(call):
+    batches = batching(["x float32 batch"], ["y float32 batch"], batch=(2, 8))
+    x = np.array(3, np.float32)
+    batches.key([x])
+    batch = batches.make_batch([call(x)])
+    assert batch.dims == {"batch": 2}
+    [(y,)] = batches.split_batch(batch, payload(np.array([5, 6], np.float32)))
+    assert y.item() == 5
+
+
+def test_batch_that_a_condition_refuses_is_padded(call):
+    batches = batching(["x float32 batch"], ["y float32 batch"], ["batch % 4 == 1"], batch=(1, 9))
+    calls = [call(np.array(i, np.float32)) for i in range(3)]
+    batches.key(calls[0].arrays)
+    assert batches.make_batch(calls[:1]).dims == {"batch": 1}
+    batch = batches.make_batch(calls)
+    assert batch.dims == {"batch": 5}
+    same(batch.arrays[0], np.array([0, 1, 2, 2, 2], np.float32))
+    assert len(batches.split_batch(batch, payload(np.zeros(5, np.float32)))) == 3
+
+
+def test_no_batch_that_the_conditions_accept():
+    batches = batching(["x float32 batch n"], ["y float32 batch"], ["n % 2 == 0"], batch=(1, 4), n=(1, 9))
+    batches.key([np.zeros(4, np.float32)])
+    with pytest.raises(InvalidInput, match=r"the inputs' sizes must satisfy n % 2 == 0, got batch = 1, n = 3"):
+        batches.key([np.zeros(3, np.float32)])
+
+
+def test_inputs_without_batch_dim(call):
+    batches = batching(
+        ["x float32 batch 2", "scale float32 2"],
+        ["y float32 batch 2"],
+        model={"without_batch_dim_inputs": (1,)},
+        batch=(1, 8),
+    )
+    x, scale = np.ones(2, np.float32), np.array([3, 4], np.float32)
+    # Only calls that agree in what they share may share a batch.
+    assert batches.key([x, scale]) == batches.key([x * 5, scale.copy()])
+    assert batches.key([x, scale]) != batches.key([x, scale * 2])
+    batch = batches.make_batch([call(x, scale), call(x * 2, scale)])
+    same(batch.arrays[0], np.stack([x, x * 2]))
+    same(batch.arrays[1], scale)
+
+
+def test_calls_of_other_shapes_have_other_keys():
+    batches = batching(["x float32 batch n"], ["y float32 batch n"], batch=(1, 8), n=(1, 8))
+    assert batches.key([np.zeros(3, np.float32)]) != batches.key([np.zeros(4, np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros(3), "input 'x' must have dtype float32, got float64"),
+        (np.zeros((1, 3), np.float32), "input 'x' must have shape .batch, 3., got .1, 1, 3."),
+        (np.zeros(4, np.float32), "input 'x' must have size 3 at axis 1, got 4"),
+        (np.array(["a", "b", "c"], object), "input 'x' must have dtype float32, got object"),
+        ("text", "input 'x' must have dtype float32, got str"),
+        (b"data", "input 'x' must have dtype float32, got bytes"),
+    ],
+)
+def test_input_that_the_model_does_not_take(array, said):
+    with pytest.raises(InvalidInput, match=said):
+        batching(["x float32 batch 3"], ["y float32 batch"], batch=(1, 4)).key([array])
+
+
+def test_greatest_batch():
+    def size(dims, **model):
+        return batching(["x float32 batch"], ["y float32 batch"], model=model, batch=dims).max_size
+
+    assert size((1, 8)) == 8
+    assert size((1, 8), max_batch_size=3) == 3
+    assert size((1, 8), max_batch_size=30) == 8
+    assert size((1, None)) == UNBOUNDED_BATCH
+    assert size((1, None), max_batch_size=1000) == UNBOUNDED_BATCH
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "said"),
+    [
+        (["x float32 batch", "y float32 n"], {}, r"share no first dim: x\['batch'\], y\['n'\]"),
+        (["x float32 batch", "y float32"], {}, r"share no first dim: x\['batch'\], y\[\]"),
+        (["x float32 batch", "y float32 4"], {}, "share no first dim"),
+        (["x float32 2*batch", "y float32 2*batch batch"], {}, "the batch dim is the expression 2[*]batch, not a dim"),
+        (
+            ["x float32 batch", "y float32 batch"],
+            {"without_batch_dim_inputs": (2,)},
+            r"without_batch_dim_inputs=\(2,\), but the model takes 2 inputs",
+        ),
+    ],
+)
+def test_declaration_that_does_not_fit_the_model(inputs, options, said):
+    with pytest.raises(ConfigError, match=said):
+        batching(inputs, ["o float32 3"], model=options, batch=(1, 4), n=(1, 4))
+
+
+@pytest.mark.parametrize(
+    "output", ["y float32 n batch", "y float32 batch batch", "y float32 2*batch", "y float32 batch*n"]
+)
+def test_output_that_can_not_be_cut_into_instances(output):
+    # Each instance would get what was computed for the others, in a shape that depends on how many there were.
+    shape = ", ".join(output.split()[2:])
+    with pytest.raises(ConfigError, match=r"output y.*can't be split") as caught:
+        batching(["x float32 batch n"], ["o float32 batch", output], batch=(1, 4), n=(1, 4))
+    assert f"[{shape}]" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 64, 192])
+def test_payload_of_another_size(call, size):
+    batches = batching(["x float32 batch"], ["y float32 batch", "z float32 batch"], batch=(1, 4))
+    batch = batches.make_batch([call(np.array(1, np.float32))])
+    with pytest.raises(FrameError, match=rf"a payload of {size} bytes came where the header says 128"):
+        batches.split_batch(batch, np.zeros(size, np.uint8))
