@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
     parser.add_argument("--strict", action="store_true", help="fail if the plan shards no parameter")
     parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
-    parser.add_argument("--atol", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="absolute tolerance")
-    parser.add_argument("--rtol", type=float, default=DEFAULT_TOLERANCE, metavar="X", help="relative tolerance")
+    parser.add_argument("--atol", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="X", help="absolute tolerance")
+    parser.add_argument("--rtol", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="X", help="relative tolerance")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,6 +111,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
     return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
+    return value
 
 
 def _function(source: str) -> Any:

@@ -112,6 +112,8 @@ class Printer:
         return text
 
     def _product(self, expr: sympy.Mul) -> str:
+        if expr.could_extract_minus_sign():
+            return f"-{self._operand(-expr)}"
         above, below = expr.as_numer_denom()
         if below != 1:
             return f"{self._operand(above)} // {self._operand(below)}"

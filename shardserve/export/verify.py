@@ -18,6 +18,7 @@ from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, DimRange, ShardC
 from shardserve.shards.graph import dtype_name
 from shardserve.shards.program import Program
 
+_NEAR = 8
 _LARGE = 64  # what stands for the largest size of a dim without an upper end
 
 
@@ -104,19 +105,32 @@ def _cases(
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in example.items()}
     at_example = signature.bind(shapes, dtypes)
     yield at_example, example
-    tried = [at_example]
-    for dims in _sizes_to_try(signature.dims, at_example):
-        if dims in tried:
+    tried: list[Mapping[str, int]] = [at_example]
+    for wanted in _sizes_to_try(signature.dims, at_example):
+        dims = _nearest(signature, wanted, dtypes)
+        if dims is None or dims in tried:
             continue
         tried.append(dims)
-        inputs = {
-            spec.name: _like(example[spec.name], signature.resolve(spec, dims), generator) for spec in signature.inputs
-        }
-        try:
-            signature.bind({name: tuple(tensor.shape) for name, tensor in inputs.items()}, dtypes)
-        except InvalidInput:
-            continue  # a condition rules these sizes out: the server would refuse them
-        yield dims, inputs
+        yield (
+            dims,
+            {
+                spec.name: _like(example[spec.name], signature.resolve(spec, dims), generator)
+                for spec in signature.inputs
+            },
+        )
+
+
+def _nearest(signature: Signature, wanted: Mapping[str, int], dtypes: Mapping[str, str]) -> Mapping[str, int] | None:
+    """These sizes, or the next that the signature's conditions allow; None where none is near."""
+    for step in sorted(range(-_NEAR, _NEAR + 1), key=lambda step: (abs(step), -step)):
+        dims = {name: size + step for name, size in wanted.items()}
+        if all(dims[name] in interval for name, interval in signature.dims.items()):
+            shapes = {spec.name: signature.resolve(spec, dims) for spec in signature.inputs}
+            try:
+                return signature.bind(shapes, dtypes)
+            except InvalidInput:
+                continue
+    return None
 
 
 def _sizes_to_try(dims: Mapping[str, DimRange], example: Mapping[str, int]) -> list[dict[str, int]]:

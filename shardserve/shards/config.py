@@ -120,7 +120,7 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
         for name, axis, text, size in derived:
             self._bind_derived(name, axis, text, size, dims)
         for condition in self.conditions:
-            if not parse_condition(condition).evaluate(dims):
+            if not _holds(condition, dims):
                 sizes = ", ".join(f"{dim} = {size}" for dim, size in dims.items())
                 raise InvalidInput(f"the inputs' sizes must satisfy {condition}, got {sizes}")
         return dims
@@ -254,6 +254,13 @@ def check_version(content: Any, source: str) -> None:
 def describe(shape: Sequence[int | str]) -> str:
     """A shape as people read it: [batch, 96]."""
     return f"[{', '.join(str(size) for size in shape)}]"
+
+
+def _holds(condition: str, dims: Mapping[str, int]) -> bool:
+    try:
+        return bool(parse_condition(condition).evaluate(dims))
+    except ExpressionError:  # a division by zero: the condition speaks of larger sizes
+        return False
 
 
 def _known(what: str, names: frozenset[str], dims: Mapping[str, DimRange]) -> None:

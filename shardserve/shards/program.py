@@ -195,9 +195,10 @@ class _Builder:
 
     def call(self, node: Node) -> fx.Node:
         kind, _, collective = node.op.partition(".")
-        args = [self.argument(decode_argument(value)) for value in node.args]
         if kind == "collective":
             self.check_collective(node, collective)
+        args = [self.argument(decode_argument(value)) for value in node.args]
+        if kind == "collective":
             self.collectives.append(node)
             return self.graph.call_function(self.program._bind(node), (args[0],))
         target = operators.resolve(node.op)
@@ -213,8 +214,14 @@ class _Builder:
             raise ShardError(f"operator '{node.op}' is not one that a shard may call")
         reductions = node.args[1:]
         gather = kind == "all_gather"
-        if len(reductions) != (0 if gather else 1) or (not gather and reductions[0] not in operators.REDUCTIONS):
+        if (
+            not node.args
+            or len(reductions) != (0 if gather else 1)
+            or (not gather and reductions[0] not in operators.REDUCTIONS)
+        ):
             raise ShardError(f"{node.op} has the arguments {node.args}")
+        if not isinstance(decode_argument(node.args[0]), Ref):
+            raise ShardError(f"{node.op} takes a tensor, not {node.args[0]}")
         if node.shape is None or node.kwargs:
             raise ShardError(f"{node.op} needs the shape of what it is given, and takes no keywords")
         to_dtype(node.dtype)

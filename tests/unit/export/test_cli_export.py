@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from shardserve.cli.export import add_parser
+
+MODULE = """
+import torch
+from torch import nn
+
+def plain():
+    return nn.Linear(4, 4), (torch.randn(2, 4),)
+
+def planned():
+    b = torch.export.Dim("batch", min=1, max=4)
+    return nn.Linear(256, 8), [torch.randn(2, 256)], {
+        "dynamic_shapes": ({0: b},), "output_names": ["y"], "plan": {"parameters": {"weight": "Shard(1)"}},
+    }
+
+def wrong():
+    return nn.Linear(4, 4)
+
+def unknown():
+    return nn.Linear(4, 4), (torch.randn(2, 4),), {"dynamic": 1}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "userland.py").write_text(MODULE)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
+    sys.modules.pop("userland", None)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser()
+        add_parser(parser.add_subparsers(required=True))
+        args = parser.parse_args(["export", *words])
+        code = args.run(args)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_exports_and_verifies(run, tmp_path: Path) -> None:
+    code, out, _ = run("userland:planned", "--name", "m", "--out", "model", "--tp", "2", "--verify")
+    assert code == 0
+    assert "1 all_reduce" in out
+    assert "max abs error: " in out
+    assert (tmp_path / "model" / "device1" / "m.graph.json").exists()
+
+
+def test_a_plan_file_goes_before_the_function_s(run, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"parameters": {"weight": "Shard(0)"}}')
+    words = ("userland:planned", "--name", "m", "--out", "model", "--tp", "2", "--plan", "plan.json")
+    assert "1 all_gather" in run(*words)[1]
+
+
+def test_fails_above_the_tolerance(run) -> None:
+    words = ("userland:planned", "--name", "m", "--out", "model", "--tp", "2", "--verify")
+    code, out, err = run(*words, "--atol", "0", "--rtol", "0")
+    assert code == 1
+    assert "max abs error: " in out
+    assert "differ from the model" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("userland:plain", "--tp", "2"), "needs a plan"),
+        (("userland:plain", "--tp", "2", "--plan", "auto"), "--plan auto is not supported yet"),
+        (("userland:plain", "--meta"), "--meta is not supported yet"),
+        (("userland:plain", "--ranks", "4"), "--ranks is not supported yet"),
+        (("userland:plain", "--plan", "nothing.json"), "nothing.json: No such file"),
+        (("userland:nothing",), "'userland' has no function 'nothing'"),
+        (("userland:wrong",), "must return (model, args)"),
+        (("userland:unknown",), "unknown option 'dynamic'"),
+        (("nowhere:f",), "can't import 'nowhere'"),
+        (("userland",), "isn't package.module:function"),
+        (("folder",), "not supported yet"),
+        (("model.pt2",), "not supported yet"),
+        (("userland:plain", "--cut", "x"), "1 pipeline stages need 0 cuts"),
+    ],
+)
+def test_what_is_wrong_is_said(run, words: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*words, "--name", "m", "--out", "model")
+    assert code == 1
+    assert message in err
+
+
+def test_wrong_usage_exits_with_2(run) -> None:
+    full = ("userland:plain", "--name", "m", "--out", "o")
+    for words in (full[:1], (*full, "--tp", "0"), (*full, "--atol", "-1"), (*full, "--rtol", "nan")):
+        with pytest.raises(SystemExit) as raised:
+            run(*words)
+        assert raised.value.code == 2
+
+
+def test_the_thin_command(tmp_path: Path) -> None:
+    script = ROOT / "export_tools" / "export.py"
+    (tmp_path / "userland.py").write_text(MODULE)
+    words = [sys.executable, str(script), "userland:plain", "--name", "m", "--out", "model", "--verify"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "max abs error: 0" in done.stdout

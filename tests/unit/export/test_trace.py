@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from shardserve.errors import ExportError, InvalidInput
+from shardserve.export import export, verify
+from shardserve.export.symbols import Printer
+from shardserve.export.verify import Shards
+
+
+class Model(nn.Module):
+    """A linear layer between what a test does before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+
+def small(forward: Any) -> nn.Module:
+    return type("Small", (Model,), {"forward": forward})()
+
+
+X = torch.randn(6, 4)
+
+
+def test_conditions_become_part_of_the_signature(tmp_path: Path) -> None:
+    """A guard that the declared ranges don't imply is checked at each request and shown in the report."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        torch._check(x.shape[0] % 3 == 0)
+        return self.linear(x)
+
+    model = small(forward)
+    report = export(model, (X,), name="m", out=tmp_path, dynamic_shapes=({0: Dim.AUTO},))
+    assert report.signature.conditions == ("x_0 % 3 == 0",)
+    assert "only where x_0 % 3 == 0" in str(report)
+    shards = Shards(tmp_path, "m")
+    with pytest.raises(InvalidInput, match="x_0 % 3 == 0, got x_0 = 7"):
+        shards.run({"x": torch.randn(7, 4)})
+    result = verify(model, (X,), None, tmp_path, "m")
+    assert result.passed
+    assert all(dims["x_0"] % 3 == 0 for dims in result.sizes)
+    assert len(result.sizes) == 3
+
+
+def test_dims_are_named_and_bounded_as_declared(tmp_path: Path) -> None:
+    model = small(lambda self, x, *, mask: self.linear(x) * mask)
+    half = Dim("half", max=9)
+    report = export(
+        model,
+        (torch.randn(6, 4),),
+        kwargs={"mask": torch.ones(6, 1)},
+        name="m",
+        out=tmp_path,
+        dynamic_shapes={"x": {0: 2 * half}, "mask": {0: 2 * half}},
+    )
+    assert [spec.shape for spec in report.signature.inputs] == [("2*half", 4), ("2*half", 1)]
+    assert report.signature.dims["half"].max == 9
+    assert verify(model, (torch.randn(6, 4),), {"mask": torch.ones(6, 1)}, tmp_path, "m").passed
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: self.linear(x) if x.sum() > 0 else x, "torch.export can't trace the model"),
+        (lambda self, x: self.linear(x) + self.count.add_(1), "the model changes 'count'"),
+        (lambda self, x: self.linear(x) + torch.rand(4), "aten.rand"),
+        (lambda self, x: F.dropout(self.linear(x), 0.5, True), "aten."),
+        (lambda self, x: self.linear(x)[x[:, 0] > 0], "depends on the inputs' values|aten.nonzero|nonzero"),
+        (lambda self, x: (self.linear(x), 3), "not a tensor"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path: Path, forward: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(small(forward), (X,), name="m", out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_keeps_its_mode(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    model[0].eval()
+    export(model, (X,), name="m", out=tmp_path)
+    assert verify(model, (X,), None, tmp_path, "m").max_abs_error == 0
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_outputs_are_named_after_their_structure(tmp_path: Path) -> None:
+    model = small(lambda self, x: {"a": self.linear(x), "b": (x, None, x + 1)})
+    report = export(model, (X,), name="m", out=tmp_path)
+    assert [spec.name for spec in report.signature.outputs] == ["a", "b_0", "b_2"]
+    assert verify(model, (X,), None, tmp_path, "m").passed
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    model = small(lambda self, x: self.linear(x)).bfloat16()
+    report = export(model, (X.bfloat16(),), name="m", out=tmp_path)
+    assert report.signature.outputs[0].dtype == "bfloat16"
+    assert verify(model, (X.bfloat16(),), None, tmp_path, "m").passed
+
+
+def test_verify_fails_on_another_model(tmp_path: Path) -> None:
+    model = small(lambda self, x: self.linear(x))
+    export(model, (X,), name="m", out=tmp_path)
+    model.linear.weight.data[0, 0] += 1
+    result = verify(model, (X,), None, tmp_path, "m")
+    assert not result.passed
+    assert result.max_abs_error > 0.5
+    assert "output 'output'" in result.worst
+
+
+def test_printing() -> None:
+    b, t, unknown = sympy.symbols("s0 s1 u0", positive=True, integer=True)
+    printer = Printer({b: "batch", t: "length"})
+    assert printer.expression(b * t + 2 * b - 1) == "2*batch + batch*length - 1"
+    assert printer.expression(sympy.Max(b, t - 4)) in ("max(batch, length - 4)", "max(length - 4, batch)")
+    assert printer.expression(-b) == "-batch"
+    assert printer.condition(sympy.Eq(b, t)) == "batch == length"
+    with pytest.raises(ExportError, match="u0 depends on the inputs' values"):
+        printer.expression(b + unknown)
+    with pytest.raises(ExportError, match="can't express"):
+        printer.expression(sympy.log(b))
