@@ -230,13 +230,15 @@ class ReplicaGroup:
             self._owner.group_changed()
 
     def _output(self, number: int, payload: Payload) -> None:
-        step = self._steps.pop(number, None)
+        step = self._steps.get(number)
         if step is None:
             self.dropped += 1
             return
-        step.timer.cancel()
         if not step.failed:
+            # A payload of the wrong size raises and ends the agent's connection: then the step is still under way.
             self._owner.answered(step.batch, payload)
+        step.timer.cancel()
+        del self._steps[number]
         self._owner.step_ended()
 
     def _step_failed(self, agent: AgentHandle, number: int, text: str) -> None:

@@ -40,10 +40,12 @@ class Scheduler:
         self._batching_known.set()
 
     async def model_known(self) -> Batching:
-        """The signature's checks; waits for the first agent if none has come yet."""
-        if self.batching is None:
+        """The signature's checks; waits for the first agent if none has come yet. Unavailable if none will come."""
+        if self.batching is None and self._closed is None:
             await self._batching_known.wait()
-        assert self.batching is not None
+        if self.batching is None:
+            assert self._closed is not None
+            raise Unavailable(self._closed)
         return self.batching
 
     def submit(self, call: Call) -> None:
@@ -115,7 +117,7 @@ class Scheduler:
             return
         for call in reversed(batch.calls):
             call.alone = True
-            self._queue.appendleft(call)
+            self._put_back(call)
 
     def interrupted(self, batches: list[Batch]) -> None:
         """A generation ended under these batches: their calls are replayed, alone, in their old order."""
@@ -127,11 +129,18 @@ class Scheduler:
                     logger.error("a request is given up: %d generations ended while it ran", call.endings)
                     self._refuse(call, Aborted(f"{call.endings} generations of the group ended while this request ran"))
                 else:
-                    self._queue.appendleft(call)
+                    self._put_back(call)
+
+    def _put_back(self, call: Call) -> None:
+        if self._closed is None:
+            self._queue.appendleft(call)
+        else:
+            self._refuse(call, Unavailable(self._closed))
 
     def close(self, reason: str) -> None:
-        """Answers all that wait, and all that come, with Unavailable."""
+        """Answers all that wait, and all that come or come back, with Unavailable."""
         self._closed = reason
+        self._batching_known.set()
         while self._queue:
             self._refuse(self._queue.popleft(), Unavailable(reason))
 

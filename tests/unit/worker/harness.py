@@ -1,0 +1,188 @@
+"""Groups of agents that only record what they are sent, under a real scheduler."""
+
+import asyncio
+import dataclasses
+import functools
+
+import numpy as np
+
+from shardserve.servable import Model
+from shardserve.settings import Settings
+from shardserve.shards.config import DimRange, Signature, TensorSpec
+from shardserve.wire.frames import padded
+from shardserve.wire.messages import Generation, group
+from shardserve.worker.batching import Batching, Call
+from shardserve.worker.group import AgentHandle, ReplicaGroup
+from shardserve.worker.scheduler import Scheduler
+
+
+def asynchronous(test):
+    """Runs a test in an event loop; whatever reaches the loop's exception handler fails it."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        async def body():
+            errors = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+            await asyncio.wait_for(test(*args, **kwargs), 60)
+            assert not errors
+
+        asyncio.run(body())
+
+    return run
+
+
+class Stream:
+    """What an agent is sent."""
+
+    def __init__(self):
+        self.sent = []
+        self.payloads = []
+        self.aborted = False
+
+    def send(self, message, buffers=()):
+        self.sent.append(message)
+        self.payloads.append(b"".join(buffers))
+        return True
+
+    def abort(self):
+        self.aborted = True
+
+    def take(self, kind):
+        """All messages of this kind, in order."""
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def clear(self):
+        self.sent.clear()
+        self.payloads.clear()
+
+
+def agent(rank, rank_size=2, stage_size=2, host="10.0.0.1"):
+    local = rank % rank_size
+    stage = local // (rank_size // stage_size)
+    return AgentHandle(rank, local, stage, host, "cpu", 1000 + rank, f"{host}:{7000 + rank}", Stream())
+
+
+class Owner:
+    """Records what a group tells it, in order."""
+
+    def __init__(self):
+        self.said = []
+        self.counter = 0
+
+    def next_generation(self):
+        self.counter += 1
+        return Generation(5, self.counter)
+
+    def group_changed(self):
+        self.said.append(("changed",))
+
+    def step_ended(self):
+        self.said.append(("step ended",))
+
+    def answered(self, batch, payload):
+        self.said.append(("answered", batch, payload))
+
+    def failed(self, batch, message):
+        self.said.append(("failed", batch, message))
+
+    def interrupted(self, batches):
+        self.said.append(("interrupted", batches))
+
+    def kill(self, agent, reason):
+        self.said.append(("kill", agent.rank, reason))
+
+    def take(self, what):
+        """What was said of this kind, in order."""
+        return [fact[1:] for fact in self.said if fact[0] == what]
+
+
+def quick(**settings):
+    """Settings whose timeouts are over at once, except those given."""
+    return dataclasses.replace(Settings(), **settings)
+
+
+class Cluster(Owner):
+    """Replicas of one rank each, all serving, under a scheduler; x float32 [batch, n] → y float32 [batch, n]."""
+
+    def __init__(self, replicas=1, window=2, batch=4, settings=None):
+        super().__init__()
+        settings = settings or Settings()
+        self.groups = [ReplicaGroup(r, 1, 1, window, self, settings) for r in range(replicas)]
+        self.scheduler = Scheduler(self.groups, settings)
+        signature = Signature(
+            {"batch": DimRange(1, batch), "n": DimRange(1, 9)},
+            (TensorSpec("x", "float32", ("batch", "n")),),
+            (TensorSpec("y", "float32", ("batch", "n")),),
+        )
+        self.batching = Batching(Model(rank_size=1, stage_size=1), signature)
+        self.scheduler.set_batching(self.batching)
+        self.agents = {}
+        for replica in range(replicas):
+            self.join(replica)
+
+    def join(self, replica=0):
+        """An agent comes and its group serves."""
+        replica_group = self.groups[replica]
+        newcomer = self.agents[replica] = dataclasses.replace(agent(0, 1, 1), rank=replica)
+        replica_group.add(newcomer)
+        self.say(group.Formed(replica_group.generation), replica)
+
+    def say(self, message, replica=0, payload=b""):
+        self.groups[replica].handle(self.agents[replica], message, np.frombuffer(bytearray(payload), np.uint8))
+
+    def steps(self, replica=0):
+        """What was sent and not yet taken: (number, the first element of each of its instances)."""
+        stream = self.agents[replica].stream
+        steps = [
+            (message.step, np.frombuffer(payload, np.float32).reshape(message.dims["batch"], -1)[:, 0].tolist())
+            for message, payload in zip(stream.sent, stream.payloads, strict=True)
+            if isinstance(message, group.Step)
+        ]
+        stream.clear()
+        return steps
+
+    def output(self, number, values, replica=0, n=1):
+        """The leader answers with these first elements."""
+        y = np.repeat(np.array(values, np.float32)[:, None], n, 1)
+        data = y.tobytes().ljust(padded(y.nbytes), b"\0")
+        self.say(group.Output(self.groups[replica].generation, number), replica, data)
+
+    def failure(self, number, message="boom", replica=0):
+        self.say(group.StepFailed(self.groups[replica].generation, number, message), replica)
+
+    def lose(self, replica=0):
+        """Its agent dies; another comes."""
+        self.groups[replica].lost(self.agents[replica])
+        self.join(replica)
+
+    def call(self, value, n=1, deadline=None):
+        x = np.full(n, value, np.float32)
+        return Call((x,), self.batching.key((x,)), deadline, asyncio.get_running_loop().create_future())
+
+    def submit(self, value, n=1, deadline=None):
+        call = self.call(value, n, deadline)
+        self.scheduler.submit(call)
+        return call
+
+    # As the Worker does.
+
+    def group_changed(self):
+        self.scheduler.pump()
+
+    def step_ended(self):
+        self.scheduler.pump()
+
+    def answered(self, batch, payload):
+        self.scheduler.answered(batch, payload)
+
+    def failed(self, batch, message):
+        self.scheduler.failed(batch, message)
+
+    def interrupted(self, batches):
+        self.scheduler.interrupted(batches)
+
+
+def value(call):
+    """The first element of the call's answer."""
+    return float(call.answer.result()[0].flat[0])

@@ -1,0 +1,286 @@
+import asyncio
+import time
+
+import pytest
+
+from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, StepError, Unavailable
+from shardserve.settings import Settings
+from shardserve.wire.frames import FrameError
+from shardserve.wire.messages import group
+from shardserve.worker.scheduler import Scheduler
+
+from .harness import Cluster, asynchronous, quick, value
+
+
+@asynchronous
+async def test_calls_wait_for_room_and_then_share_a_batch():
+    cluster = Cluster(window=2, batch=3)
+    calls = [cluster.submit(i) for i in range(7)]
+    # While there is room a call goes at once; the others collect.
+    assert cluster.steps() == [(0, [0]), (1, [1])]
+    cluster.output(0, [10])
+    assert cluster.steps() == [(2, [2, 3, 4])]
+    cluster.output(1, [11])
+    assert cluster.steps() == [(3, [5, 6])]
+    cluster.output(2, [12, 13, 14])
+    cluster.output(3, [15, 16])
+    assert [value(call) for call in calls] == [10, 11, 12, 13, 14, 15, 16]
+
+
+@asynchronous
+async def test_only_neighbours_of_one_key_share_a_batch():
+    cluster = Cluster(window=1)
+    cluster.submit(0)
+    for number, n in enumerate([2, 2, 3, 2], start=1):
+        cluster.submit(number, n)
+    sent = []
+    for number in range(4):
+        [(step, values)] = cluster.steps()
+        assert step == number
+        sent.append(values)
+        cluster.output(number, values, n=[1, 2, 3, 2][number])
+    assert sent == [[0], [1, 2], [3], [4]]
+
+
+@asynchronous
+async def test_the_group_with_least_under_way_gets_the_next():
+    cluster = Cluster(replicas=2, window=2)
+    for i in range(5):
+        cluster.submit(i)
+    assert cluster.steps(0) == [(0, [0]), (1, [2])]
+    assert cluster.steps(1) == [(0, [1]), (1, [3])]
+    cluster.output(0, [0], replica=1)
+    assert cluster.steps(1) == [(2, [4])]
+
+
+@asynchronous
+async def test_deadline_passed_before_the_step():
+    cluster = Cluster(window=1)
+    cluster.submit(0)
+    late = cluster.submit(1, deadline=time.monotonic() - 1)
+    good = cluster.submit(2, deadline=time.monotonic() + 1000)
+    cluster.steps()
+    cluster.output(0, [0])
+    assert cluster.steps() == [(1, [2])]
+    with pytest.raises(DeadlineExceeded, match=r"the deadline passed while the request waited for its step"):
+        late.answer.result()
+    cluster.output(1, [2])
+    assert value(good) == 2
+
+
+@asynchronous
+async def test_cancelled_calls():
+    cluster = Cluster(window=1)
+    first, second, third = (cluster.submit(i) for i in range(3))
+    second.answer.cancel()
+    cluster.steps()
+    # Under way: its answer is nobody's.
+    first.answer.cancel()
+    cluster.output(0, [0])
+    assert cluster.steps() == [(1, [2])]
+    cluster.output(1, [7])
+    assert value(third) == 7
+
+
+@asynchronous
+async def test_suspects_run_again_alone_and_in_their_old_order():
+    cluster = Cluster(window=2, batch=2)
+    calls = [cluster.submit(i) for i in range(5)]
+    cluster.output(0, [0])
+    # Under way: 1, and 2 with 3; 4 waits.
+    cluster.lose()
+    assert cluster.steps() == [(0, [1])]
+    assert [call.endings for call in calls] == [0, 1, 1, 1, 0]
+    for number, sent in enumerate([1, 2, 3]):
+        cluster.output(number, [sent + 10])
+        assert cluster.groups[0].in_flight == 1
+        assert cluster.steps() == [(number + 1, [sent + 1])]
+    # The last was no suspect: others may join it.
+    late = cluster.submit(5)
+    assert cluster.steps() == [(4, [5])]
+    cluster.output(3, [14])
+    cluster.output(4, [15])
+    assert [value(call) for call in (*calls, late)] == [0, 11, 12, 13, 14, 15]
+
+
+@asynchronous
+async def test_second_ending_is_the_calls_own_error():
+    cluster = Cluster(window=1)
+    poison, good = cluster.submit(1), cluster.submit(2)
+    cluster.lose()
+    cluster.lose()
+    with pytest.raises(Aborted, match=r"2 generations of the group ended while this request ran"):
+        poison.answer.result()
+    assert cluster.steps() == [(0, [2])]
+    cluster.output(0, [2])
+    assert value(good) == 2
+
+
+@asynchronous
+async def test_nothing_joins_a_suspect_but_other_replicas_go_on():
+    cluster = Cluster(replicas=2, window=3)
+    cluster.submit(0)
+    cluster.submit(1)
+    cluster.steps(1)
+    cluster.lose(0)
+    assert cluster.steps(0) == [(0, [0])]
+    cluster.submit(2)
+    cluster.submit(3)
+    assert cluster.steps(0) == []
+    assert cluster.steps(1) == [(1, [2]), (2, [3])]
+
+
+@asynchronous
+async def test_step_that_failed_is_its_callers_error():
+    cluster = Cluster(window=1)
+    bad, good = cluster.submit(1), cluster.submit(2)
+    cluster.steps()
+    cluster.failure(0, "IndexError: 9")
+    with pytest.raises(StepError, match=r"^IndexError: 9$"):
+        bad.answer.result()
+    # Until the step is drained, it has its place.
+    assert cluster.steps() == []
+    cluster.output(0, [0])
+    assert cluster.steps() == [(1, [2])]
+    cluster.output(1, [2])
+    assert value(good) == 2
+
+
+@asynchronous
+async def test_merged_batch_that_failed_runs_again_one_by_one():
+    cluster = Cluster(window=1)
+    calls = [cluster.submit(i) for i in range(4)]
+    cluster.output(0, [0])
+    cluster.steps()
+    cluster.failure(1, "which of them")
+    later = cluster.submit(9)
+    cluster.output(1, [0, 0, 0])
+    for number, sent in enumerate([1, 2, 3], start=2):
+        assert cluster.steps() == [(number, [sent])]
+        if sent == 2:
+            cluster.failure(number, "this one")
+        cluster.output(number, [sent])
+    assert cluster.steps() == [(5, [9])]
+    cluster.output(5, [9])
+    assert [value(call) for call in (calls[0], calls[1], calls[3], later)] == [0, 1, 3, 9]
+    with pytest.raises(StepError, match=r"^this one$"):
+        calls[2].answer.result()
+
+
+@asynchronous
+async def test_calls_of_a_failed_batch_are_replayed_only_once_when_its_generation_ends():
+    cluster = Cluster(window=1)
+    calls = [cluster.submit(i) for i in range(3)]
+    cluster.output(0, [0])
+    cluster.failure(1)
+    cluster.steps()
+    cluster.lose()
+    assert cluster.steps() == [(0, [1])]
+    assert [call.endings for call in calls] == [0, 0, 0]
+    cluster.output(0, [1])
+    assert cluster.steps() == [(1, [2])]
+    cluster.output(1, [2])
+    assert cluster.steps() == []
+
+
+@asynchronous
+async def test_queue_is_bounded():
+    cluster = Cluster(window=1, settings=quick(queue_limit=2))
+    for i in range(3):
+        cluster.submit(i)
+    with pytest.raises(Overloaded, match=r"2 instances wait already \(queue_limit\)"):
+        cluster.submit(3)
+    cluster.output(0, [0])
+    cluster.submit(4)
+
+
+@asynchronous
+async def test_close():
+    cluster = Cluster(window=1)
+    under_way, waiting = cluster.submit(0), cluster.submit(1)
+    cluster.scheduler.close("the servable is stopped")
+    with pytest.raises(Unavailable, match=r"the servable is stopped"):
+        waiting.answer.result()
+    with pytest.raises(Unavailable, match=r"the servable is stopped"):
+        cluster.submit(2)
+    cluster.output(0, [5])
+    assert value(under_way) == 5
+
+
+@asynchronous
+async def test_what_comes_back_after_close_is_answered():
+    cluster = Cluster(window=1)
+    cluster.submit(0)
+    merged = [cluster.submit(1), cluster.submit(2)]
+    cluster.output(0, [0])
+    cluster.scheduler.close("rank 0 is given up")
+    cluster.groups[0].lost(cluster.agents[0])
+    for call in merged:
+        with pytest.raises(Unavailable, match=r"rank 0 is given up"):
+            call.answer.result()
+
+    cluster = Cluster(window=1)
+    cluster.submit(0)
+    merged = [cluster.submit(1), cluster.submit(2)]
+    cluster.output(0, [0])
+    cluster.scheduler.close("rank 0 is given up")
+    cluster.failure(1)
+    for call in merged:
+        with pytest.raises(Unavailable, match=r"rank 0 is given up"):
+            call.answer.result()
+
+
+@asynchronous
+async def test_calls_wait_for_the_first_agents_signature():
+    cluster = Cluster()
+    scheduler = Scheduler([], Settings())
+    waiting = asyncio.ensure_future(scheduler.model_known())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    scheduler.set_batching(cluster.batching)
+    assert await waiting is cluster.batching
+    assert await scheduler.model_known() is cluster.batching
+
+
+@asynchronous
+async def test_close_ends_the_wait_for_the_first_agent():
+    scheduler = Scheduler([], Settings())
+    waiting = asyncio.ensure_future(scheduler.model_known())
+    await asyncio.sleep(0)
+    scheduler.close("rank 1: its shard is missing")
+    for wait in (waiting, scheduler.model_known()):
+        with pytest.raises(Unavailable, match=r"rank 1: its shard is missing"):
+            await wait
+
+
+@asynchronous
+async def test_output_of_another_size_ends_the_connection_and_loses_no_call():
+    cluster = Cluster(window=1)
+    call = cluster.submit(3)
+    cluster.steps()
+    with pytest.raises(
+        FrameError, match=r"the leader's output doesn't have the exported shapes: a payload of 128 bytes"
+    ):
+        cluster.output(0, [1] * 30)
+    # The FrameError ends the agent's connection; the call is a suspect as any other.
+    cluster.lose()
+    assert cluster.steps() == [(0, [3])]
+    with pytest.raises(FrameError, match=r"the exported shapes"):
+        cluster.output(0, [1] * 30)
+    cluster.lose()
+    with pytest.raises(Aborted, match=r"2 generations"):
+        call.answer.result()
+
+
+@asynchronous
+async def test_late_answers_of_an_ended_generation_are_dropped():
+    cluster = Cluster(window=1)
+    call = cluster.submit(3)
+    old, generation = cluster.agents[0], cluster.groups[0].generation
+    cluster.lose()
+    cluster.groups[0].handle(old, group.Output(generation, 0), None)
+    cluster.say(group.Output(generation, 0))
+    assert cluster.groups[0].dropped == 2
+    assert not call.answer.done()
+    cluster.output(0, [8])
+    assert value(call) == 8
