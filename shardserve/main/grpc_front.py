@@ -30,6 +30,10 @@ ADMIN = "shardserve.v1.Admin"
 ERROR_CLASS = "shardserve-error"
 """The trailing metadata that names the class of errors.py, beside a gRPC status that several classes share."""
 
+MAX_DETAILS = 1000
+"""Characters of a status's text, which travels as a header: clients refuse headers of more than 8 KB, and a character
+may take 9 bytes of it."""
+
 
 class Predict(ms_service_pb2_grpc.MSServiceServicer):
     def __init__(self, router: Router) -> None:
@@ -173,4 +177,4 @@ def _error_msg(error: ShardserveError | None) -> pb.ErrorMsg:
 
 async def _abort(context: PredictContext, error: ShardserveError) -> None:
     code = grpc.StatusCode[error.grpc_status]
-    await context.abort(code, str(error), ((ERROR_CLASS, type(error).__name__),))
+    await context.abort(code, str(error)[:MAX_DETAILS], ((ERROR_CLASS, type(error).__name__),))

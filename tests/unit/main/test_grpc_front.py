@@ -13,8 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from main_harness import Launcher, Worker, announce, attached, echo, keep
 
 from shardserve.client import AsyncClient, status
-from shardserve.errors import Aborted, DeadlineExceeded, InvalidInput, NotFound, StepError, Unavailable
-from shardserve.wire.messages import front, launch
+from shardserve.errors import Aborted, DeadlineExceeded, InternalError, InvalidInput, NotFound, StepError, Unavailable
+from shardserve.wire.messages import TensorMeta, front, launch
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos"
 X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -118,6 +118,33 @@ def test_errors_of_instances_and_of_requests():
         async with AsyncClient(address, "echo", "abort", raise_errors=True) as strict:
             with pytest.raises(Aborted):
                 await strict.infer(X)
+
+    predict(test)
+
+
+def test_a_long_text_does_not_break_the_status():
+    def script(worker, message, payload):
+        worker.send(front.Failed(message.request, "Unavailable", "é" * 20_000))
+
+    async def test(launcher, worker, client, address):
+        worker.script = script
+        with pytest.raises(Unavailable, match=r"^UNAVAILABLE: é+$"):
+            await client.infer(X)
+
+    predict(test)
+
+
+def test_a_bug_in_main_is_an_internal_error_without_a_traceback():
+    def script(worker, message, payload):
+        outputs = {"y": TensorMeta("float99", (0,), 0)}
+        worker.send(front.Reply(message.request, [front.InstanceOutputs(outputs)]))
+
+    async def test(launcher, worker, client, address):
+        worker.script = script
+        with pytest.raises(InternalError, match="INTERNAL: a bug in the server; its log has the traceback"):
+            await client.infer(X)
+        worker.script = echo
+        assert len(await client.infer(X)) == 1
 
     predict(test)
 
