@@ -1,0 +1,355 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from shardserve.wire.messages import Generation, group
+from shardserve.worker.batching import Batch
+from shardserve.worker.group import ReplicaGroup
+
+from .harness import Owner, agent, asynchronous, quick
+
+# Two pipeline stages of two ranks.
+SIZES = {"rank_size": 4, "stage_size": 2}
+NOTHING = np.empty(0, np.uint8)
+
+
+class Group:
+    """A replica group, its owner and its agents. `serving`: forms at once."""
+
+    def __init__(self, window=3, serving=True, hosts=("10.0.0.1",) * 4, **settings):
+        self.owner = Owner()
+        self.group = ReplicaGroup(0, 4, 2, window, self.owner, quick(**settings))
+        self.agents = [agent(rank, host=hosts[rank], **SIZES) for rank in range(4)]
+        if serving:
+            self.join(*range(4))
+            self.say(group.Formed, *range(4))
+            assert self.group.state == "serving"
+            for each in self.agents:
+                each.stream.clear()
+
+    @property
+    def generation(self):
+        return self.group.generation
+
+    def join(self, *ranks):
+        for rank in ranks:
+            self.group.add(self.agents[rank])
+
+    def lose(self, rank):
+        """The agent's connection ends; the next `join` of this rank brings another."""
+        lost = self.agents[rank]
+        self.agents[rank] = agent(rank, host=lost.host, **SIZES)
+        self.group.lost(lost)
+        return lost
+
+    def say(self, kind, *ranks, generation=None, payload=NOTHING, **fields):
+        for rank in ranks:
+            self.group.handle(self.agents[rank], kind(generation or self.generation, **fields), payload)
+
+    def sent(self, kind):
+        return [len(each.stream.take(kind)) for each in self.agents]
+
+
+def batch():
+    arrays = (np.arange(6, dtype=np.float32).reshape(2, 3), np.array(True))
+    return Batch((), arrays, {"batch": 2})
+
+
+async def until(condition):
+    """Waits for what a timer does."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@asynchronous
+async def test_forms_when_all_have_come_and_serves_when_all_have_formed():
+    g = Group(serving=False)
+    g.join(2, 0, 3)
+    assert (g.group.state, g.sent(group.Form)) == ("waiting", [0] * 4)
+    g.join(1)
+    assert (g.group.state, g.generation) == ("forming", Generation(5, 1))
+    forms = [each.stream.sent[0] for each in g.agents]
+    assert [form.next_address for form in forms] == ["10.0.0.1:7002", "10.0.0.1:7003", None, None]
+    assert {(form.generation, form.collective) for form in forms} == {(Generation(5, 1), "shared_memory")}
+    g.say(group.Formed, 0, 1, 2, 2)
+    assert g.group.state == "forming"
+    assert not g.group.has_room
+    g.say(group.Formed, 3)
+    assert g.group.state == "serving"
+    assert g.group.has_room
+
+
+@asynchronous
+async def test_a_stage_across_hosts_uses_gloo():
+    g = Group(serving=False, hosts=("a", "a", "b", "c"))
+    g.join(*range(4))
+    collectives = [each.stream.sent[0].collective for each in g.agents]
+    assert collectives == ["shared_memory", "shared_memory", "gloo", "gloo"]
+
+
+@asynchronous
+async def test_steps_are_numbered_and_only_the_first_stage_gets_inputs():
+    g = Group()
+    for _ in range(3):
+        g.group.send_step(batch())
+    assert not g.group.has_room
+    for each in g.agents:
+        assert each.stream.sent == [group.Step(g.generation, n, 0, {"batch": 2}) for n in range(3)]
+        data = np.arange(6, dtype=np.float32).tobytes() + b"\x01"
+        assert each.stream.payloads == [data if each.stage == 0 else b""] * 3
+
+
+@asynchronous
+async def test_outputs_free_their_place():
+    g = Group()
+    batches = [batch(), batch()]
+    for each in batches:
+        g.group.send_step(each)
+    payload = np.ones(64, np.uint8)
+    g.say(group.Output, 2, step=1, payload=payload)
+    assert g.owner.said[-2:] == [("answered", batches[1], payload), ("step ended",)]
+    assert g.group.in_flight == 1
+    # A second answer is ignored.
+    g.say(group.Output, 2, step=1)
+    assert g.group.dropped == 1
+    assert len(g.owner.take("answered")) == 1
+
+
+@asynchronous
+async def test_a_failed_step_is_noted_first_and_its_output_ignored():
+    g = Group()
+    failing = batch()
+    g.group.send_step(failing)
+    noted = []
+    g.owner.failed = lambda *what: noted.append((what, g.sent(group.FailureNoted)))
+    g.say(group.StepFailed, 1, step=0, message="IndexError: 9")
+    assert noted == [((failing, "IndexError: 9"), [0, 1, 0, 0])]
+    # Another rank raised too: it is released as well, the request fails once.
+    g.say(group.StepFailed, 0, step=0, message="IndexError: 9")
+    assert g.sent(group.FailureNoted) == [1, 1, 0, 0]
+    assert len(noted) == 1
+    assert g.group.in_flight == 1
+    g.say(group.Output, 2, step=0)
+    assert (g.group.in_flight, g.owner.take("answered"), g.owner.take("step ended")) == (0, [], [()])
+
+
+@asynchronous
+async def test_failure_after_the_answer_only_releases_the_rank():
+    g = Group()
+    g.group.send_step(batch())
+    g.say(group.Output, 2, step=0)
+    g.say(group.StepFailed, 3, step=0, message="late")
+    assert g.sent(group.FailureNoted) == [0, 0, 0, 1]
+    assert g.owner.take("failed") == []
+
+
+@asynchronous
+async def test_a_rank_is_lost_while_agents_are_missing():
+    g = Group(serving=False)
+    g.join(0, 1)
+    g.lose(1)
+    assert (g.group.state, sorted(g.group.agents), g.group.endings) == ("waiting", [0], 0)
+    g.join(1, 2, 3)
+    assert g.group.state == "forming"
+
+
+@asynchronous
+async def test_a_rank_is_lost_while_forming():
+    g = Group(serving=False)
+    g.join(*range(4))
+    g.say(group.Formed, 0, 1)
+    g.lose(2)
+    assert (g.group.state, g.group.endings) == ("ending", 1)
+    assert g.sent(group.End) == [1, 1, 0, 1]
+    g.join(2)
+    g.say(group.Parked, 0, 1)
+    assert g.group.state == "ending"
+    g.say(group.Parked, 3)
+    assert (g.group.state, g.generation) == ("forming", Generation(5, 2))
+    assert g.sent(group.Form) == [2, 2, 1, 2]
+
+
+@asynchronous
+async def test_a_rank_is_lost_while_serving():
+    g = Group()
+    answered, failed, waiting, last = (batch() for _ in range(4))
+    g.group.window = 4
+    for each in (answered, failed, waiting, last):
+        g.group.send_step(each)
+    g.say(group.Output, 2, step=0)
+    g.say(group.StepFailed, 2, step=1, message="x")
+    old = g.generation
+    lost = g.lose(1)
+    assert g.group.state == "ending"
+    assert g.owner.take("interrupted") == [([waiting, last],)]
+    assert g.group.in_flight == 0
+    assert [each.stream.take(group.End) for each in g.agents] == [
+        [group.End(old)],
+        [],
+        [group.End(old)],
+        [group.End(old)],
+    ]
+    assert lost.stream.take(group.End) == []
+    g.say(group.Parked, 0, 2, 3)
+    assert g.group.state == "waiting"
+    g.join(1)
+    assert g.group.state == "forming"
+    assert g.generation > old
+    g.say(group.Formed, *range(4))
+    g.group.send_step(batch())
+    assert g.agents[1].stream.sent[-1].step == 0
+
+
+@asynchronous
+async def test_ranks_are_lost_while_the_generation_ends():
+    g = Group()
+    g.lose(1)
+    g.join(1)
+    g.say(group.Parked, 0)
+    # One that had parked, then one that had not.
+    g.lose(0)
+    assert g.group.state == "ending"
+    g.lose(2)
+    g.say(group.Parked, 3)
+    assert (g.group.state, g.group.endings) == ("waiting", 1)
+    g.join(0, 2)
+    assert g.group.state == "forming"
+
+
+@asynchronous
+async def test_the_last_rank_is_lost():
+    g = Group()
+    for rank in range(4):
+        g.lose(rank)
+    assert (g.group.state, g.group.endings, g.group.agents) == ("waiting", 1, {})
+
+
+@asynchronous
+async def test_a_rank_that_was_lost_is_lost_once():
+    g = Group()
+    lost = g.lose(1)
+    g.join(1)
+    g.group.lost(lost)
+    assert g.group.agents[1] is g.agents[1]
+
+
+@pytest.mark.parametrize("serving", [False, True])
+@asynchronous
+async def test_broken_ends_the_generation(serving, caplog):
+    g = Group(serving=serving)
+    if serving:
+        under_way = batch()
+        g.group.send_step(under_way)
+    else:
+        g.join(*range(4))
+    g.say(group.Broken, 3, message="StepMismatch: rank 1 is elsewhere")
+    assert g.group.state == "ending"
+    assert "replica 0: generation 5.1 ends: rank 3: StepMismatch: rank 1 is elsewhere" in caplog.text
+    assert g.owner.take("interrupted") == [([under_way] if serving else [],)]
+    # All survive: they park and form anew.
+    g.say(group.Broken, 2, message="too")
+    g.say(group.Parked, *range(4))
+    assert (g.group.state, g.group.endings, g.group.dropped) == ("forming", 1, 1)
+
+
+@asynchronous
+async def test_what_is_of_another_generation_is_dropped_and_counted():
+    g = Group()
+    g.group.send_step(batch())
+    stranger = agent(2, **SIZES)
+    for generation in (Generation(5, 0), Generation(5, 2), Generation(4, 1)):
+        g.say(group.Output, 2, generation=generation, step=0)
+        g.say(group.StepFailed, 2, generation=generation, step=0, message="x")
+        g.say(group.Broken, 2, generation=generation, message="x")
+    g.group.handle(stranger, group.Output(g.generation, 0), NOTHING)
+    g.group.handle(g.agents[0], group.Introduce(1), NOTHING)
+    assert (g.group.dropped, g.group.state, g.group.in_flight) == (11, "serving", 1)
+    assert g.sent(group.FailureNoted) == [0] * 4
+
+
+@asynchronous
+async def test_what_comes_out_of_turn_is_dropped_and_counted():
+    g = Group()
+    g.say(group.Formed, 0)
+    g.say(group.Parked, 0)
+    assert (g.group.dropped, g.group.state) == (2, "serving")
+    g.lose(1)
+    g.say(group.Output, 2, step=0)
+    g.say(group.StepFailed, 2, step=0, message="x")
+    g.say(group.Formed, 2)
+    assert (g.group.dropped, g.group.state) == (5, "ending")
+
+
+@asynchronous
+async def test_who_does_not_leave_the_generation_is_killed():
+    g = Group(abort_timeout=0.05)
+    g.lose(1)
+    g.say(group.Parked, 0)
+    await until(lambda: len(g.owner.take("kill")) == 2)
+    text = "did not leave generation 5.1 within 0.05 s"
+    assert sorted(g.owner.take("kill")) == [(2, text), (3, text)]
+    assert g.group.state == "ending"
+    g.lose(2)
+    g.lose(3)
+    assert g.group.state == "waiting"
+    g.join(1, 2, 3)
+    assert g.group.state == "forming"
+
+
+@asynchronous
+async def test_who_does_not_join_the_generation_is_killed(caplog):
+    g = Group(serving=False, form_timeout=0.05)
+    g.join(*range(4))
+    g.say(group.Formed, 0, 2)
+    await until(lambda: g.group.state == "ending")
+    text = "did not join generation 5.1 within 0.05 s"
+    assert sorted(g.owner.take("kill")) == [(1, text), (3, text)]
+    assert "rank 1, 3 did not join within form_timeout (0.05 s)" in caplog.text
+    assert g.sent(group.End) == [1] * 4
+    # Killed later for not leaving, too: they are gone only when their connection is.
+    g.say(group.Parked, 0, 2)
+    assert g.group.state == "ending"
+    g.lose(1)
+    g.lose(3)
+    assert g.group.state == "waiting"
+
+
+@asynchronous
+async def test_step_without_an_answer_ends_the_generation(caplog):
+    g = Group(step_timeout=0.05)
+    first, second = batch(), batch()
+    g.group.send_step(first)
+    g.group.send_step(second)
+    await until(lambda: g.group.state == "ending")
+    assert "step 0 had no answer from rank 2 within step_timeout (0.05 s)" in caplog.text
+    assert g.owner.take("interrupted") == [([first, second],)]
+    assert g.group.endings == 1
+
+
+@asynchronous
+async def test_timers_of_what_is_over_do_nothing():
+    g = Group(step_timeout=0.02, form_timeout=0.02, abort_timeout=0.02)
+    g.group.send_step(batch())
+    g.say(group.Output, 2, step=0)
+    g.lose(1)
+    g.say(group.Parked, 0, 2, 3)
+    g.join(1)
+    g.say(group.Formed, *range(4))
+    passed = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.1, passed.set)
+    await passed.wait()
+    assert (g.group.state, g.group.endings, g.owner.take("kill")) == ("serving", 1, [])
+
+
+@asynchronous
+async def test_close_gives_what_was_under_way():
+    g = Group(step_timeout=0.02)
+    failed, under_way = batch(), batch()
+    g.group.send_step(failed)
+    g.group.send_step(under_way)
+    g.say(group.StepFailed, 0, step=0, message="x")
+    assert g.group.close() == [under_way]
+    assert not g.group.has_room
+    g.lose(0)
+    assert g.group.endings == 0
