@@ -86,7 +86,7 @@ def example() -> tuple[nn.Module, tuple[Tensor, Tensor], dict[str, object]]:
     ids = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(1))
     attention_mask = torch.ones_like(ids)
     attention_mask[1, 7:] = 0
-    batch = torch.export.Dim("batch", min=1, max=16)
+    batch = torch.export.Dim("batch", min=1, max=32)
     length = torch.export.Dim("length", min=1, max=64)
     options: dict[str, object] = {
         "dynamic_shapes": {"ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
