@@ -20,7 +20,7 @@ RULES: dict[str, Rule] = {}
 """Operator name → rule; what is tagged pointwise and isn't here follows `pointwise`."""
 
 _ELEMENTWISE = frozenset(
-    {"__and__", "__or__", "__xor__", "_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh_copy"}
+    {"__and__", "__or__", "__xor__", "_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh_copy", "where"}
 )
 _NOT_ELEMENTWISE = frozenset({"prelu"})  # its weight lies along dim 1, whatever the input's rank
 _KEEPS_SUM = frozenset({"neg", "alias", "clone", "contiguous", "detach"})
@@ -170,6 +170,38 @@ def _contraction(left: Value, left_dim: int, right: Value, right_dim: int) -> in
     return None
 
 
+@rule("baddbmm")
+def baddbmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """self + left [b, m, k] @ right [b, k, n], as attention scores with a mask are: by the batch dim."""
+    call = call.mapped(emitter.reduced)
+    sides = [call["batch1"], call["batch2"]]
+    batch = next((side.placement for side in sides if side.placement != Replicate()), None)
+    if not isinstance(batch, Shard) or batch.dim != 0:
+        return None
+    return call.mapped(lambda value: _aligned(emitter, value, batch, 3)).emit(emitter, batch)
+
+
+@rule("einsum")
+def einsum(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """Along one sharded letter: kept, it shards the result; contracted, it leaves terms of a sum."""
+    equation = str(call["equation"]).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return None
+    left, result = equation.split("->")
+    call = call.mapped(emitter.reduced)
+    operands = list(zip(left.split(","), call["tensors"], strict=True))
+    sharded = [(letters[x.placement.dim], x.placement) for letters, x in operands if isinstance(x.placement, Shard)]
+    if not sharded or any(letters.count(letter) > 1 for letters, _ in operands for letter in letters):
+        return None
+    letter, blocks = sharded[0][0], sharded[0][1].blocks
+    placement = Shard(result.index(letter), blocks) if letter in result else Partial()
+    tensors = [
+        emitter.redistribute(x, Shard(letters.index(letter), blocks)) if letter in letters else emitter.replicated(x)
+        for letters, x in operands
+    ]
+    return call.emit(emitter, placement, tensors=tensors)
+
+
 @rule("addmm")
 def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     """bias + left [m, k] @ right [k, n]; only what a linear layer is."""
@@ -193,7 +225,7 @@ def embedding(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     weight, ids = emitter.reduced(call["weight"]), emitter.replicated(call["indices"])
     rows, start = weight.shape[0], 0
     placement: Placement = Replicate()
-    if isinstance(weight.placement, Shard) and weight.placement.blocks > 1:
+    if isinstance(weight.placement, Shard) and weight.placement.blocks != 1:
         weight = emitter.replicated(weight)
     if isinstance(weight.placement, Shard):
         if weight.placement.dim == 0:
@@ -260,27 +292,16 @@ def view(emitter: Emitter, call: Call) -> Value | list[Value] | None:
 def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, size: int) -> Shard | None:
     """Where a sharded dim goes in a reshape, None where its parts don't stay together."""
     dim, blocks = placement.dim, placement.blocks
-    target = _starting_at(product(before[:dim]), after)
-    if target is not None:
-        # Both dims lead what follows the same dims before them, so equal parts of one are equal parts of the other.
-        if divide(after[target], blocks * size) is not None:
-            return Shard(target, blocks)
-        if after[target] == blocks and target + 1 < len(after) and divide(after[target + 1], size) is not None:
-            return Shard(target + 1)
-        return None
-    # [outer, n * m] → [outer * n, m], the second dim sharded: a rank's part lies in each of `outer` blocks.
-    if dim == 0 or blocks > 1:
-        return None
-    outer, target = before[dim - 1], _starting_at(product(before[: dim - 1]), after)
-    if target is None:
-        return None
-    inner = divide(after[target], outer)
-    return Shard(target, outer) if inner is not None and divide(inner, size) is not None else None
-
-
-def _starting_at(head: Dim, shape: Sequence[Dim]) -> int | None:
-    """The dim, not of size 1, before which the sizes' product is `head`."""
-    for dim, size in enumerate(shape):
-        if size != 1 and product(shape[:dim]) == head:
-            return dim
+    if blocks != 1:  # [blocks * n], a part of each block, is [blocks, n] with n sharded
+        part = divide(before[dim], blocks)
+        assert part is not None
+        before, dim = (*before[:dim], blocks, part, *before[dim + 1 :]), dim + 1
+    # What leads the same number of elements is cut into the same parts. A dim of the result may take in dims that were
+    # before the sharded one: a part then lies in each of as many blocks as those are long.
+    head = product(before[:dim])
+    for target in reversed(range(len(after))):
+        outer = divide(head, product(after[:target]))
+        inner = None if outer is None else divide(after[target], outer)
+        if outer is not None and inner is not None and after[target] != 1 and divide(inner, size) is not None:
+            return Shard(target, outer)
     return None

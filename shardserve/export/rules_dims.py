@@ -153,6 +153,25 @@ def reduction(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, result, self=x)
 
 
+_SPATIAL = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)]
+_SPATIAL += ["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"]
+_SPATIAL += ["upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"]
+
+
+@rule(*_SPATIAL)
+def spatial(emitter: Emitter, call: Call) -> Result:
+    """input [batch, channels, …]: each channel of each instance alone."""
+    name = next(iter(call.values))
+    x = emitter.reduced(call[name])
+    if not isinstance(x.placement, Shard) or x.placement.dim >= x.ndim - _spatial_dims(call):
+        return None
+    return call.emit(emitter, x.placement, **{name: x})
+
+
+def _spatial_dims(call: Call) -> int:
+    return int(call.opname[-2])
+
+
 @rule("zeros_like", "ones_like", "full_like")
 def filled_like(emitter: Emitter, call: Call) -> Result:
     """Only the shape matters."""

@@ -155,8 +155,15 @@ def _sizes_to_try(dims: Mapping[str, DimRange], example: Mapping[str, int]) -> l
 
 
 def _like(example: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A tensor of this shape with values drawn from the example's; where those are all the same, normal floats."""
+    """A tensor of this shape with values drawn from the example's; where those are all the same, normal floats.
+
+    What has two values or one is a mask, and is stretched, so that padding stays where it was.
+    """
     values = example.detach().flatten()
+    if not values.is_floating_point() and len(set(values.tolist())) <= 2:
+        for axis, size in enumerate(shape):
+            example = example.index_select(axis, torch.arange(size) * example.shape[axis] // max(size, 1))
+        return example
     if values.is_floating_point() and (not values.numel() or bool((values == values[0]).all())):
         return torch.randn(tuple(shape), generator=generator).to(example.dtype)
     count = 1

@@ -179,6 +179,99 @@ def tied() -> Case:
     )
 
 
+class Attention(nn.Module):
+    """nn.MultiheadAttention as most call it: with the weights, averaged over the heads, as a second result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention(x, x, x, key_padding_mask=padding)
+
+
+@case
+def attention_weights() -> Case:
+    plan = {"attention.in_proj_*": "Shard(0, blocks=3)", "attention.out_proj.weight": "Shard(1)"}
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    shapes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})
+    return Case(Attention(), (torch.randn(2, 5, 32), padding), plan, shapes, collectives={"all_reduce": 2})
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (4, 8)) for linear in (self.q, self.k, self.v))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return self.o(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+
+@case
+def einsum() -> Case:
+    plan = {"[qkv].*": "Shard(0)", "o.weight": "Shard(1)"}
+    return Case(Einsum(), (torch.randn(2, 5, 32),), plan, ({0: BATCH, 1: LENGTH},), collectives={"all_reduce": 1})
+
+
+class Recommender(nn.Module):
+    """Tables of ids and dense features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(64, 8) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(28, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        features = [table(ids[:, index]) for index, table in enumerate(self.tables)]
+        return self.mlp(torch.cat([*features, dense], dim=1)).squeeze(-1)
+
+
+@case
+def recommender() -> Case:
+    args = (torch.randint(0, 64, (3, 3)), torch.randn(3, 4))
+    plan = {"tables.*.weight": "Shard(0)", "mlp.0.*": "Shard(0)", "mlp.2.weight": "Shard(1)"}
+    return Case(Recommender(), args, plan, ({0: BATCH}, {0: BATCH}), collectives={"all_reduce": 4})
+
+
+class Parallel(nn.Module):
+    """Attention's and the perceptron's terms are added before they are reduced: one all-reduce does for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + (self.b(torch.tanh(self.a(h))) + self.down(F.gelu(self.up(h))))
+
+
+@case
+def parallel() -> Case:
+    plan = {"a.*": "Shard(0)", "b.weight": "Shard(1)", "up.*": "Shard(0)", "down.weight": "Shard(1)"}
+    return Case(Parallel(), (torch.randn(2, 5, 16),), plan, ({0: BATCH, 1: LENGTH},), collectives={"all_reduce": 1})
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 0] = self.linear(x)[:, 1]
+        y[:, 1:3].add_(1)
+        return y
+
+
+@case
+def in_place() -> Case:
+    return Case(InPlace(), (torch.randn(2, 4),), {"linear.*": "Shard(0)"}, ({0: BATCH},))
+
+
 class Odds(nn.Module):
     """Sizes in expressions, several results of one operator, a constant, an input that is returned."""
 
