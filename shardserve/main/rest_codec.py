@@ -31,6 +31,8 @@ def decode_request(body: bytes, dtypes: Mapping[str, str]) -> list[Decoded]:
         document = msgspec.json.decode(body)
     except msgspec.DecodeError as error:
         raise InvalidInput(f"the body isn't JSON: {error}") from None
+    except RecursionError:
+        raise InvalidInput("the body is nested too deeply") from None
     if not isinstance(document, dict) or "instances" not in document:
         raise InvalidInput('the body isn\'t an object with "instances"')
     instances = document["instances"]
@@ -124,6 +126,8 @@ def _flatten(value: list[Any], path: str) -> tuple[tuple[int, ...], list[Any]]:
                     f"{_at(path, shape, index)}: a ragged array: {size}, where its first neighbour has {first}"
                 )
         shape += (len(level[0]),)
+        if len(shape) > tensors.MAX_DIMS:
+            raise InvalidInput(f"{path}: nested more than {tensors.MAX_DIMS} deep")
         level = list(itertools.chain.from_iterable(level))
     return shape, level
 

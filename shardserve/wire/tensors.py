@@ -53,15 +53,24 @@ def _numbers() -> dict[str, Dtype]:
 
 
 STRING, BYTES = 13, 14
+MAX_DIMS = 32
+"""numpy 1's limit; later ones and torch allow 64."""
+MAX_ELEMENTS = 1 << 59
+"""So that 8 bytes an element stay within a signed 64-bit size."""
 DTYPES: dict[str, Dtype] = _numbers()
 NAMES: dict[int, str] = {dtype.number: dtype.name for dtype in DTYPES.values()} | {STRING: "str", BYTES: "bytes"}
 NUMBERS: dict[str, int] = {name: number for number, name in NAMES.items()}
 
 
 def elements(shape: Sequence[int], where: str) -> int:
-    """How many elements a shape has; InvalidInput if a dim is negative."""
+    """How many elements a shape has; InvalidInput for one that no array can have (negative, too large, too deep)."""
     if any(dim < 0 for dim in shape):
         raise InvalidInput(f"{where}: shape {list(shape)} has a negative dim")
+    if len(shape) > MAX_DIMS:
+        raise InvalidInput(f"{where}: a shape of {len(shape)} dims; at most {MAX_DIMS} are possible")
+    # An empty tensor, too: numpy multiplies the other dims.
+    if math.prod(max(dim, 1) for dim in shape) > MAX_ELEMENTS:
+        raise InvalidInput(f"{where}: shape {list(shape)} is larger than any tensor can be")
     return math.prod(shape)
 
 

@@ -95,6 +95,11 @@ def test_one_base64_string_or_bytes_is_itself():
         ({"b64": "AAA=", "type": "int8", "shape": [True]}, None, "instances.x.shape: not an array of sizes"),
         ({"b64": "AAA=", "shape": [2]}, None, "instances.x.shape: one bytes has shape [1]"),
         ({"b64": "/w==", "type": "str"}, None, "instances.x: a string that isn't UTF-8"),
+        (
+            {"b64": "", "type": "int8", "shape": [0, 2**62]},
+            None,
+            "instances.x: shape [0, 4611686018427387904] is larger",
+        ),
         ({"data": 1}, None, "instances.x: an object isn't"),
         ([{"b64": "", "type": "str"}, {"b64": ""}], None, "all of type str or all of type bytes"),
     ],
@@ -111,6 +116,8 @@ def test_what_is_wrong_is_named_with_its_path(value, dtype, text):
         (b"", "the body isn't JSON"),
         (b'{"instances": [1,', "the body isn't JSON"),
         (b'{"instances": \xff}', "the body isn't JSON"),
+        (b'{"instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is nested too deeply"),
+        (b'{"instances": {"x": ' + b"9" * 10_000 + b"}}", "the body isn't JSON: Integer value out of range"),
         (b"[1]", 'the body isn\'t an object with "instances"'),
         (b'{"instance": {}}', 'the body isn\'t an object with "instances"'),
         (b'{"instances": 1}', "instances is neither"),
@@ -127,6 +134,15 @@ def test_an_instance_that_is_wrong_leaves_the_others():
     assert first[0]["x"].dtype == fourth[0]["x"].dtype == "int64"
     assert str(second).startswith("instances[1].x[1]: a ragged array")
     assert str(third) == "instances[2] isn't an object"
+
+
+def test_what_is_nested_too_deeply_is_named():
+    value = 1
+    for _ in range(33):
+        value = [value]
+    with pytest.raises(InvalidInput, match=r"instances\.x: nested more than 32 deep"):
+        parse(value)
+    assert parse(value[0]).shape == (1,) * 32
 
 
 def test_replies():
