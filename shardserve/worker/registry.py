@@ -75,6 +75,11 @@ class Registry:
         else:
             hosts = message.hosts
         ranks = self._table.ranks_on(hosts)
+        if message.rank_start is not None and message.rank_start != ranks[0]:
+            raise ConfigError(
+                f"rank_start={message.rank_start}: the rank table has rank {message.rank_start} on host {hosts[0]}, "
+                f"whose first rank is {ranks[0]}"
+            )
         if not ranks:
             raise ConfigError(
                 f"none of the rank table's hosts ({', '.join(self._table.hosts)}) is an address of this host; "

@@ -173,6 +173,7 @@ class Worker:
 
     def joined(self, stream: FrameStream[group.FromGroup]) -> None:
         self._connections.add(stream)
+        self._all_left.clear()
 
     def left(self, stream: FrameStream[group.FromGroup], host: HostHandle | None) -> None:
         self._connections.discard(stream)
