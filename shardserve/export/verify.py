@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, InvalidInput, ShardError
-from shardserve.export.threads import ThreadGroup
+from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.trace import evaluating, ordered
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, DimRange, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name
@@ -53,12 +54,20 @@ class Shards:
         dims = self.signature.bind(shapes, {name: dtype_name(tensor.dtype) for name, tensor in inputs.items()})
         carried = [[inputs[spec.name] for spec in self.signature.inputs] for _ in self.stages[0]]
         for stage in self.stages:
-            group = ThreadGroup(len(stage))
-            taken = carried
-            carried = group.run(lambda rank: stage[rank.rank].run(dims, taken[rank.rank], rank))  # noqa: B023
-            for program, tensors in zip(stage, carried, strict=True):
-                _check_sent(program, tensors, dims)
+            carried = ThreadGroup(len(stage)).run(partial(_step, stage, dims, carried))
         return carried[0]
+
+
+def _step(
+    stage: Sequence[Program], dims: Mapping[str, int], inputs: Sequence[Sequence[Tensor]], rank: ThreadCollective
+) -> list[Tensor]:
+    """One rank's step; what it gives to others must have the shapes and dtypes that its files say."""
+    program = stage[rank.rank]
+    tensors = program.run(dims, inputs[rank.rank], rank)
+    if rank.given != program.collective_inputs(dims):
+        raise ExportError(f"rank {program.config.rank} gives its group {rank.given}, not what its graph file says")
+    _check_sent(program, tensors, dims)
+    return tensors
 
 
 def verify(

@@ -90,16 +90,21 @@ class Program:
 
         What the collective itself raises isn't an error of the step: it propagates, from here as from `run`.
         """
-        for node in self._collectives[self._completed :]:
-            assert node.shape is not None
-            zeros = self._zeros(node.shape, node.dtype, dims)
-            _issue(collective, node, zeros)
+        remaining = zip(self._collectives, self.collective_inputs(dims), strict=True)
+        for node, (shape, dtype) in list(remaining)[self._completed :]:
+            _issue(collective, node, torch.zeros(shape, dtype=dtype, device=self.device))
             self._completed += 1
-        return [self._zeros(spec.shape, spec.dtype, dims) for spec in self.config.sends]
+        return [
+            torch.zeros(self.config.signature.resolve(spec, dims), dtype=to_dtype(spec.dtype), device=self.device)
+            for spec in self.config.sends
+        ]
 
-    def _zeros(self, shape: Sequence[int | str], dtype: str | None, dims: Mapping[str, int]) -> Tensor:
-        sizes = [expressions.evaluate(size, dims) for size in shape]
-        return torch.zeros(sizes, dtype=to_dtype(dtype), device=self.device)
+    def collective_inputs(self, dims: Mapping[str, int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and dtype of what this rank gives to each collective of a step with these dims."""
+        return [
+            (tuple(expressions.evaluate(size, dims) for size in node.shape or ()), to_dtype(node.dtype))
+            for node in self._collectives
+        ]
 
     def _bind(self, node: Node) -> Callable[[Tensor], Tensor]:
         def issue(x: Tensor) -> Tensor:
