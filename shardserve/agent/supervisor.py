@@ -7,9 +7,11 @@ It runs in an asyncio loop on a thread of the user's process. Deaths come from p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -18,7 +20,16 @@ from dataclasses import dataclass, field
 
 from shardserve.agent.collectives.memory import create_memory, slot_size
 from shardserve.agent.forking import AgentProcess, ForkRequest, ForkServer
-from shardserve.errors import CLASSES, ConfigError, ServableError, ShardserveError, StartError, Unavailable, from_wire
+from shardserve.errors import (
+    CLASSES,
+    ConfigError,
+    InternalError,
+    ServableError,
+    ShardserveError,
+    StartError,
+    Unavailable,
+    from_wire,
+)
 from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.wire.frames import FrameError, Payload
@@ -55,6 +66,8 @@ class AgentSlot:
 
 class Supervisor:
     """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not."""
+
+    needs_others = False
 
     def __init__(self, options: HostOptions, settings: Settings, ready: Callable[[Exception | None], None]) -> None:
         self._options = options
@@ -106,6 +119,9 @@ class Supervisor:
                 await work()  # type: ignore[misc]
             except ShardserveError as error:
                 self._fail(error)
+            except Exception as error:
+                logger.exception("the supervisor can't go on")
+                self._fail(InternalError(f"{type(error).__name__}: {error}"))
 
         task = self._loop.create_task(guarded())
         self._tasks.add(task)
@@ -115,13 +131,7 @@ class Supervisor:
 
     async def _join(self, seconds: float | None) -> None:
         """Connects and introduces itself; None waits for ever, as long as nobody stops it."""
-        connected = await asyncio.to_thread(
-            connect_within,
-            self._address,
-            float("inf") if seconds is None else seconds,
-            self._settings.connect_retry_interval,
-            self._stopping,
-        )
+        connected = await self._connect(float("inf") if seconds is None else seconds)
         if connected is None:
             if not self._stopping.is_set():
                 self._fail(StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"))
@@ -130,6 +140,20 @@ class Supervisor:
         await self._loop.create_connection(lambda: stream, sock=connected)
         self._stream = stream
         stream.send(group.Introduce(os.getpid()))
+
+    async def _connect(self, seconds: float) -> socket.socket | None:
+        """`connect_within` on a thread of its own: executors take no work once the script's last line has run."""
+        done: asyncio.Future[socket.socket | None] = self._loop.create_future()
+
+        def work() -> None:
+            interval = self._settings.connect_retry_interval
+            connected = connect_within(self._address, seconds, interval, self._stopping)
+            # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(done.set_result, connected)
+
+        threading.Thread(target=work, name="connect", daemon=True).start()
+        return await done
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None

@@ -56,6 +56,8 @@ class Service:
 class Launcher:
     """A resident of the runtime; one for the process."""
 
+    needs_others = True
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._main: Child | None = None

@@ -22,7 +22,12 @@ T = TypeVar("T")
 
 
 class Resident(Protocol):
-    """Something that lives in the thread: `run` is its life, `stop` asks for its end."""
+    """Something that lives in the thread: `run` is its life, `stop` asks for its end.
+
+    needs_others: it ends before those that it needs are asked to (a server's last requests need the agents).
+    """
+
+    needs_others: bool
 
     async def run(self) -> None: ...
     def stop(self) -> None: ...
@@ -36,7 +41,9 @@ class Runtime:
         self._started = threading.Event()
         self._residents: list[Resident] = []
         self._idle: asyncio.Event | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="shardserve")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shardserve")
+        self._stopping = False
         self._signals = 0
         self._thread.start()
         self._started.wait()
@@ -44,6 +51,12 @@ class Runtime:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not (self._idle is not None and self._idle.is_set())
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        finally:
+            self._done.set()
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -74,6 +87,8 @@ class Runtime:
             self._residents.remove(resident)
             if not self._residents:
                 self._idle.set()
+            elif self._stopping:
+                self._stop_residents()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine in the thread and waits for its result."""
@@ -90,11 +105,16 @@ class Runtime:
             self._loop.call_soon_threadsafe(self._stop_residents)
 
     def _stop_residents(self) -> None:
-        for resident in list(self._residents):
+        self._stopping = True
+        first = [resident for resident in self._residents if resident.needs_others]
+        for resident in first or list(self._residents):
             resident.stop()
 
     def join(self) -> None:
-        self._thread.join()
+        """Waits until the last resident has ended."""
+        # Not Thread.join: up to Python 3.12 one that a signal handler's exception interrupts takes the thread for ended
+        # (bpo-45274), and the interpreter would no longer wait for it.
+        self._done.wait()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1

@@ -134,11 +134,12 @@ class Worker:
         self._scheduler.pump()
 
     def _set_state(self, state: str, reason: str) -> None:
+        self._state, self._reason = state, reason
+        # Main hears of it first: whoever waits for the launcher may call at once.
+        self._announce()
         if state == "ready" and self._ready_order is not None:
             self._launcher.send(launch.Done(self._ready_order))
             self._ready_order = None
-        self._state, self._reason = state, reason
-        self._announce()
 
     def _model_came(self, signature: Signature) -> None:
         self._signature = signature

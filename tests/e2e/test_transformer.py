@@ -104,9 +104,7 @@ def check_error_then_answers(transformer, up, bad_id, error):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_exception_on_one_rank_alone_gets_its_error_and_the_next_1000_answers_are_right(
-    transformer, tmp_path, rank
-):
+def test_an_exception_on_one_rank_alone_gets_its_error_and_the_next_1000_answers_are_right(transformer, tmp_path, rank):
     """One rank of the first stage has a shard that refuses ids of 200 and more; its peers compute on."""
     model_dir = tmp_path / "model"
     shutil.copytree(transformer.model_dir, model_dir)

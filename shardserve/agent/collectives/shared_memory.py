@@ -83,7 +83,7 @@ class SharedMemoryCollective:
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.size, *x.shape))
         self._gather(x.reshape(-1), out.reshape(self.size, -1), kind=2)
-        return out.reshape(-1, *x.shape[1:])
+        return out.reshape(self.size * x.shape[0], *x.shape[1:])
 
     def _gather(self, flat: Tensor, rows: Tensor, kind: int) -> None:
         for start, stop in self._pieces(flat.numel(), flat.element_size()):
@@ -99,17 +99,16 @@ class SharedMemoryCollective:
         layout = torch.tensor(list(input_splits), dtype=torch.int64)
         layouts = torch.empty((self.size, self.size), dtype=torch.int64)
         self._gather(layout, layouts, kind=3)
-        row = math.prod(x.shape[1:])
+        counts = layouts[:, self.rank].tolist()
+        if counts != list(output_splits):
+            raise CollectiveBroken(f"rank {self.rank} expects {list(output_splits)} rows, is sent {counts}")
         sizes = layouts.sum(1).tolist()
-        if max(sizes, default=0) * row == 0:
-            return x.new_empty((0, *x.shape[1:]))
+        if max(sizes) * math.prod(x.shape[1:]) == 0:
+            return x.new_empty((sum(counts), *x.shape[1:]))
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: x.shape[0]] = x
         everything = self.all_gather(padded).reshape(self.size, *padded.shape)
         starts = (layouts.cumsum(1) - layouts)[:, self.rank].tolist()
-        counts = layouts[:, self.rank].tolist()
-        if counts != list(output_splits):
-            raise CollectiveBroken(f"rank {self.rank} expects {list(output_splits)} rows, is sent {counts}")
         parts = [
             everything[r, start : start + count] for r, (start, count) in enumerate(zip(starts, counts, strict=True))
         ]

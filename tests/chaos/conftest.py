@@ -1,0 +1,62 @@
+"""What the chaos tests serve: a transformer on 2 x 2 ranks, and a model whose steps take as long as they shall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import slow
+from serving import EXAMPLES, Up, export_transformer, shared_memory_files, write_servable
+
+from shardserve.export import Plan, export
+
+
+class Transformer:
+    """The exported example, and the unsharded model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model_dir = folder / "model"
+        self.model: torch.nn.Module = export_transformer(self.model_dir, 2, 2)
+
+    def up(self, **environment: str) -> Up:
+        return Up(EXAMPLES / "transformer", self.model_dir, "transformer", **environment)
+
+
+@pytest.fixture(scope="session")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    return Transformer(tmp_path_factory.mktemp("transformer"))
+
+
+class Slow:
+    """tests/models/slow.py on two tensor-parallel ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = slow.Slow().eval()
+        self.folder = write_servable(folder, "slow", "rank_size=2, stage_size=1, with_batch_dim=False", "x", "y")
+        export(
+            self.model,
+            slow.EXAMPLE,
+            name="slow",
+            out=folder / "model",
+            tensor_parallel=2,
+            plan=Plan(slow.PLAN),
+            dynamic_shapes=slow.DYNAMIC_SHAPES,
+            output_names=["y"],
+        )
+
+    def up(self, **environment: str) -> Up:
+        return Up(self.folder, self.folder / "model", "slow", **environment)
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Slow:
+    return Slow(tmp_path_factory.mktemp("slow"))
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_left() -> Iterator[None]:
+    before = shared_memory_files()
+    yield
+    assert shared_memory_files() <= before

@@ -1,0 +1,150 @@
+"""kill -9 of every other process: what must go on goes on, what must end ends, and nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import numpy as np
+from load import SECONDS_TO_RECOVER, Load
+from serving import Processes, copy_matmul_example
+
+from shardserve.client import Client
+
+RECONNECT_SECONDS = 2
+
+
+def test_the_worker(transformer):
+    """Main keeps the requests, the agents their weights."""
+    with transformer.up() as up:
+        before = up.pids()
+        (worker,) = up.of("shardserve.worker")
+        with Load(up, transformer.model) as load:
+            os.kill(worker, signal.SIGKILL)
+            assert load.wait(1) < SECONDS_TO_RECOVER
+            load.wait(20)
+            assert up.pids() == before
+            assert up.of("shardserve.worker") != [worker]
+        assert up.stop() == 0
+
+
+def test_main(transformer):
+    """Connections end with it; clients that call again are answered."""
+    with transformer.up() as up:
+        before = up.pids()
+        (main,) = up.of("shardserve.main")
+        with Load(up, transformer.model, allowed_errors=("UNAVAILABLE",)) as load:
+            os.kill(main, signal.SIGKILL)
+            assert load.wait(1) < SECONDS_TO_RECOVER
+            load.wait(20)
+            assert up.pids() == before
+        assert up.stop() == 0
+
+
+def test_the_fork_server(transformer):
+    """Its agents die with it; another one forks them anew."""
+    with transformer.up() as up:
+        before = up.pids()
+        server = fork_server(up, before)
+        with Load(up, transformer.model) as load:
+            os.kill(server, signal.SIGKILL)
+            # A new fork server imports torch first.
+            assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+            load.wait(20)
+            assert not set(up.pids()) & set(before)
+        assert up.stop() == 0
+
+
+def fork_server(processes, agents):
+    (server,) = set(processes.of("shardserve.agent.fork_server")) - set(agents)
+    return server
+
+
+def test_the_launcher_with_its_supervisor(transformer):
+    with transformer.up() as up:
+        os.kill(up.process.pid, signal.SIGKILL)
+        up.wait_all_ended(5)
+
+
+def test_every_process_in_turn_leaves_a_server_that_can_be_stopped(transformer):
+    with transformer.up() as up:
+        agents = up.pids()
+        victims = [*agents, fork_server(up, agents), *up.of("shardserve.worker"), *up.of("shardserve.main")]
+        with Load(up, transformer.model, clients=2, allowed_errors=("UNAVAILABLE",)) as load:
+            for pid in victims:
+                # One of the fork server's deaths may have taken this agent already.
+                if pid in up.alive():
+                    os.kill(pid, signal.SIGKILL)
+                    load.wait(2)
+        assert up.stop() == 0
+
+
+class Scripts(Processes):
+    """The reference example's scripts, with a short reconnect_timeout."""
+
+    def __init__(self, folder):
+        super().__init__(SHARDSERVE_RECONNECT_TIMEOUT=str(RECONNECT_SECONDS))
+        self.folder = folder
+
+    def start_agents(self):
+        return self.start(self.folder / "serving_agent.py")
+
+    def start_server(self):
+        return self.start(self.folder / "serving_server.py")
+
+    def agents(self):
+        """pids of agents and fork server."""
+        return self.of("shardserve.agent.fork_server")
+
+
+def exported_example(tmp_path):
+    folder = copy_matmul_example(tmp_path)
+    script = folder / "export_model" / "export_model.py"
+    subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def assert_answers(seconds=30):
+    with grpc.insecure_channel("127.0.0.1:5500") as channel:
+        grpc.channel_ready_future(channel).result(90)
+    with Client("127.0.0.1:5500", "matmul", "predict", raise_errors=True) as client:
+        (result,) = client.infer({"x": np.ones((128, 96), np.float32)}, timeout=seconds)
+    np.testing.assert_array_equal(result["y"], np.full((128, 16), -48, np.float32))
+
+
+def test_scripts_on_their_own(tmp_path):
+    """The server's script, then the agents' script, are killed; the other side waits, then goes on or leaves."""
+    with Scripts(exported_example(tmp_path)) as scripts:
+        agents, server = scripts.start_agents(), scripts.start_server()
+        assert_answers()
+        held = scripts.agents()
+
+        # The agents keep their weights for a server that comes back in time, from another launcher.
+        server.kill()
+        server.wait()
+        server = scripts.start_server()
+        assert_answers()
+        assert scripts.agents() == held
+
+        # The agents end with their supervisor; others take their place, and the server goes on.
+        agents.kill()
+        agents.wait()
+        wait_until_gone(scripts, held)
+        agents = scripts.start_agents()
+        assert_answers()
+
+        # Without a server they leave after reconnect_timeout.
+        server.kill()
+        assert agents.wait(RECONNECT_SECONDS + 10) == 0
+        scripts.wait_all_ended(5)
+
+
+def wait_until_gone(processes, pids):
+    pause = threading.Event()
+    for _ in range(500):
+        if not set(pids) & set(processes.alive()):
+            return
+        pause.wait(0.01)
+    raise AssertionError(f"still alive: {processes.alive()}")

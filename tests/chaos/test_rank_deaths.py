@@ -1,0 +1,137 @@
+"""kill -9 of ranks under load: the group re-forms by itself, survivors keep their processes, clients see a pause."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from load import SECONDS_TO_RECOVER, Load
+from serving import token_ids, transformer_instances, transformer_reference
+
+
+def kill_and_recover(up, load, victims):
+    """Kills the agents of these ranks; all others keep their pids, and all clients go on without an error."""
+    before = up.pids()
+    for rank in victims:
+        os.kill(before[rank], signal.SIGKILL)
+    assert load.wait(1) < SECONDS_TO_RECOVER
+    load.wait(20)
+    after = up.pids()
+    for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert (old == new) == (rank not in victims), f"rank {rank}: pid {old} became {new}"
+
+
+def test_each_rank_in_turn_under_load(transformer):
+    with transformer.up() as up:
+        with Load(up, transformer.model) as load:
+            for rank in range(4):
+                generation = up.replica()["generation"]
+                kill_and_recover(up, load, {rank})
+                assert up.replica()["generation"] != generation
+        assert up.replica()["restarts"] == 4
+        assert up.stop() == 0
+
+
+@pytest.mark.parametrize("victims", [{0, 3}, {0, 1, 2, 3}], ids=["two", "all"])
+def test_several_ranks_at_once(transformer, victims):
+    with transformer.up() as up:
+        with Load(up, transformer.model) as load:
+            kill_and_recover(up, load, victims)
+        assert up.stop() == 0
+
+
+def test_a_rank_over_gloo(transformer):
+    with transformer.up(SHARDSERVE_COLLECTIVE="gloo") as up:
+        with Load(up, transformer.model, clients=2) as load:
+            before = up.pids()
+            os.kill(before[1], signal.SIGKILL)
+            # A survivor that is blocked inside gloo is killed and forked anew, so pids may change.
+            assert load.wait(1) < SECONDS_TO_RECOVER
+            load.wait(5)
+        assert up.stop() == 0
+
+
+def test_a_rank_that_hangs_is_ended_after_the_step_timeout(transformer):
+    with transformer.up(SHARDSERVE_STEP_TIMEOUT="2") as up:
+        with Load(up, transformer.model, clients=2) as load:
+            before = up.pids()
+            os.kill(before[2], signal.SIGSTOP)
+            # The step's timeout, then abort_timeout for the rank that doesn't leave.
+            assert load.wait(1) < 2 + 1 + SECONDS_TO_RECOVER
+            load.wait(5)
+            after = up.pids()
+            assert after[2] != before[2]
+            assert [pid for rank, pid in enumerate(after) if rank != 2] == [
+                pid for rank, pid in enumerate(before) if rank != 2
+            ]
+        assert up.stop() == 0
+
+
+def test_a_rank_that_dies_while_nothing_is_under_way(transformer):
+    ids = token_ids(1, 6, seed=1)
+    with transformer.up() as up, up.client(raise_errors=True) as client:
+        for rank in range(4):
+            os.kill(up.pids()[rank], signal.SIGKILL)
+            (result,) = client.infer(transformer_instances(ids), timeout=SECONDS_TO_RECOVER)
+            np.testing.assert_allclose(result["logits"], transformer_reference(transformer.model, ids)[0], atol=1e-5)
+        assert up.stop() == 0
+
+
+def test_a_request_under_which_two_generations_end_is_given_up_and_others_are_answered(slow_model):
+    """The request's step takes seconds; whenever it runs, a rank is killed, as a poisonous input would."""
+    rows = 60_000
+    with slow_model.up() as up, up.client() as client, up.client(raise_errors=True) as other:
+        small = np.ones((2, 256), np.float32)
+        (expected,) = other.infer({"x": small}, timeout=30)
+        poison = client.infer_async({"x": np.ones((rows, 256), np.float32)}, timeout=120)
+        for _ in range(2):
+            wait_until_computing(up.pids()[0])
+            generation = up.replica()["generation"]
+            os.kill(up.pids()[1], signal.SIGKILL)
+            wait_for_generation_after(up, generation)
+        reply = poison.result()
+        assert "ABORTED" in reply["error"]
+        assert "2 generations" in reply["error"]
+        (result,) = other.infer({"x": small}, timeout=30)
+        np.testing.assert_array_equal(result["y"], expected["y"])
+        assert up.stop() == 0
+
+
+def test_a_request_that_lived_through_one_death_is_answered(slow_model):
+    with slow_model.up() as up, up.client(raise_errors=True) as client:
+        x = np.random.default_rng(2).standard_normal((20_000, 256), dtype=np.float32)
+        pending = client.infer_async({"x": x}, timeout=120)
+        wait_until_computing(up.pids()[0])
+        os.kill(up.pids()[1], signal.SIGKILL)
+        (result,) = pending.result()
+        (again,) = client.infer({"x": x}, timeout=120)
+        np.testing.assert_array_equal(result["y"], again["y"])
+        assert up.stop() == 0
+
+
+def wait_until_computing(pid, ticks=20):
+    """Until the process has used so much more processor time (0.01 s a tick): it is inside its step."""
+    start = processor_ticks(pid)
+    pause = threading.Event()
+    for _ in range(1000):
+        if processor_ticks(pid) >= start + ticks:
+            return
+        pause.wait(0.02)
+    raise AssertionError(f"pid {pid} computes nothing")
+
+
+def processor_ticks(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def wait_for_generation_after(up, generation):
+    pause = threading.Event()
+    for _ in range(1000):
+        replica = up.replica()
+        if replica["state"] == "serving" and replica["generation"] != generation:
+            return
+        pause.wait(0.02)
+    raise AssertionError(f"still {generation}")
