@@ -1,7 +1,8 @@
 """The exporter: cuts a plain PyTorch model into the shards of tensor- and pipeline-parallel ranks.
 
 `trace` (torch.export, made functional) → `propagate` with `rules` (placements through the graph, collectives where they
-meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → `write` (files) → `verify` (from the files).
+meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → `assemble` and `write` (files) → `verify`
+(from the files).
 """
 
 from shardserve.export.api import export

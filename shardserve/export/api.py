@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export import cut, write
+from shardserve.export import cut
+from shardserve.export.assemble import RankShard, assemble
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
 from shardserve.export.trace import Trace, ordered, trace
+from shardserve.export.write import Writer
 from shardserve.shards.config import Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
 
+_CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
@@ -54,24 +56,24 @@ def export(
     traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
     trace_seconds = time.perf_counter() - started
     shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
-    shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
     placements = _placements(model, plan, shapes, tensor_parallel)
     if strict and _only_replicated(placements, tensor_parallel):
         raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
-    cuts = _cuts(traced, tuple(cuts) or tuple(plan.cuts), pipeline_parallel)
+    cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
     stages = cut.assign(traced, cuts)
     graphs = [propagate(traced, placements, stages, tensor_parallel, rank) for rank in range(tensor_parallel)]
     signature = _signature(traced, graphs[0])
-    reports = _write(Path(out), name, traced, graphs, placements, signature, pipeline_parallel)
+    shards = assemble(name, traced, graphs, signature, pipeline_parallel)
+    reports = _write(Path(out), name, traced, shards)
     return Report(
         name,
         Path(out),
-        reports[0],
+        shards[0][0].config.export_id,
         tensor_parallel * pipeline_parallel,
         pipeline_parallel,
         signature,
         tuple(cuts),
-        reports[1],
+        reports,
         dict(graphs[0].gathered),
         _warnings(graphs[0], placements, tensor_parallel),
         trace_seconds,
@@ -134,77 +136,24 @@ def _signature(traced: Trace, graph: LocalGraph) -> Signature:
         raise ExportError(f"the model's inputs or outputs can't be served: {error}") from error
 
 
-def _write(
-    out: Path,
-    name: str,
-    traced: Trace,
-    graphs: Sequence[LocalGraph],
-    placements: Mapping[str, Replicate | Shard],
-    signature: Signature,
-    stage_size: int,
-) -> tuple[str, tuple[StageReport, ...]]:
-    size = len(graphs)
-    export_id = uuid.uuid4().hex
-    stages = [cut.split(graph, stage_size) for graph in graphs]
-    meanings = [write.meanings(graph) for graph in graphs]
-    stored = _stored_names(traced.tensors)
+def _write(out: Path, name: str, traced: Trace, shards: Sequence[Sequence[RankShard]]) -> tuple[StageReport, ...]:
     reports: list[StageReport] = []
-    writer = write.Writer(out, name)
+    writer = Writer(out, name)
     try:
-        for stage in range(stage_size):
-            files = [
-                write.graph_file(stages[rank][stage], meanings[rank], signature, traced.printer, export_id, stored)
-                for rank in range(size)
-            ]
-            specs = [
-                (
-                    signature.inputs
-                    if stage == 0
-                    else write.crossing_specs(stages[rank][stage].receives, meanings[rank], traced.printer),
-                    signature.outputs
-                    if stage == stage_size - 1
-                    else write.crossing_specs(stages[rank][stage].sends, meanings[rank], traced.printer),
-                )
-                for rank in range(size)
-            ]
-            sequence = write.collectives(files[0])
-            for rank in range(size):
-                # Rule: every rank of a group issues the same collectives, or the group deadlocks or mixes data up.
-                if write.collectives(files[rank]) != sequence or specs[rank] != specs[0]:
-                    raise ExportError(
-                        f"ranks 0 and {rank} of stage {stage} differ in their collectives: a bug, report it"
-                    )
-            weights_bytes: list[int] = []
-            for rank in range(size):
-                config = write.empty_config(
-                    name, export_id, signature, stage * size + rank, size * stage_size, stage_size, *specs[rank]
-                )
-                weights = {
-                    stored[bound.tensor]: write.part(traced.tensors[bound.tensor], bound.placement, size, rank)
-                    for bound in stages[rank][stage].parameters
-                }
-                weights_bytes.append(writer.write(config, files[rank], weights).parameter_bytes)
-            kinds = tuple(node.op.partition(".")[2] for node in files[0].nodes if node.op.startswith("collective."))
-            reports.append(StageReport(kinds, specs[0][1], tuple(weights_bytes)))
+        for ranks in shards:
+            written = [writer.write(shard.config, shard.graph, shard.parts(traced.tensors)) for shard in ranks]
+            sizes = tuple(config.parameter_bytes for config in written)
+            reports.append(StageReport(ranks[0].collectives, ranks[0].config.sends, sizes))
         writer.commit()
     finally:
         writer.discard()
-    return export_id, tuple(reports)
-
-
-def _stored_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name in the model → name in the weights file: tied weights are stored once."""
-    first: dict[tuple[Any, ...], str] = {}
-    stored: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-        stored[name] = first.setdefault(key, name)
-    return stored
+    return tuple(reports)
 
 
 def _warnings(graph: LocalGraph, placements: Mapping[str, Replicate | Shard], size: int) -> tuple[str, ...]:
     found = [
         f"{op} takes whole tensors: sharded inputs are gathered for it ({count} time{'s' * (count > 1)})"
+        + ("; if it cuts a fused projection in N, shard that as Shard(dim, blocks=N)" if op in _CUTTING else "")
         for op, count in graph.gathered.items()
     ]
     if _only_replicated(placements, size):

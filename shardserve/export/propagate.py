@@ -134,7 +134,7 @@ def _emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) -
         if target._opname in _CHECKS:
             return None
         return rules.emit(emitter, _call(node, target, args, _arguments(node.kwargs, environment)))
-    if isinstance(meaning, torch.SymBool):
+    if isinstance(meaning, (bool, torch.SymBool)):
         return None  # only assertions take it, and those are conditions of the signature
     raise ExportError(f"'{node.name}' ({target}) isn't an operator that shards can express{_where(node)}")
 

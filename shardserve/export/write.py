@@ -127,6 +127,8 @@ class Writer:
         folder.mkdir()
         (folder / config.graph_file).write_bytes(graph.encode())
         save_file(dict(weights), folder / config.weights_file)
+        # safetensors lets only its writer read the file; agents may run as somebody else.
+        (folder / config.weights_file).chmod((folder / config.graph_file).stat().st_mode)
         config = msgspec.structs.replace(
             config,
             graph_sha256=_digest(folder / config.graph_file),

@@ -35,7 +35,7 @@ _ATEN = """
     clamp clamp_max clamp_min clone col2im complex constant_pad_nd contiguous conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d convolution copy cos cosh cosine_similarity
     count_nonzero cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal
-    diagonal_scatter diff dist div dot einsum elu embedding eq erf erfc erfinv exp exp2 expand expand_as
+    diagonal_scatter diff dist div dot einsum elu embedding embedding_bag eq erf erfc erfinv exp exp2 expand expand_as
     expm1 eye fft_fft fft_fft2 fft_ifft fft_ifft2 fft_irfft fft_irfft2 fft_rfft fft_rfft2 fill flatten flip
     floor floor_divide fmax fmin fmod frac full full_like gather ge gelu glu grid_sampler grid_sampler_2d
     grid_sampler_3d group_norm gru gru_cell gt hann_window hardsigmoid hardswish hardtanh heaviside hstack

@@ -1,0 +1,85 @@
+"""From the coordinates' graphs to what is written of each rank: config, graph file and weights."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardserve.errors import ExportError
+from shardserve.export import cut, write
+from shardserve.export.propagate import Bound, LocalGraph
+from shardserve.export.trace import Trace
+from shardserve.shards.config import ShardConfig, Signature
+from shardserve.shards.graph import GraphFile
+
+
+@dataclass(frozen=True)
+class RankShard:
+    """One rank's files in the making; `weights`: name in the weights file → parameter."""
+
+    config: ShardConfig
+    graph: GraphFile
+    weights: Mapping[str, Bound]
+
+    @property
+    def collectives(self) -> tuple[str, ...]:
+        """The kinds of collectives of a step, in order."""
+        return tuple(node.op.partition(".")[2] for node in self.graph.nodes if node.op.startswith("collective."))
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the weights file, cut from the model's."""
+        size, coordinate = self.config.tensor_parallel_size, self.config.coordinate
+        return {
+            stored: write.part(tensors[bound.tensor], bound.placement, size, coordinate)
+            for stored, bound in self.weights.items()
+        }
+
+
+def assemble(
+    name: str, traced: Trace, graphs: Sequence[LocalGraph], signature: Signature, stage_size: int
+) -> list[list[RankShard]]:
+    """The shards of each stage, by coordinate. ExportError where a tensor can't cross a cut."""
+    export_id = uuid.uuid4().hex
+    shards: list[list[RankShard]] = [[] for _ in range(stage_size)]
+    for graph in graphs:
+        meaning = write.meanings(graph)
+        stored = _stored_names(graph, traced.tensors)
+        for stage, part in enumerate(cut.split(graph, stage_size)):
+            receives = write.crossing_specs(part.receives, meaning, traced.printer) if stage else signature.inputs
+            last = stage == stage_size - 1
+            sends = signature.outputs if last else write.crossing_specs(part.sends, meaning, traced.printer)
+            rank, rank_size = stage * len(graphs) + graph.coordinate, stage_size * len(graphs)
+            config = write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends)
+            file = write.graph_file(part, meaning, signature, traced.printer, export_id, stored)
+            weights = {stored[bound.tensor]: bound for bound in part.parameters}
+            shards[stage].append(RankShard(config, file, weights))
+    for ranks in shards:
+        _check_alike(ranks)
+    return shards
+
+
+def _check_alike(ranks: Sequence[RankShard]) -> None:
+    """All ranks of a group issue the same collectives, in the same order, or the group hangs or mixes data up."""
+    first = ranks[0]
+    for other in ranks[1:]:
+        if write.collectives(other.graph) != write.collectives(first.graph) or other.config.sends != first.config.sends:
+            raise ExportError(
+                f"ranks {first.config.rank} and {other.config.rank} would do different collectives or sends: "
+                "a bug in the exporter, please report it"
+            )
+
+
+def _stored_names(graph: LocalGraph, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name in the model → name in the weights file: tied weights, cut alike, are stored once."""
+    first: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, str] = {}
+    for bound in graph.parameters:
+        tensor = tensors[bound.tensor]
+        memory = (tensor.data_ptr(), tensor.stride()) if tensor.numel() else bound.tensor
+        key = (memory, tuple(tensor.shape), tensor.dtype, bound.placement)
+        stored[bound.tensor] = first.setdefault(key, bound.tensor)
+    return stored
