@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 from pathlib import Path
 
 from shardserve.errors import ConfigError, ShardserveError
 from shardserve.log import configure_logging
-from shardserve.server import distributed, start_grpc_server, start_restful_server
+from shardserve.server import distributed, start_grpc_server, start_restful_server, stop
 from shardserve.server.runtime import current_runtime
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.worker.rank_table import load_rank_table
@@ -23,8 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "up",
         help="serve a model with all of its ranks on this host",
-        description="Starts the server and the agents of all ranks on this host and stays in the foreground. Prints one "
-        "line that begins with 'ready' when the first request can be answered; SIGINT or SIGTERM ends all.",
+        description="Starts the server and the agents of all ranks on this host and stays in the foreground. Prints "
+        "one line that begins with 'ready' when the first request can be answered; SIGINT or SIGTERM ends all.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,25 +57,26 @@ def run(args: argparse.Namespace) -> int:
         count = _ranks_in(args.rank_table, len(shards))
     # A replica's ranks load the same shards again.
     files = [str(shards[rank % len(shards)]) for rank in range(count)]
-    agents = distributed.begin_agents(
-        args.distributed_address, files, [str(Path(f).with_name(CONFIG_FILE)) for f in files], args.agent_start_port
-    )
-    # Agents that can't work end the wait for them at once.
-    agents.add_done_callback(lambda done: current_runtime().request_stop() if done.exception() else None)
     try:
-        start_grpc_server(args.grpc_address)
-        start_restful_server(args.rest_address)
-        distributed.start_servable(
-            str(directory), name, table, args.version, distributed_address=args.distributed_address
-        )
-        agents.result()
-    except ShardserveError as error:
-        cause = agents.exception() if agents.done() else None
-        current_runtime().request_stop()
-        raise cause or error from None
+        _start(args, str(directory), name, table, files)
+    except ShardserveError:
+        stop()
+        raise
     print(f"ready: {name} of {count} ranks; gRPC on {args.grpc_address}, REST on {args.rest_address}", flush=True)
     current_runtime().join()
     return 0
+
+
+def _start(args: argparse.Namespace, directory: str, name: str, table: str, files: list[str]) -> None:
+    """Returns when the first request can be answered."""
+    start_grpc_server(args.grpc_address)
+    start_restful_server(args.rest_address)
+    # The port first: agents must not join another server that has it.
+    servable = distributed.begin_servable(directory, name, table, args.version, args.distributed_address)
+    configs = [str(Path(file).with_name(CONFIG_FILE)) for file in files]
+    agents = distributed.begin_agents(args.distributed_address, files, configs, args.agent_start_port)
+    for done in concurrent.futures.as_completed((servable, agents)):
+        done.result()
 
 
 def _only_servable(directory: Path) -> str:

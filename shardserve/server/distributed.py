@@ -34,6 +34,25 @@ def start_servable(
     Relative paths are taken from the running script's directory. With wait_agents_time_in_seconds 0 it waits for ever,
     else a StartError says how many of how many agents came and which ranks are missing.
     """
+    begin_servable(
+        servable_directory,
+        servable_name,
+        rank_table_json_file,
+        version_number,
+        distributed_address,
+        wait_agents_time_in_seconds,
+    ).result()
+
+
+def begin_servable(
+    servable_directory: str,
+    servable_name: str,
+    rank_table_json_file: str,
+    version_number: int = 1,
+    distributed_address: str = "127.0.0.1:6200",
+    wait_agents_time_in_seconds: float = 0,
+) -> Future[None]:
+    """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready."""
     if not isinstance(version_number, int) or isinstance(version_number, bool) or version_number < 1:
         raise ConfigError(f"version_number={version_number!r} is not an integer of at least 1")
     if wait_agents_time_in_seconds < 0:
@@ -47,7 +66,8 @@ def start_servable(
         wait_agents_time_in_seconds=wait_agents_time_in_seconds,
     )
     current = launcher()
-    current_runtime().call(current.start_servable(options))
+    service = current_runtime().call(current.open_servable(options))
+    return current_runtime().begin(current.run_servable(service))
 
 
 def startup_agents(

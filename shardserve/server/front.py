@@ -45,7 +45,7 @@ def launcher() -> Launcher:
 
 
 def start_grpc_server(address: str, max_msg_mb_size: int = 100, ssl_config: SSLConfig | None = None) -> None:
-    """Serves gRPC on `ip:port` or `unix:path`. StartError if the port is in use, ConfigError if a size isn't 1 to 512."""
+    """Serves gRPC on `ip:port` or `unix:path`. StartError for a port in use, ConfigError for a size not in 1 to 512."""
     _check_size(max_msg_mb_size)
     tls = ssl_config.files() if ssl_config is not None else None
     if address.startswith("unix:"):
@@ -55,7 +55,7 @@ def start_grpc_server(address: str, max_msg_mb_size: int = 100, ssl_config: SSLC
 
 
 def start_restful_server(address: str, max_msg_mb_size: int = 100, ssl_config: SSLConfig | None = None) -> None:
-    """Serves REST on `ip:port`. StartError if the port is in use; ConfigError for a size not in 1…512."""
+    """Serves REST on `ip:port`. StartError for a port in use, ConfigError for a size not in 1 to 512."""
     _check_size(max_msg_mb_size)
     tls = ssl_config.files() if ssl_config is not None else None
     current = launcher()

@@ -7,7 +7,9 @@ backlog), its incarnation, and which front ends Main has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import socket
 import time
 from collections import deque
@@ -87,32 +89,34 @@ class Launcher:
         await main.order(order(main.number()), self._settings.start_timeout)
         self._fronts.append(order)
 
-    async def start_servable(self, options: ServableOptions) -> None:
-        """Returns when all agents are ready; raises what the Worker was refused with."""
+    async def open_servable(self, options: ServableOptions) -> Service:
+        """Takes its ports and tells Main of it; StartError for a port in use, ConfigError if it is started already."""
         key = options.servable_name, options.version_number
         if key in self._services:
             raise ConfigError(f"servable {key[0]!r} version {key[1]} is started already")
         main = await self._ensure_main()
         address = options.distributed_address
-        listeners: list[socket.socket] = []
-        # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
-        incarnation = int(time.time())
-        front_name = f"shardserve-front-{id(self)}-{time.time_ns()}"
-        try:
-            listeners.append(listen_tcp(address, "distributed_address"))
-            listeners.append(listen_abstract(twin_name(address)))
-            listeners.append(listen_abstract(front_name))
-        except ShardserveError:
-            for listener in listeners:
-                listener.close()
-            raise
-        service = Service(options, tuple(listeners), front_name, incarnation)
-        self._services[key] = service
-        try:
+        front_name = f"shardserve-front-{os.getpid()}-{time.monotonic_ns()}"
+        with contextlib.ExitStack() as stack:
+            listeners = (
+                stack.enter_context(listen_tcp(address, "distributed_address")),
+                stack.enter_context(listen_abstract(twin_name(address))),
+                stack.enter_context(listen_abstract(front_name)),
+            )
+            # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
+            service = Service(options, listeners, front_name, incarnation=int(time.time()))
+            self._services[key] = service
+            stack.callback(self._services.pop, key)
             await main.order(launch.Attach(main.number(), *key, front_name), self._settings.start_timeout)
+            stack.pop_all()
+        return service
+
+    async def run_servable(self, service: Service) -> None:
+        """Starts its Worker; returns when all agents are ready, raises what the Worker was refused with."""
+        try:
             await self._spawn_worker(service)
         except BaseException:
-            del self._services[key]
+            del self._services[service.options.servable_name, service.options.version_number]
             await self._end(service)
             raise
 

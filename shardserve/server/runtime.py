@@ -92,12 +92,19 @@ class Runtime:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine in the thread and waits for its result."""
+        return self.begin(work).result()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine in the thread."""
+
+        async def guarded() -> T:
+            try:
+                return await work
+            except asyncio.CancelledError:
+                raise StartError("the server was stopped meanwhile") from None
+
         assert self._loop is not None
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except asyncio.CancelledError:
-            raise StartError("the server was stopped meanwhile") from None
+        return asyncio.run_coroutine_threadsafe(guarded(), self._loop)
 
     def request_stop(self) -> None:
         """Asks every resident to end; returns at once, from any thread or signal handler."""
