@@ -24,6 +24,9 @@ from shardserve.wire.messages import group
 from shardserve.wire.sockets import Address, connect, same_user, tune
 
 
+Frames = FrameSocket[group.StageHello | group.Transfer]
+
+
 class Link(Protocol):
     """One direction between two ranks of neighbouring stages, for one generation."""
 
@@ -46,9 +49,7 @@ class OutgoingLink:
 
     def __init__(self, address: Address, rank: int, lifetime: Lifetime, timeout: float) -> None:
         self._lifetime = lifetime
-        self._frames: FrameSocket[group.StageHello | group.Transfer] = FrameSocket(
-            connect(address, timeout), group.OnStageLink
-        )
+        self._frames: Frames = FrameSocket(connect(address, timeout), group.OnStageLink)
         self._queue: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
         lifetime.on_end(self.abort)
@@ -110,43 +111,53 @@ class IncomingLink:
         self._frames.close()
 
 
-def _accept(
-    listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float
-) -> FrameSocket[group.StageHello | group.Transfer]:
-    """The connection whose hello is of this generation; those of older ones are closed."""
+def _accept(listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float) -> Frames:
+    """The connection whose hello is of this generation; others are closed, who says nothing keeps nobody out."""
     deadline = time.monotonic() + timeout
     wake, waker = socket.socketpair()
     lifetime.on_end(waker.close)
-    with wake, selectors.DefaultSelector() as selector:
-        for source in (wake, *listeners):
-            selector.register(source, selectors.EVENT_READ)
-        while True:
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if lifetime.ended:
-                raise GenerationEnded
-            if not ready:
-                raise LinkBroken(f"the previous pipeline stage did not connect within {timeout} s")
-            for key, _ in ready:
-                assert isinstance(key.fileobj, socket.socket)
-                connection, _ = key.fileobj.accept()
-                frames = _hello(connection, lifetime, deadline - time.monotonic())
-                if frames is not None:
-                    return frames
+    silent: set[Frames] = set()
+    try:
+        with wake, selectors.DefaultSelector() as selector:
+            for source in (wake, *listeners):
+                selector.register(source, selectors.EVENT_READ)
+            while True:
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if lifetime.ended:
+                    raise GenerationEnded
+                if not ready:
+                    raise LinkBroken(f"the previous pipeline stage did not connect within {timeout} s")
+                for key, _ in ready:
+                    assert isinstance(key.fileobj, socket.socket)
+                    frames: Frames | None = key.data
+                    if frames is None:
+                        connection, _ = key.fileobj.accept()
+                        frames = _newcomer(connection)
+                        silent.add(frames)
+                        selector.register(connection, selectors.EVENT_READ, frames)
+                        continue
+                    try:
+                        message, _ = frames.receive()
+                    except BlockingIOError:
+                        continue
+                    except (OSError, EOFError, FrameError):
+                        message = None
+                    selector.unregister(key.fileobj)
+                    silent.remove(frames)
+                    if isinstance(message, group.StageHello) and message.generation == lifetime.generation:
+                        frames.set_timeout(None)
+                        return frames
+                    frames.close()
+    finally:
+        for frames in silent:
+            frames.close()
 
 
-def _hello(
-    connection: socket.socket, lifetime: Lifetime, timeout: float
-) -> FrameSocket[group.StageHello | group.Transfer] | None:
-    frames: FrameSocket[group.StageHello | group.Transfer] = FrameSocket(connection, group.OnStageLink)
-    if connection.family != socket.AF_UNIX or same_user(connection):
-        tune(connection)
-        frames.set_timeout(max(timeout, 0.001))
-        try:
-            message, _ = frames.receive()
-        except (OSError, EOFError, FrameError):
-            message = None
-        if isinstance(message, group.StageHello) and message.generation == lifetime.generation:
-            frames.set_timeout(None)
-            return frames
-    frames.close()
-    return None
+def _newcomer(connection: socket.socket) -> Frames:
+    """Reads without waiting. That of another user of this host is at its end at once."""
+    frames: Frames = FrameSocket(connection, group.OnStageLink)
+    frames.set_timeout(0)
+    if connection.family == socket.AF_UNIX and not same_user(connection):
+        connection.shutdown(socket.SHUT_RDWR)
+    tune(connection)
+    return frames

@@ -81,7 +81,7 @@ def _live(function, member, arguments, write):
     torch.set_num_threads(1)
     try:
         outcome = True, function(member, *arguments)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent wants to know all
         outcome = False, traceback.format_exc()
     with contextlib.suppress(BrokenPipeError), open(write, "wb") as pipe:
         pipe.write(pickle.dumps(outcome))

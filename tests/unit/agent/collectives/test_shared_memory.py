@@ -178,7 +178,7 @@ def test_a_rank_dies_and_the_others_are_ended_while_asleep():
 def mismatch(member, what):
     collective = member.join()
     collective.all_reduce(torch.ones(2), "sum")
-    with pytest.raises(CollectiveBroken) as caught:
+    with pytest.raises(CollectiveBroken) as caught:  # noqa: PT012
         if what == "size":
             collective.all_reduce(torch.ones(4 + member.rank), "sum")
         elif member.rank == 0:
@@ -287,7 +287,7 @@ def everybody_aborts(member, rounds):
         collective = member.join()
         stop = threading.Timer(chance.random() * 0.003, member.lifetime.end)
         stop.start()
-        with pytest.raises(GenerationEnded):
+        with pytest.raises(GenerationEnded):  # noqa: PT012
             while True:
                 collective.all_reduce(torch.ones(chance.choice([1, 1])), "sum")
         began = time.monotonic()

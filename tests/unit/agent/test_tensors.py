@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from shardserve.agent.tensors import buffers_of, tensors_of
+from shardserve.shards.config import DTYPES, DimRange, Signature, TensorSpec
+from shardserve.wire.frames import FrameError, padded
+
+CPU = torch.device("cpu")
+
+
+def through_a_frame(tensors, specs, **dims):
+    signature = Signature({name: DimRange(0) for name in dims}, (), ())
+    payload = b""
+    for buffer in buffers_of(tensors):
+        payload += bytes(buffer).ljust(padded(len(buffer)), b"\0")
+    return tensors_of(np.frombuffer(bytearray(payload), np.uint8), specs, signature, dims, CPU)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_dtype(dtype):
+    tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
+    empty = torch.empty((0, 3), dtype=tensor.dtype)
+    scalar = torch.ones((), dtype=tensor.dtype)
+    specs = [
+        TensorSpec("t", dtype, ("rows", 3)),
+        TensorSpec("e", dtype, ("rows - 2", 3)),
+        TensorSpec("s", dtype, ()),
+    ]
+    back = through_a_frame([tensor, empty, scalar], specs, rows=2)
+    for before, after in zip([tensor, empty, scalar], back, strict=True):
+        assert after.dtype == before.dtype
+        assert after.shape == before.shape
+        assert torch.equal(after, before)
+
+
+def test_values_that_have_no_numpy_dtype_or_are_not_finite():
+    tensor = torch.tensor([1.5, -0.0, float("inf"), 3e38]).bfloat16()
+    [back] = through_a_frame([tensor], [TensorSpec("t", "bfloat16", (4,))])
+    assert torch.equal(back.view(torch.int16), tensor.view(torch.int16))
+
+
+def test_strides_and_gradients_do_not_matter():
+    tensor = torch.arange(12.0, requires_grad=True).reshape(3, 4).T[::2]
+    [back] = through_a_frame([tensor], [TensorSpec("t", "float32", (2, 3))])
+    assert torch.equal(back, tensor)
+
+
+def test_contiguous_tensors_are_not_copied():
+    tensor = torch.zeros(4)
+    [buffer] = buffers_of([tensor])
+    tensor[0] = 1.0
+    assert bytes(buffer[:4]) == np.float32(1).tobytes()
+
+
+def test_tensors_are_views_of_the_payload():
+    payload = np.zeros(64, np.uint8)
+    [tensor] = tensors_of(payload, [TensorSpec("t", "int32", (2,))], Signature({}, (), ()), {}, CPU)
+    payload[0] = 7
+    assert tensor.tolist() == [7, 0]
+
+
+@pytest.mark.parametrize("size", [0, 128])
+def test_payload_of_another_size(size):
+    with pytest.raises(FrameError, match=rf"a payload of {size} bytes came where the header says 64"):
+        tensors_of(np.zeros(size, np.uint8), [TensorSpec("t", "int32", (2,))], Signature({}, (), ()), {}, CPU)
