@@ -23,7 +23,6 @@ from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
 from shardserve.wire.sockets import Address, connect, same_user, tune
 
-
 Frames = FrameSocket[group.StageHello | group.Transfer]
 
 

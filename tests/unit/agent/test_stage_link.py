@@ -68,7 +68,7 @@ class Running:
     def _run(self, function, *args):
         try:
             self._outcome = True, function(*args)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again where it is awaited
             self._outcome = False, error
 
     def result(self):
