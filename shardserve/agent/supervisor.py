@@ -202,10 +202,13 @@ class Supervisor:
         options = self._options
         per_stage = message.rank_size // message.stage_size
         threads = max(1, (os.cpu_count() or 1) // len(message.ranks))
+        for rank, model_file, config_file in zip(
+            message.ranks, options.model_files, options.group_config_files, strict=True
+        ):
+            _check_files(rank, rank % message.rank_size, model_file, config_file)
         memories = _group_memories(message.ranks, per_stage, slot_size(self._settings))
         slots = []
         for i, (rank, device) in enumerate(zip(message.ranks, message.devices, strict=True)):
-            _check_files(rank, rank % message.rank_size, options.model_files[i], options.group_config_files[i])
             request = ForkRequest(
                 rank=rank,
                 host=message.host,

@@ -1,0 +1,175 @@
+"""A Worker by script: the real addresses and frames, decisions by the test."""
+
+import asyncio
+import functools
+
+import numpy as np
+
+from shardserve.agent.supervisor import HostOptions, Supervisor
+from shardserve.settings import Settings
+from shardserve.wire.frames import padded
+from shardserve.wire.messages import Generation, group
+from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
+from shardserve.wire.stream import FrameStream
+
+HOST = "127.0.0.1"
+
+
+def asynchronous(test):
+    """Runs a test in an event loop; whatever reaches the loop's exception handler fails it."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        async def body():
+            errors = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+            await asyncio.wait_for(test(*args, **kwargs), 60)
+            assert not errors
+
+        asyncio.run(body())
+
+    return run
+
+
+class Peer:
+    """A supervisor's or an agent's connection."""
+
+    def __init__(self, worker):
+        self.frames = asyncio.Queue()
+        self.lost = asyncio.Event()
+        self.payload = None
+        self.stream = FrameStream(
+            group.FromGroup,
+            lambda *frame: self.frames.put_nowait(frame),
+            lambda _: self.lost.set(),
+            on_made=lambda _: worker.arrive(self),
+        )
+
+    async def next(self, kind):
+        """The next message, which must be of this kind."""
+        message, self.payload = await self.frames.get()
+        assert isinstance(message, kind), message
+        return message
+
+    def send(self, message, *buffers):
+        self.stream.send(message, buffers)
+
+
+class ScriptedWorker:
+    """`async with`; may be closed and opened again, as a Worker that is respawned."""
+
+    def __init__(self, port, rank_size, stage_size=1, hosts=(HOST,)):
+        self.address = Address(HOST, port)
+        self.sizes = rank_size, stage_size
+        self.hosts = hosts
+        self.arrived = asyncio.Queue()
+        self.peers = []
+
+    async def __aenter__(self):
+        loop = asyncio.get_running_loop()
+        listeners = listen_tcp(self.address, "test"), listen_abstract(twin_name(self.address))
+        self._servers = [await loop.create_server(lambda: Peer(self).stream, sock=each) for each in listeners]
+        return self
+
+    async def __aexit__(self, *error):
+        for server in self._servers:
+            server.close()
+        for peer in self.peers:
+            peer.stream.abort()
+            await peer.lost.wait()
+        self.peers.clear()
+
+    def arrive(self, peer):
+        self.peers.append(peer)
+        self.arrived.put_nowait(peer)
+        return True
+
+    async def introduced(self):
+        """The next connection, which must be a supervisor's, and its Enlist."""
+        peer = await self.arrived.get()
+        await peer.next(group.Introduce)
+        peer.send(group.Roster(self.hosts))
+        return peer, await peer.next(group.Enlist)
+
+    async def supervisor(self, *ranks, devices=None):
+        """A supervisor that is given these ranks."""
+        peer, _ = await self.introduced()
+        devices = devices or tuple(str(rank) for rank in ranks)
+        peer.send(group.Enlisted(ranks, devices, HOST, *self.sizes))
+        return peer
+
+    async def agents(self, count):
+        """The next connections, which must be those of agents, in the order of their ranks."""
+        registered = []
+        for _ in range(count):
+            peer = await self.arrived.get()
+            peer.register = await peer.next(group.Register)
+            peer.send(group.Registered(1))
+            registered.append(peer)
+        return sorted(registered, key=lambda peer: peer.register.rank)
+
+    async def form(self, agents, counter=1):
+        """A generation of all these agents; returns it when all have formed."""
+        generation = Generation(1, counter)
+        await formed(self.order_form(agents, generation), agents)
+        return generation
+
+    def order_form(self, agents, generation):
+        rank_size, stage_size = self.sizes
+        per_stage = rank_size // stage_size
+        for agent in agents:
+            after = agent.register.rank + per_stage
+            address = agents[after].register.stage_address if after < rank_size else None
+            agent.send(group.Form(generation, "shared_memory", address))
+        return generation
+
+
+async def formed(generation, agents):
+    for agent in agents:
+        assert await agent.next(group.Formed) == group.Formed(generation)
+
+
+def send_step(agents, generation, number, x, stage_ranks=None):
+    """The inputs go to the ranks of the first stage."""
+    data = x.tobytes().ljust(padded(x.nbytes), b"\0")
+    for i, agent in enumerate(agents):
+        step = group.Step(generation, number, 0, {"batch": len(x)})
+        agent.send(step, *([data] if i < (stage_ranks or len(agents)) else []))
+
+
+def output(peer, shape):
+    """The tensor of an Output that the peer has just sent."""
+    return np.frombuffer(peer.payload, np.float32)[: int(np.prod(shape))].reshape(shape)
+
+
+class Host:
+    """A supervisor in this loop: `ready` is the future of what startup_agents waits for."""
+
+    def __init__(self, worker_port, model_files, start_port, configs=None, agent_ip=None, rank_start=None, **settings):
+        options = HostOptions(
+            distributed_address=f"{HOST}:{worker_port}",
+            model_files=tuple(map(str, model_files)),
+            group_config_files=tuple(configs or [None] * len(model_files)),
+            agent_start_port=start_port,
+            agent_ip=agent_ip,
+            rank_start=rank_start,
+            device_type=None,
+        )
+        self.ready = asyncio.get_running_loop().create_future()
+        self.supervisor = Supervisor(options, Settings(**settings), self._on_ready)
+
+    def _on_ready(self, error):
+        if error is None:
+            self.ready.set_result(None)
+        else:
+            self.ready.set_exception(error)
+
+    async def __aenter__(self):
+        self.life = asyncio.ensure_future(self.supervisor.run())
+        return self
+
+    async def __aexit__(self, *error):
+        self.supervisor.stop()
+        await self.life
+        if self.ready.done():
+            self.ready.exception()

@@ -1,0 +1,216 @@
+import asyncio
+import contextlib
+import os
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from shardserve.wire.messages import Generation, group
+
+from .scripted import HOST, Host, ScriptedWorker, asynchronous, formed, output, send_step
+from .shards import write_shards
+from .test_supervisor import ports  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+X = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+
+
+@contextlib.asynccontextmanager
+async def registered(directory, ports, tensor_parallel, stages):  # noqa: F811
+    """A Worker and its agents, which have registered."""
+    models = write_shards(directory, tensor_parallel, stages)
+    worker = ScriptedWorker(ports[0], len(models), stages)
+    async with worker, Host(ports[0], models, ports[1]):
+        await worker.supervisor(*range(len(models)))
+        yield worker, await worker.agents(len(models))
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "stages", "expected"), [(1, 1, X), (2, 1, 2 * X), (1, 2, X + 1), (2, 2, 4 * X + 2)]
+)
+def test_steps_in_every_layout(tmp_path, ports, tensor_parallel, stages, expected):  # noqa: F811
+    @asynchronous
+    async def run():
+        async with registered(tmp_path, ports, tensor_parallel, stages) as (worker, agents):
+            generation = await worker.form(agents)
+            # Several in flight; the leader of the last stage answers in their order.
+            for step in range(3):
+                send_step(agents, generation, step, X * step if step else X, tensor_parallel)
+            leader = agents[-tensor_parallel]
+            for step in range(3):
+                assert await leader.next(group.Output) == group.Output(generation, step)
+                last = stages - 1
+                offset = tensor_parallel * last
+                wanted = (X * step if step else X) * tensor_parallel**stages + offset
+                assert np.array_equal(output(leader, X.shape), wanted)
+                assert step or np.array_equal(wanted, expected)
+
+    run()
+
+
+@asynchronous
+async def test_a_rank_dies_in_a_step(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 2, 2) as (worker, agents):
+        first = await worker.form(agents)
+        victim = agents[1]
+        os.kill(victim.register.pid, signal.SIGSTOP)
+        send_step(agents, first, 0, X, 2)
+        os.kill(victim.register.pid, signal.SIGKILL)
+        await victim.lost.wait()
+        survivors = [agent for agent in agents if agent is not victim]
+        began = time.monotonic()
+        for agent in survivors:
+            agent.send(group.End(first))
+        for agent in survivors:
+            # Rank 3 may have seen its link break before it was told.
+            message, _ = await agent.frames.get()
+            while isinstance(message, group.Broken):
+                message, _ = await agent.frames.get()
+            assert message == group.Parked(first)
+        assert time.monotonic() - began < 5
+        [reborn] = await worker.agents(1)
+        agents[1] = reborn
+        second = await worker.form(agents, 2)
+        # What is left of the old generation is nobody's.
+        send_step(agents, first, 1, X * 100, 2)
+        send_step(agents, second, 0, X, 2)
+        assert await agents[2].next(group.Output) == group.Output(second, 0)
+        assert np.array_equal(output(agents[2], X.shape), 4 * X + 2)
+
+
+@asynchronous
+async def test_an_exception_inside_a_step(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 2, 1) as (worker, agents):
+        generation = await worker.form(agents)
+        # As an export whose shapes don't fit each other would: only rank 1 raises.
+        for i, rows in enumerate([2, -1]):
+            agents[i].send(
+                group.Step(generation, 0, 0, {"batch": abs(rows)}), X[: abs(rows)].tobytes().ljust(64, b"\0")
+            )
+        # Sizes differ: no exception of the step, but of the group.
+        broken = await agents[0].next(group.Broken)
+        assert broken.generation == generation
+        assert "rank 0 is at collective 1 of 24 bytes, rank 1 at 1 of 12" in broken.message
+        assert "rank 1 is at collective 1 of 12 bytes" in (await agents[1].next(group.Broken)).message
+        for agent in agents:
+            agent.send(group.End(generation))
+            assert await agent.next(group.Parked) == group.Parked(generation)
+        second = await worker.form(agents, 2)
+        send_step(agents, second, 0, X)
+        await agents[0].next(group.Output)
+        assert np.array_equal(output(agents[0], X.shape), 2 * X)
+
+
+@asynchronous
+async def test_payload_of_another_size_breaks_the_generation(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 1, 1) as (worker, agents):
+        generation = await worker.form(agents)
+        agents[0].send(group.Step(generation, 0, 0, {"batch": 2}), bytes(128))
+        broken = await agents[0].next(group.Broken)
+        assert "a payload of 128 bytes came where the header says 64" in broken.message
+        # Nothing more is run until the generation has ended.
+        send_step(agents, generation, 1, X)
+        agents[0].send(group.End(generation))
+        await agents[0].next(group.Parked)
+
+
+@asynchronous
+async def test_the_end_while_the_group_forms(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 1, 2) as (worker, agents):
+        first = Generation(1, 1)
+        # The first stage never connects: rank 1 waits for it until it is told.
+        agents[1].send(group.Form(first, "shared_memory", None))
+        agents[1].send(group.End(first))
+        assert await agents[1].next(group.Parked) == group.Parked(first)
+        generation = await worker.form(agents, 2)
+        send_step(agents, generation, 0, X, 1)
+        await agents[1].next(group.Output)
+        assert np.array_equal(output(agents[1], X.shape), X + 1)
+
+
+@asynchronous
+async def test_the_next_stage_is_not_there(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 1, 2) as (_, agents):
+        agents[0].send(group.Form(Generation(1, 1), "shared_memory", f"{HOST}:{ports[1] + 3}"))
+        broken = await agents[0].next(group.Broken)
+        assert "Connection refused" in broken.message
+
+
+@asynchronous
+async def test_the_worker_is_gone_in_a_step(tmp_path, ports):  # noqa: F811
+    models = write_shards(tmp_path, 2, 1)
+    worker = ScriptedWorker(ports[0], 2)
+    async with Host(ports[0], models, ports[1]):
+        async with worker:
+            await worker.supervisor(0, 1)
+            agents = await worker.agents(2)
+            generation = await worker.form(agents)
+            # Rank 0 waits for rank 1, which is not told of the step.
+            send_step(agents[:1], generation, 0, X)
+        async with worker:
+            again = []
+            while len(again) < 2:
+                peer = await worker.arrived.get()
+                message, _ = await peer.frames.get()
+                if isinstance(message, group.Register):
+                    peer.register = message
+                    again.append(peer)
+                else:
+                    peer.send(group.Roster((HOST,)))
+            again.sort(key=lambda peer: peer.register.rank)
+            assert [peer.register.pid for peer in again] == [peer.register.pid for peer in agents]
+            generation = await worker.form(again, 2)
+            send_step(again, generation, 0, X)
+            await again[0].next(group.Output)
+            assert np.array_equal(output(again[0], X.shape), 2 * X)
+
+
+@asynchronous
+async def test_generations_leave_nothing_in_an_agent(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 2, 2) as (worker, agents):
+        counts = []
+        for counter in range(1, 21):
+            generation = await worker.form(agents, counter)
+            send_step(agents, generation, 0, X, 2)
+            await agents[2].next(group.Output)
+            for agent in agents:
+                agent.send(group.End(generation))
+            parked = [await agent.frames.get() for agent in agents]
+            # One may see its link end before it is told.
+            for agent, (message, _) in zip(agents, parked, strict=True):
+                while not isinstance(message, group.Parked):
+                    message, _ = await agent.frames.get()
+            if counter in (5, 20):
+                processes = [psutil.Process(agent.register.pid) for agent in agents]
+                counts.append([(process.num_fds(), process.num_threads()) for process in processes])
+        for (fds, threads), (later_fds, later_threads) in zip(*counts, strict=True):
+            assert later_fds <= fds + 2
+            assert later_threads <= threads + 2
+
+
+@asynchronous
+async def test_told_to_leave_while_it_waits(tmp_path, ports):  # noqa: F811
+    async with registered(tmp_path, ports, 2, 1) as (worker, agents):
+        generation = await worker.form(agents)
+        send_step(agents[:1], generation, 0, X)
+        agents[0].send(group.Exit("stopped"))
+        await agents[0].lost.wait()
+
+
+@asynchronous
+async def test_forming_is_ordered_not_guessed(tmp_path, ports):  # noqa: F811
+    """Forms that reach the ranks in any order, one long after the others."""
+    async with registered(tmp_path, ports, 2, 2) as (_, agents):
+        generation = Generation(1, 1)
+        for rank in (2, 1, 0, 3):
+            after = rank + 2
+            address = agents[after].register.stage_address if after < 4 else None
+            agents[rank].send(group.Form(generation, "shared_memory", address))
+            await asyncio.sleep(0.05)
+        await formed(generation, agents)
+        send_step(agents, generation, 0, X, 2)
+        await agents[2].next(group.Output)
+        assert np.array_equal(output(agents[2], X.shape), 4 * X + 2)

@@ -1,0 +1,140 @@
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from shardserve.agent.forking import ForkRequest, ForkServer, LastWords
+from shardserve.errors import StartError
+
+from .shards import write_shards
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+def server():
+    made = ForkServer()
+    yield made
+    with contextlib.suppress(ProcessLookupError, OSError):
+        made.close()
+
+
+def request(port, model, rank=0, device="cpu", config=None, worker=1):
+    return ForkRequest(rank, "127.0.0.1", device, f"127.0.0.1:{worker}", port, 1, (str(model),), (config,))
+
+
+def ended(process, timeout=60):
+    """The agent's last words, once it has ended."""
+    ready, _, _ = select.select([process.pidfd], [], [], timeout)
+    assert ready, f"agent {process.pid} lives"
+    words = process.read_last_words()
+    process.close()
+    return words
+
+
+def fork(server, *requests, timeout=60):
+    """Agents, forked one after the other by one loop."""
+
+    async def body():
+        return await asyncio.gather(*(server.fork(each, None, timeout) for each in requests))
+
+    return asyncio.run(body())
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_an_agent_says_why_it_ends(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+    (tmp_path / "device0" / "weights.safetensors").unlink()
+    missing = tmp_path / "device0" / "none.graph.json"
+    no_config, wrong_graph, no_cuda = fork(
+        server,
+        request(free_port, tmp_path / "none" / "net.graph.json"),
+        request(free_port, missing),
+        request(free_port, model, rank=3, device="cuda:0"),
+    )
+    assert ended(no_config) == LastWords("ShardError", f"{tmp_path}/none/group_config.json: No such file or directory")
+    config = tmp_path / "device0" / "group_config.json"
+    assert ended(wrong_graph) == LastWords("ShardError", f"{config} describes 'net.graph.json', not 'none.graph.json'")
+    assert ended(no_cuda) == LastWords("StartError", "rank 3: device cuda:0: CUDA is not available on this host")
+    [no_weights] = fork(server, request(free_port, model))
+    words = ended(no_weights)
+    assert words == LastWords("ShardError", f"{tmp_path}/device0/weights.safetensors: No such file or directory")
+
+
+def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+    agents = fork(server, *[request(free_port, model, rank=rank) for rank in range(3)])
+    process = psutil.Process(server.pid)
+    assert process.num_threads() == 1
+    assert {child.pid for child in process.children()} == {agent.pid for agent in agents}
+    descriptors = process.num_fds()
+    for agent in agents:
+        signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
+        assert ended(agent) is None
+    [last] = fork(server, request(free_port, model))
+    signal.pidfd_send_signal(last.pidfd, signal.SIGKILL)
+    assert ended(last) is None
+    assert process.num_fds() == descriptors
+    _, left = psutil.wait_procs(process.children(), 10)
+    assert not left
+
+
+def test_its_end_ends_its_agents(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+    agents = fork(server, request(free_port, model), request(free_port, model))
+    os.kill(server.pid, signal.SIGKILL)
+    for agent in agents:
+        assert ended(agent) is None
+    with pytest.raises(ConnectionError):
+        fork(server, request(free_port, model))
+
+
+def test_close_ends_all(tmp_path, free_port):
+    server = ForkServer()
+    [model] = write_shards(tmp_path, 1)
+    [agent] = fork(server, request(free_port, model))
+    server.close()
+    assert ended(agent) is None
+    assert not alive(server.pid)
+
+
+def test_a_server_that_is_silent(server, free_port, tmp_path):
+    os.kill(server.pid, signal.SIGSTOP)
+    said = rf"the fork server \(pid {server.pid}\) forked no agent within 0.2 s"
+    with pytest.raises(StartError, match=said):
+        fork(server, request(free_port, tmp_path), timeout=0.2)
+
+
+PARENT = """
+import asyncio, sys
+from shardserve.agent.forking import ForkRequest, ForkServer
+
+async def main():
+    server = ForkServer()
+    request = ForkRequest(0, "127.0.0.1", "cpu", "127.0.0.1:1", 0, 1, (sys.argv[1],), (None,))
+    agent = await server.fork(request, None, 60)
+    print(server.pid, agent.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_all_die_with_the_parent(tmp_path):
+    [model] = write_shards(tmp_path, 1)
+    with subprocess.Popen([sys.executable, "-c", PARENT, model], stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        parent.kill()
+    for pid, pidfd in zip(pids, pidfds, strict=True):
+        assert select.select([pidfd], [], [], 10)[0], f"{pid} lives"
+        os.close(pidfd)

@@ -1,0 +1,316 @@
+import json
+import os
+import signal
+import socket
+
+import numpy as np
+import psutil
+import pytest
+
+from shardserve.errors import ConfigError, JoinRefused, ShardError, StartError, Unavailable
+from shardserve.wire.messages import group
+
+from .scripted import HOST, Host, ScriptedWorker, asynchronous, output, send_step
+from .shards import write_shards
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+def ports():
+    """A port for the Worker, and the first of several free ones for the agents."""
+    with socket.socket() as worker:
+        worker.bind((HOST, 0))
+        port = worker.getsockname()[1]
+    for start in range(20_000 + os.getpid() % 5000, 30_000, 7):
+        try:
+            for offset in range(4):
+                with socket.socket() as probe:
+                    probe.bind((HOST, start + offset))
+        except OSError:
+            continue
+        return port, start
+    raise AssertionError("no ports")
+
+
+@asynchronous
+async def test_agents_are_registered_watched_and_forked_anew(tmp_path, ports, caplog):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        supervisor = await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        assert [agent.register.rank for agent in agents] == [0, 1]
+        assert [agent.register.stage_address for agent in agents] == [f"{HOST}:{ports[1] + i}" for i in range(2)]
+        assert {agent.register.device for agent in agents} == {"cpu"}
+        assert not host.ready.done()
+        supervisor.send(group.HostReady())
+        await host.ready
+
+        os.kill(agents[1].register.pid, signal.SIGKILL)
+        [reborn] = await worker.agents(1)
+        assert reborn.register.rank == 1
+        assert reborn.register.pid != agents[1].register.pid
+        assert f"rank 1 (pid {agents[1].register.pid}) died; it is forked anew" in caplog.text
+
+        # Told to, it kills; but only the process that was meant.
+        supervisor.send(group.Kill(0, agents[0].register.pid + 1, "did nothing"))
+        supervisor.send(group.Kill(0, agents[0].register.pid, "did not leave"))
+        [reborn] = await worker.agents(1)
+        assert reborn.register.rank == 0
+        assert f"rank 0 (pid {agents[0].register.pid}) is killed: it did not leave" in caplog.text
+
+
+@asynchronous
+async def test_a_stopped_process_is_killed_all_the_same(tmp_path, ports):
+    models = write_shards(tmp_path, 1)
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1]):
+        supervisor = await worker.supervisor(0)
+        [agent] = await worker.agents(1)
+        os.kill(agent.register.pid, signal.SIGSTOP)
+        supervisor.send(group.Kill(0, agent.register.pid, "is silent"))
+        await agent.lost.wait()
+        await worker.agents(1)
+
+
+@asynchronous
+async def test_another_fork_server_is_started_when_one_dies(tmp_path, ports, caplog):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]):
+        await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        parents = {psutil.Process(agent.register.pid).ppid() for agent in agents}
+        [server] = parents
+        os.kill(server, signal.SIGKILL)
+        again = await worker.agents(2)
+        assert [agent.register.rank for agent in again] == [0, 1]
+        assert psutil.Process(again[0].register.pid).ppid() != server
+        assert f"the fork server (pid {server}) died; starting another" in caplog.text
+        generation = await worker.form(again)
+        send_step(again, generation, 0, np.ones((1, 3), np.float32))
+        await again[0].next(group.Output)
+        assert (output(again[0], (1, 3)) == 2).all()
+
+
+@asynchronous
+async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1], max_restarts=2) as host:
+        supervisor = await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        supervisor.send(group.HostReady())
+        victim = agents[1]
+        for _ in range(2):
+            os.kill(victim.register.pid, signal.SIGKILL)
+            [victim] = await worker.agents(1)
+        os.kill(victim.register.pid, signal.SIGKILL)
+        given_up = await supervisor.next(group.GaveUp)
+        assert given_up.rank == 1
+        assert "died 3 times within 60.0 s" in given_up.reason
+        # The others of this host go on.
+        assert not agents[0].lost.is_set()
+        assert not host.life.done()
+
+
+async def fails(host, kind, said):
+    """The supervisor ends by itself with this error, and with all that it had started."""
+    await host.life
+    with pytest.raises(kind) as caught:
+        host.ready.result()
+    assert str(caught.value) == said
+    assert host.supervisor._fork_server is None or not psutil.pid_exists(host.supervisor._fork_server.pid)
+
+
+@asynchronous
+async def test_files_that_are_missing(tmp_path, ports):
+    models = write_shards(tmp_path)
+    os.unlink(models[1])
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        await fails(host, ConfigError, f"model_files: rank 1: there is no file {models[1]}")
+    models = write_shards(tmp_path / "next")
+    config = tmp_path / "next" / "device0" / "group_config.json"
+    config.unlink()
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        await fails(host, ShardError, f"{config}: No such file or directory")
+
+
+@asynchronous
+async def test_weights_that_only_the_agent_can_miss(tmp_path, ports):
+    models = write_shards(tmp_path)
+    weights = tmp_path / "device1" / "weights.safetensors"
+    weights.unlink()
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        supervisor = await worker.supervisor(0, 1)
+        await fails(host, ShardError, f"{weights}: No such file or directory")
+        given_up = await supervisor.next(group.GaveUp)
+        assert given_up == group.GaveUp(1, f"{weights}: No such file or directory")
+
+
+@asynchronous
+async def test_shard_of_another_device(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models[::-1], ports[1]) as host:
+        await worker.supervisor(0, 1)
+        config = tmp_path / "device1" / "group_config.json"
+        await fails(host, ConfigError, f"{config}: is the config of device1; rank 0 needs that of device0")
+
+
+@asynchronous
+async def test_config_given_apart_from_the_model(tmp_path, ports):
+    models = write_shards(tmp_path)
+    configs = []
+    for rank in range(2):
+        configs.append(str(tmp_path / f"config{rank}.json"))
+        os.rename(tmp_path / f"device{rank}" / "group_config.json", configs[-1])
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1], configs=configs):
+        await worker.supervisor(0, 1)
+        await worker.agents(2)
+
+
+@asynchronous
+async def test_the_second_replica_takes_the_same_shards(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models * 2, ports[1]):
+        await worker.supervisor(0, 1, 2, 3)
+        agents = await worker.agents(4)
+        assert [agent.register.configs[0]["rank"] for agent in agents] == [0, 1, 0, 1]
+
+
+@asynchronous
+async def test_port_in_use(tmp_path, ports):
+    models = write_shards(tmp_path, 1, 2)
+    with socket.socket() as busy:
+        # Only agents that a previous pipeline stage connects to listen.
+        busy.bind((HOST, ports[1] + 1))
+        busy.listen()
+        async with ScriptedWorker(ports[0], 2, 2) as worker, Host(ports[0], models, ports[1]) as host:
+            await worker.supervisor(0, 1)
+            said = f"rank 1: agent_start_port gives it {HOST}:{ports[1] + 1}: the port is in use"
+            await fails(host, StartError, said)
+
+
+@asynchronous
+async def test_what_the_worker_refuses(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with (
+        ScriptedWorker(ports[0], 2, hosts=("192.0.2.1", HOST)) as worker,
+        Host(ports[0], models, ports[1]) as host,
+    ):
+        supervisor, enlist = await worker.introduced()
+        # Of the roster, only what is this host's.
+        assert enlist == group.Enlist((HOST,), None, None, 2)
+        supervisor.send(group.Refuse("ConfigError", "2 model_files for 4 ranks"))
+        await fails(host, ConfigError, "2 model_files for 4 ranks")
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        agent = await worker.arrived.get()
+        agent.send(group.Refuse("JoinRefused", "rank 0 is already there"))
+        await fails(host, JoinRefused, "rank 0 is already there")
+
+
+@asynchronous
+async def test_who_says_its_address_does_not_look_for_it(tmp_path, ports):
+    models = write_shards(tmp_path)
+    worker = ScriptedWorker(ports[0], 2)
+    async with worker, Host(ports[0], models, ports[1], agent_ip="10.9.9.9", rank_start=4):
+        _, enlist = await worker.introduced()
+        assert enlist == group.Enlist((), "10.9.9.9", 4, 2)
+
+
+@asynchronous
+async def test_stopped_before_a_worker_came(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with Host(ports[0], models, ports[1]) as host:
+        pass
+    with pytest.raises(Unavailable, match=r"stopped before all agents were registered"):
+        host.ready.result()
+
+
+@asynchronous
+async def test_the_worker_comes_back(tmp_path, ports):
+    models = write_shards(tmp_path)
+    worker = ScriptedWorker(ports[0], 2)
+    async with Host(ports[0], models, ports[1]) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0, 1)
+            agents = await worker.agents(2)
+            supervisor.send(group.HostReady())
+            await host.ready
+            await worker.form(agents)
+        pids = [agent.register.pid for agent in agents]
+        # Agents and supervisor come in any order.
+        async with worker:
+            again = {}
+            while len(again) < 3:
+                peer = await worker.arrived.get()
+                message, _ = await peer.frames.get()
+                if isinstance(message, group.Register):
+                    assert message.incarnation == 1
+                    again[message.rank] = message.pid
+                else:
+                    peer.send(group.Roster((HOST,)))
+                    await peer.next(group.Enlist)
+                    peer.send(group.Enlisted((0, 1), ("0", "1"), HOST, 2, 1))
+                    again["supervisor"] = message.pid
+            assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
+            assert not host.life.done()
+
+
+@asynchronous
+async def test_the_worker_stays_away(tmp_path, ports, caplog):
+    models = write_shards(tmp_path, 1)
+    os.environ["SHARDSERVE_RECONNECT_TIMEOUT"] = "0.3"
+    try:
+        async with Host(ports[0], models, ports[1], reconnect_timeout=0.3) as host:
+            async with ScriptedWorker(ports[0], 1) as worker:
+                supervisor = await worker.supervisor(0)
+                await worker.agents(1)
+                supervisor.send(group.HostReady())
+                await host.ready
+            await host.life
+            assert f"no Worker at {HOST}:{ports[0]} for 0.3 s (reconnect_timeout)" in caplog.text
+    finally:
+        del os.environ["SHARDSERVE_RECONNECT_TIMEOUT"]
+
+
+@asynchronous
+async def test_agents_leave_when_they_are_told(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        supervisor = await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        supervisor.send(group.HostReady())
+        await host.ready
+        for peer in (*agents, supervisor):
+            peer.send(group.Exit("the servable is stopped"))
+        await host.life
+        for peer in (*agents, supervisor):
+            await peer.lost.wait()
+
+
+@asynchronous
+async def test_agents_that_do_not_leave_are_killed(tmp_path, ports, caplog):
+    models = write_shards(tmp_path, 1)
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1], exit_timeout=0.3) as host:
+        supervisor = await worker.supervisor(0)
+        [agent] = await worker.agents(1)
+        os.kill(agent.register.pid, signal.SIGSTOP)
+        supervisor.send(group.Exit("the servable is stopped"))
+        await host.life
+        assert "agents did not leave within 0.3 s and are killed" in caplog.text
+        await agent.lost.wait()
+        with pytest.raises(Unavailable, match=r"the servable was stopped"):
+            host.ready.result()
+
+
+@asynchronous
+async def test_a_config_that_is_damaged(tmp_path, ports):
+    models = write_shards(tmp_path)
+    config = tmp_path / "device0" / "group_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "stage_size": 0}))
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        await host.life
+        with pytest.raises(ShardError, match=rf"^{config}: "):
+            host.ready.result()
