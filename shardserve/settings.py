@@ -41,6 +41,21 @@ class Settings:
     max_restarts: int = 10
     """How often one rank may die within `restart_window` before its host gives up on it."""
     restart_window: float = 60.0
+    max_requests: int = 4096
+    """Requests of one servable in Main that have no answer yet; over it, Overloaded."""
+    max_request_bytes: int = 2 << 30
+    """Inputs of those requests, which Main keeps until they are answered."""
+    max_unsent_bytes: int = 1 << 30
+    """What a Worker hasn't taken from its connection to Main yet."""
+    max_submissions: int = 3
+    """Workers that may end under one request; then it is Aborted, so that none takes a service down for ever."""
+    deadline_margin: float = 0.02
+    """How long before its deadline Main answers a request with DeadlineExceeded, so that the text still reaches the
+    client; at most a tenth of the time that it had."""
+    reconnect_delay: float = 0.1
+    """Before Main connects again to a Worker that ended a connection without having said anything."""
+    flush_timeout: float = 0.5
+    """At a stop, for the last answers to leave, if that is more than what is left of stop_grace."""
     queue_limit: int = 4096
     """Instances that wait in a Worker; over it, requests are answered with Overloaded."""
     collective_slot_bytes: int = 1 << 20

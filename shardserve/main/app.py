@@ -10,9 +10,9 @@ import time
 
 from shardserve.errors import InternalError, ShardserveError
 from shardserve.main.grpc_front import GrpcFront
-from shardserve.main.limits import Limits
 from shardserve.main.rest_front import RestFront
 from shardserve.main.router import Router
+from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
 from shardserve.wire.stream import FrameStream
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 class Main:
     """Obeys the launcher until it says stop or its connection ends, which ends the process at once."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
-        self._router = Router(self._limits)
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings.from_environment()
+        self._router = Router(self._settings)
         self._fronts: list[GrpcFront | RestFront] = []
         self._stream: FrameStream[launch.ToMain] = FrameStream(launch.ToMain, self._on_order, self._on_lost)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,6 +76,6 @@ class Main:
             case launch.Stop():
                 end = time.monotonic() + order.grace
                 await self._router.stop(order.grace)
-                flush = max(self._limits.flush, end - time.monotonic())
+                flush = max(self._settings.flush_timeout, end - time.monotonic())
                 await asyncio.gather(*(front.stop(flush) for front in self._fronts))
                 self._router.close()

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from shardserve.errors import InvalidInput, NotFound, ShardserveError, StartError, Unavailable
-from shardserve.main.limits import Limits
 from shardserve.main.servable import Result, Servable
+from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer
 from shardserve.wire.messages import front
 
@@ -18,8 +18,8 @@ Decoded = tuple[front.Instance, list[Buffer]] | ShardserveError
 class Router:
     """The attached servables; `listeners` are called whenever the state of one may have changed."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings.from_environment()
         self.listeners: list[Callable[[], None]] = []
         self._versions: dict[str, dict[int, Servable]] = {}
         self._stopping = False
@@ -44,7 +44,7 @@ class Router:
         versions = self._versions.setdefault(name, {})
         servable = versions.get(version)
         if servable is None:
-            servable = versions[version] = Servable(name, version, self.limits, self._changed)
+            servable = versions[version] = Servable(name, version, self.settings, self._changed)
         try:
             await servable.attach(address)
         finally:

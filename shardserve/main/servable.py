@@ -27,7 +27,7 @@ from shardserve.errors import (
     Unavailable,
     from_wire,
 )
-from shardserve.main.limits import Limits
+from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, Payload, split
 from shardserve.wire.messages import front
 from shardserve.wire.stream import FrameStream
@@ -68,7 +68,7 @@ class Servable:
 
     name: str
     version: int
-    limits: Limits
+    settings: Settings
     changed: Callable[[], None]
     announce: front.Announce | None = None
     counters: Counters = field(default_factory=Counters)
@@ -149,20 +149,20 @@ class Servable:
     def _admit(
         self, method: str, instances: list[front.Instance], buffers: list[Buffer], deadline: float | None
     ) -> _Waiting:
-        limits = self.limits
+        settings = self.settings
         nbytes = sum(map(len, buffers))
-        if len(self._waiting) >= limits.max_requests:
+        if len(self._waiting) >= settings.max_requests:
             raise Overloaded(f"{self}: {len(self._waiting)} requests wait for an answer already")
-        if self._waiting and self.waiting_bytes + nbytes > limits.max_bytes:
+        if self._waiting and self.waiting_bytes + nbytes > settings.max_request_bytes:
             raise Overloaded(f"{self}: requests of {self.waiting_bytes} bytes wait for an answer already")
-        if self._stream is not None and self._stream.unsent > limits.max_unsent:
+        if self._stream is not None and self._stream.unsent > settings.max_unsent_bytes:
             raise Overloaded(f"{self}: its Worker has yet to take {self._stream.unsent} bytes")
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         waiting = _Waiting(method, instances, buffers, nbytes, deadline, loop.create_future(), now)
         if deadline is not None:
             left = deadline - now
-            waiting.timer = loop.call_later(left - min(limits.deadline_margin, left / 10), self._expire, waiting)
+            waiting.timer = loop.call_later(left - min(settings.deadline_margin, left / 10), self._expire, waiting)
         self._waiting[waiting] = None
         self.waiting_bytes += nbytes
         if self._announced:
@@ -259,7 +259,7 @@ class Servable:
             self.changed()
 
     def _reconnect_later(self) -> None:
-        asyncio.get_running_loop().call_later(self.limits.reconnect_delay, self._reconnect_now)
+        asyncio.get_running_loop().call_later(self.settings.reconnect_delay, self._reconnect_now)
 
     def _reconnect_now(self) -> None:
         if self._stream is None:
@@ -284,7 +284,7 @@ class Servable:
         self._submitted.clear()
         for waiting in list(self._waiting):
             waiting.number = 0
-            if waiting.submissions >= self.limits.max_submissions:
+            if waiting.submissions >= self.settings.max_submissions:
                 self._answer(
                     waiting, Aborted(f"{waiting.submissions} Workers of {self} ended while they had this request")
                 )

@@ -61,6 +61,8 @@ class Child:
 
     async def order(self, message: msgspec.Struct, timeout: float | None) -> None:
         """Sends an order and waits until it is done; raises what it was refused with."""
+        if self.ended.is_set():
+            raise self._ended_error()
         number: int = message.order  # type: ignore[attr-defined]
         done = self._orders[number] = self._loop.create_future()
         self._stream.send(message)
@@ -94,12 +96,15 @@ class Child:
     def _died(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        code = self._process.wait()
+        self._process.wait()
         self._stream.abort()
         for number in list(self._orders):
-            self._settle(number, StartError(f"{self._module} (pid {self.pid}) ended with code {code}"))
+            self._settle(number, self._ended_error())
         self.ended.set()
         self._on_death(self)
+
+    def _ended_error(self) -> StartError:
+        return StartError(f"{self._module} (pid {self.pid}) ended with code {self._process.returncode}")
 
     async def end(self, message: msgspec.Struct, timeout: float) -> None:
         """Sends the stop order and waits for the process's end; kills it after `timeout` seconds."""

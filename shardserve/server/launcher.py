@@ -52,6 +52,7 @@ class Service:
     incarnation: int
     worker: Child | None = None
     deaths: deque[float] = field(default_factory=deque)
+    ready: bool = False
     stopping: bool = False
 
 
@@ -119,6 +120,7 @@ class Launcher:
             del self._services[service.options.servable_name, service.options.version_number]
             await self._end(service)
             raise
+        service.ready = True
 
     async def _spawn_worker(self, service: Service) -> None:
         fds = [listener.fileno() for listener in service.listeners]
@@ -147,7 +149,8 @@ class Launcher:
         if service.stopping or self._stop.is_set():
             return
         key = service.options.servable_name, service.options.version_number
-        if self._services.get(key) is not service:
+        # Before it was ready, whoever starts it hears of its death by the order's error.
+        if self._services.get(key) is not service or not service.ready:
             return
         if self._too_often(service.deaths, f"the Worker of {key[0]!r}"):
             return

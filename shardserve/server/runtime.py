@@ -71,7 +71,14 @@ class Runtime:
         """Makes a resident in the thread and lets it live there."""
 
         async def settle() -> Resident:
-            resident = make()
+            assert self._idle is not None
+            try:
+                resident = make()
+            except BaseException:
+                # Without any resident nothing would ever end this thread, and with it the script.
+                if not self._residents:
+                    self._idle.set()
+                raise
             self._residents.append(resident)
             task = asyncio.ensure_future(self._live(resident))
             task.add_done_callback(_raise_in_loop)
@@ -158,10 +165,11 @@ def stop() -> None:
 def _handle_signals(runtime: Runtime) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
-    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         ours = getattr(handler, "__func__", None) is Runtime.on_signal
-        if handler == default or ours:
+        # SIG_IGN, too: shells start background jobs with SIGINT ignored, and a server has to end on either.
+        if handler in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN) or ours:
             signal.signal(number, runtime.on_signal)
 
 

@@ -6,15 +6,15 @@ import pytest
 from main_harness import Worker, echo, keep
 
 from shardserve.errors import DeadlineExceeded, Overloaded, StartError, Unavailable
-from shardserve.main.limits import Limits
 from shardserve.main.router import Router, infer
+from shardserve.settings import Settings
 from shardserve.wire import tensors
 from shardserve.wire.messages import front
 
 
-def run(test, **limits):
+def run(test, **settings):
     async def body():
-        router = Router(Limits(**limits))
+        router = Router(Settings(**settings))
         worker = Worker(keep)
         changed = asyncio.Event()
         await router.attach("echo", 1, worker.address)
@@ -65,7 +65,7 @@ def test_bytes_are_bounded_but_one_request_always_fits():
         [servable] = router.servables
         assert (servable.waiting, servable.waiting_bytes) == ([], 0)
 
-    run(test, max_bytes=100)
+    run(test, max_request_bytes=100)
 
 
 def test_what_the_worker_does_not_take_is_bounded():
@@ -77,7 +77,7 @@ def test_what_the_worker_does_not_take_is_bounded():
             await ask(router)
         call.cancel()
 
-    run(test, max_unsent=1 << 20)
+    run(test, max_unsent_bytes=1 << 20)
 
 
 def test_a_deadline_while_no_worker_is_there_says_so():
