@@ -1,0 +1,207 @@
+import signal
+import socket
+import urllib.request
+
+import pytest
+
+from .scripts import Script
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def test_a_script_that_ends_stays_up_until_a_signal(tmp_path, free_port):
+    with Script(
+        tmp_path, f"server.start_restful_server('127.0.0.1:{free_port}')\nprint('last line', flush=True)"
+    ) as script:
+        assert script.line() == "last line"
+        with socket.create_connection(("127.0.0.1", free_port), 10):
+            pass
+        assert len(script.children()) == 1
+        script.process.send_signal(signal.SIGTERM)
+        assert script.end() == (0, "")
+
+
+def test_a_signal_ends_a_script_in_the_middle(tmp_path, free_port):
+    text = f"""
+        import threading
+        server.start_grpc_server('127.0.0.1:{free_port}')
+        print('waiting', flush=True)
+        threading.Event().wait()
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with Script(tmp_path, text) as script:
+            assert script.line() == "waiting"
+            script.process.send_signal(number)
+            assert script.end() == (0, "")
+
+
+def test_the_scripts_own_handler_stays(tmp_path, free_port):
+    text = f"""
+        import signal, threading
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+        server.start_grpc_server('127.0.0.1:{free_port}')
+        print('waiting', flush=True)
+        told.wait()
+        server.stop()
+        print('stopped', flush=True)
+    """
+    with Script(tmp_path, text) as script:
+        script.line()
+        script.process.send_signal(signal.SIGTERM)
+        assert script.line() == "stopped"
+        assert script.end()[0] == 0
+
+
+def test_a_script_that_raises_ends_by_itself(tmp_path, free_port):
+    text = f"server.start_grpc_server('127.0.0.1:{free_port}')\nraise RuntimeError('out of cheese')"
+    with Script(tmp_path, text) as script:
+        code, stderr = script.end()
+        assert code == 1
+        assert "RuntimeError: out of cheese" in stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("server.start_grpc_server('127.0.0.1:0x')", "gRPC address '127.0.0.1:0x' isn't ip:port"),
+        (
+            "server.start_grpc_server('127.0.0.1:5500', max_msg_mb_size=0)",
+            "max_msg_mb_size=0 is not an integer from 1 to 512",
+        ),
+        ("distributed.startup_agents('127.0.0.1', ['x'])", "distributed_address: '127.0.0.1' is not ip:port"),
+        ("distributed.startup_agents('127.0.0.1:6200', [])", "model_files: [] is not a list of paths"),
+        ("distributed.startup_agents('127.0.0.1:6200', 'x')", "model_files: 'x' is not a list of paths"),
+        ("distributed.startup_agents('127.0.0.1:6200', ['none'])", "model_files: there is no file "),
+        (
+            "distributed.startup_agents('127.0.0.1:6200', ['a'], ['b', 'c'])",
+            "group_config_files has 2 entries, model_files 1",
+        ),
+        (
+            "distributed.startup_agents('127.0.0.1:6200', ['a'], agent_start_port=70000)",
+            "agent_start_port=70000 leaves no",
+        ),
+        (
+            "distributed.startup_agents('127.0.0.1:6200', ['a'], agent_ip='x')",
+            "agent_ip and rank_start: give both or neither",
+        ),
+        ("distributed.startup_agents('127.0.0.1:6200', ['a'], device_type='tpu')", "device_type='tpu' is none of"),
+        ("distributed.start_servable('.', 'net', 'r.json', version_number=0)", "version_number=0 is not an integer"),
+        (
+            "distributed.start_servable('.', 'net', 'r.json', distributed_address='x')",
+            "distributed_address: 'x' is not ip:port",
+        ),
+        (
+            "distributed.start_servable('.', 'net', 'r.json', wait_agents_time_in_seconds=-1)",
+            "wait_agents_time_in_seconds=-1 is negative",
+        ),
+    ],
+)
+def test_wrong_arguments_end_the_script(tmp_path, call, said):
+    with Script(tmp_path, call) as script:
+        code, stderr = script.end()
+        assert code == 1
+        assert said in stderr
+
+
+def test_wrong_settings_end_the_script(tmp_path, free_port):
+    call = f"server.start_grpc_server('127.0.0.1:{free_port}')"
+    with Script(tmp_path, call, SHARDSERVE_STEP_TIMEOUT="soon") as script:
+        code, stderr = script.end()
+        assert code == 1
+        assert "environment variable SHARDSERVE_STEP_TIMEOUT='soon' is not a positive float" in stderr
+
+
+def test_wrong_settings_that_are_caught_leave_nothing_running(tmp_path, free_port):
+    text = f"""
+        try:
+            server.start_grpc_server('127.0.0.1:{free_port}')
+        except Exception as error:
+            print(type(error).__name__, flush=True)
+    """
+    with Script(tmp_path, text, SHARDSERVE_STEP_TIMEOUT="soon") as script:
+        assert script.line() == "ConfigError"
+        assert script.end()[0] == 0
+
+
+def test_stop_twice_and_start_again(tmp_path, free_port):
+    text = f"""
+        server.stop()
+        for _ in range(2):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            print('up', flush=True)
+            server.stop()
+            server.stop()
+        print('done', flush=True)
+    """
+    with Script(tmp_path, text) as script:
+        assert [script.line() for _ in range(3)] == ["up", "up", "done"]
+        assert script.end() == (0, "")
+
+
+def test_stop_ends_a_start_that_waits_for_agents(tmp_path, free_port):
+    from .scripts import write_servable
+
+    write_servable(tmp_path)
+    text = f"""
+        import threading
+        def start():
+            try:
+                distributed.start_servable('.', 'net', 'ranks.json', distributed_address='127.0.0.1:{free_port}')
+            except Exception as error:
+                print(type(error).__module__, type(error).__name__, flush=True)
+        server.start_grpc_server('unix:grpc.sock')
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join(3)
+        server.stop()
+        thread.join()
+    """
+    with Script(tmp_path, text) as script:
+        assert script.line() == "shardserve.errors StartError"
+        assert script.end()[0] == 0
+
+
+def test_the_second_signal_does_not_wait(tmp_path, free_port):
+    with Script(tmp_path, f"server.start_restful_server('127.0.0.1:{free_port}')\nprint('up', flush=True)") as script:
+        script.line()
+        [main] = script.children()
+        # Main can't answer the stop, so that the first signal waits for it.
+        main.suspend()
+        script.process.send_signal(signal.SIGTERM)
+        script.process.send_signal(signal.SIGINT)
+        code, _ = script.end(timeout=5)
+        assert code == 128 + signal.SIGINT or code == 128 + signal.SIGTERM
+
+
+def test_main_is_respawned_with_its_front_ends(tmp_path, free_port):
+    with Script(tmp_path, f"server.start_restful_server('127.0.0.1:{free_port}')\nprint('up', flush=True)") as script:
+        script.line()
+        [main] = script.children()
+        main.kill()
+        main.wait(10)
+
+        def answers():
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/nothing", timeout=1):
+                    return True
+            except urllib.error.HTTPError:
+                return True
+            except OSError:
+                return False
+
+        while not answers():
+            assert script.process.poll() is None
+        assert script.children()[0].pid != main.pid
+        script.process.send_signal(signal.SIGTERM)
+        code, stderr = script.end()
+        assert code == 0
+        assert f"Main (pid {main.pid}) died; it is respawned" in stderr
+
+
+def test_all_die_with_the_script(tmp_path, free_port):
+    with Script(tmp_path, f"server.start_restful_server('127.0.0.1:{free_port}')\nprint('up', flush=True)") as script:
+        script.line()
+        [main] = script.children()
+        script.process.kill()
+        main.wait(10)
