@@ -1,0 +1,143 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.wire.messages import TensorMeta, front
+from shardserve.worker.requests import Requests
+
+from .harness import Cluster, Stream, asynchronous, quick
+
+
+def servable():
+    """`twice` runs the model on its own output; `echo` gives back its input beside the model's output."""
+    with declaring("net") as declared:
+        model = declare_distributed(1, 1)
+
+        @register_method("y")
+        def twice(x):
+            return add_stage(model, add_stage(model, x, outputs_count=1), outputs_count=1)
+
+        @register_method(["x", "y"])
+        def echo(x):
+            return x, add_stage(model, x, outputs_count=1)
+
+    return declared
+
+
+class Setting:
+    def __init__(self, **options):
+        self.cluster = Cluster(**options)
+        self.main = Stream()
+        self.requests = Requests(servable(), self.cluster.scheduler)
+
+    def infer(self, number, *values, method="twice"):
+        arrays = [np.array([value], np.float32) for value in values]
+        metas = [{"x": TensorMeta("float32", (1,), 4)} for _ in arrays]
+        payload = np.zeros(64 * len(arrays), np.uint8)
+        for i, array in enumerate(arrays):
+            payload[64 * i : 64 * i + 4] = array.view(np.uint8)
+        self.requests.infer(self.main, front.Infer(number, method, metas, None), payload)
+
+    async def steps(self):
+        """What the group is sent next."""
+        while not (steps := self.cluster.steps()):
+            await asyncio.sleep(0)
+        return steps
+
+    async def answer(self):
+        while not self.main.sent:
+            await asyncio.sleep(0)
+        message, payload = self.main.sent.pop(), self.main.payloads.pop()
+        return message, np.frombuffer(payload, np.float32).tolist()
+
+
+@asynchronous
+async def test_stages_feed_each_other():
+    s = Setting()
+    s.infer(1, 5)
+    assert await s.steps() == [(0, [5])]
+    s.cluster.output(0, [6])
+    assert await s.steps() == [(1, [6])]
+    s.cluster.output(1, [7])
+    assert await s.answer() == (front.Reply(1, [front.InstanceOutputs({"y": TensorMeta("float32", (1,), 4)})]), [7])
+
+
+@asynchronous
+async def test_outputs_that_are_inputs():
+    s = Setting()
+    s.infer(1, 5, method="echo")
+    await s.steps()
+    s.cluster.output(0, [6])
+    reply, values = await s.answer()
+    assert list(reply.results[0].outputs) == ["x", "y"]
+    assert values == [5, 6]
+
+
+@asynchronous
+async def test_instances_are_answered_in_their_order_and_fail_one_by_one():
+    s = Setting(window=1)
+    s.infer(1, 1, 2, 3, method="echo")
+    await s.steps()
+    s.cluster.output(0, [10])
+    assert await s.steps() == [(1, [2, 3])]
+    s.cluster.failure(1, "boom")
+    s.cluster.output(1, [0, 0])
+    await s.steps()
+    s.cluster.failure(2, "boom")
+    s.cluster.output(2, [0])
+    await s.steps()
+    s.cluster.output(3, [30])
+    reply, values = await s.answer()
+    assert [type(result) for result in reply.results] == [
+        front.InstanceOutputs,
+        front.InstanceError,
+        front.InstanceOutputs,
+    ]
+    assert reply.results[1] == front.InstanceError("StepError", "boom")
+    assert values == [1, 10, 3, 30]
+
+
+@asynchronous
+async def test_what_is_of_the_server_fails_the_whole_request():
+    s = Setting(window=1, settings=quick(queue_limit=1))
+    s.infer(1, 1, 2, 3)
+    for number in range(2):
+        await s.steps()
+        s.cluster.output(number, [1])
+    for number in range(2, 4):
+        await s.steps()
+        s.cluster.output(number, [1])
+    message, _ = await s.answer()
+    assert message == front.Failed(1, "Overloaded", "1 instances wait already (queue_limit)")
+
+
+@asynchronous
+async def test_a_bug_is_logged_and_not_told(caplog):
+    s = Setting()
+    s.cluster.scheduler.submit = None
+    s.infer(1, 5)
+    message, _ = await s.answer()
+    assert message == front.Failed(1, "InternalError", "an internal error; the server's log has more")
+    assert "TypeError" in caplog.text
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@asynchronous
+async def test_cancelled_requests_take_no_further_step(everything):
+    s = Setting(window=1)
+    s.infer(1, 1)
+    s.infer(2, 2)
+    assert await s.steps() == [(0, [1])]
+    if everything:
+        s.requests.cancel_all()
+    else:
+        s.requests.cancel(1)
+        s.requests.cancel(2)
+    s.requests.cancel(3)
+    await asyncio.sleep(0)
+    s.cluster.output(0, [1])
+    s.infer(4, 9)
+    assert await s.steps() == [(1, [9])]
+    assert s.main.sent == []
