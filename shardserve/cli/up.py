@@ -13,7 +13,7 @@ from shardserve.log import configure_logging
 from shardserve.server import distributed, start_grpc_server, start_restful_server, stop
 from shardserve.server.runtime import current_runtime
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
-from shardserve.worker.rank_table import load_rank_table
+from shardserve.worker.rank_table import load_rank_table, make_rank_table
 
 EXAMPLE = """example:
   shardserve up examples/matmul_distributed
@@ -99,13 +99,7 @@ def _shards(model_dir: Path) -> list[Path]:
 
 def _local_rank_table(ranks: int) -> str:
     """A table of all ranks on this host, in memory that goes with this process: nothing is left to clean up."""
-    devices = [{"device_id": str(r), "device_ip": "127.0.0.1", "rank_id": str(r)} for r in range(ranks)]
-    table = {
-        "version": "1.0",
-        "server_count": "1",
-        "status": "completed",
-        "server_list": [{"server_id": "127.0.0.1", "host_nic_ip": "reserve", "device": devices}],
-    }
+    table = make_rank_table([("127.0.0.1", range(ranks))])
     fd = os.memfd_create("rank_table.json")
     os.write(fd, json.dumps(table).encode())
     return f"/proc/{os.getpid()}/fd/{fd}"

@@ -6,6 +6,7 @@ The layouts are those of MindSpore's `hccl` rank tables: `server_list` (version 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,32 @@ def parse_rank_table(document: Any) -> RankTable:
     if missing:
         raise RankTableError(f"there are {len(by_rank)} ranks, but no rank_id {', '.join(map(str, missing))}")
     return RankTable(tuple(by_rank[rank][1] for rank in range(len(by_rank))))
+
+
+def make_rank_table(hosts: Sequence[tuple[str, Sequence[int]]], layout: str = "server_list") -> dict[str, Any]:
+    """The document of a table in which ranks are counted through the hosts in order; each has (address, device ids)."""
+    placed = [(host, device) for host, devices in hosts for device in devices]
+    ranks = {place: str(rank) for rank, place in enumerate(placed)}
+    if layout == "group_list":
+        instances = [
+            {
+                "rank_id": ranks[host, device],
+                "server_id": host,
+                "devices": [{"device_id": str(device), "device_ip": host}],
+            }
+            for host, device in placed
+        ]
+        group = {"device_num": str(len(placed)), "server_num": str(len(hosts)), "instance_count": str(len(placed))}
+        return {"group_count": "1", "group_list": [{**group, "instance_list": instances}]}
+    servers = [
+        {
+            "server_id": host,
+            "host_nic_ip": "reserve",
+            "device": [{"device_id": str(d), "device_ip": host, "rank_id": ranks[host, d]} for d in devices],
+        }
+        for host, devices in hosts
+    ]
+    return {"version": "1.0", "server_count": str(len(hosts)), "status": "completed", "server_list": servers}
 
 
 def _server_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
