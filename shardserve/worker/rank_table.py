@@ -6,8 +6,8 @@ The layouts are those of MindSpore's `hccl` rank tables: `server_list` (version 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
