@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import shardserve
-from shardserve.cli import export, infer, rank_table, status, up
+from shardserve.cli import export, infer, inspect, rank_table, status, up
 from shardserve.errors import ShardserveError
 
 
@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="shardserve", description=shardserve.__doc__)
     top.add_argument("--version", action="version", version=f"shardserve {shardserve.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (export, rank_table, up, status, infer):
+    for command in (export, inspect, rank_table, up, status, infer):
         command.add_parser(subparsers)
     return top
 
