@@ -23,7 +23,6 @@ def _children():
 
 
 def _descriptors():
-    gc.collect()
     held = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -31,6 +30,15 @@ def _descriptors():
         except OSError:
             continue
     return held
+
+
+def _new(before):
+    # Barriers and the like of multiprocessing live in memory that it keeps.
+    return {
+        fd: name
+        for fd, name in _descriptors().items()
+        if before.get(fd) != name and not name.startswith("/dev/shm/pym-")
+    }
 
 
 @pytest.fixture
@@ -43,10 +51,6 @@ def nothing_left():
         assert not thread.is_alive(), f"{thread} is left"
     _, alive = psutil.wait_procs(_children() - children, timeout=10)
     assert not alive
-    # Barriers and the like of multiprocessing live in memory that it keeps.
-    left = {
-        fd: name
-        for fd, name in _descriptors().items()
-        if descriptors.get(fd) != name and not name.startswith("/dev/shm/pym-")
-    }
-    assert not left
+    if _new(descriptors):
+        gc.collect()
+    assert not _new(descriptors)

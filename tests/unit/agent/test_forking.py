@@ -76,14 +76,16 @@ def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_p
     process = psutil.Process(server.pid)
     assert process.num_threads() == 1
     assert {child.pid for child in process.children()} == {agent.pid for agent in agents}
-    descriptors = process.num_fds()
     for agent in agents:
         signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
         assert ended(agent) is None
-    [last] = fork(server, request(free_port, model))
-    signal.pidfd_send_signal(last.pidfd, signal.SIGKILL)
-    assert ended(last) is None
-    assert process.num_fds() == descriptors
+    descriptors = process.num_fds()
+    for _ in range(10):
+        [agent] = fork(server, request(free_port, model))
+        signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
+        assert ended(agent) is None
+    # It closes its own of an agent just after it has given them to the supervisor.
+    assert process.num_fds() <= descriptors + 3
     _, left = psutil.wait_procs(process.children(), 10)
     assert not left
 

@@ -4,7 +4,7 @@ import urllib.request
 
 import pytest
 
-from .scripts import Script
+from .scripts import Script, write_servable
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -140,11 +140,10 @@ def test_stop_twice_and_start_again(tmp_path, free_port):
 
 
 def test_stop_ends_a_start_that_waits_for_agents(tmp_path, free_port):
-    from .scripts import write_servable
-
     write_servable(tmp_path)
     text = f"""
         import threading
+        from shardserve.wire.sockets import Address, connect_within
         def start():
             try:
                 distributed.start_servable('.', 'net', 'ranks.json', distributed_address='127.0.0.1:{free_port}')
@@ -153,7 +152,7 @@ def test_stop_ends_a_start_that_waits_for_agents(tmp_path, free_port):
         server.start_grpc_server('unix:grpc.sock')
         thread = threading.Thread(target=start)
         thread.start()
-        thread.join(3)
+        connect_within(Address("127.0.0.1", {free_port}), 30, 0.05, threading.Event()).close()
         server.stop()
         thread.join()
     """
