@@ -22,12 +22,23 @@ CHOICES = {
 class Settings:
     connect_retry_interval: float = 0.2
     """Between two attempts to reach a Worker that doesn't listen yet: a far listener is no event to wait for."""
-    register_timeout: float = 120.0
-    """For an agent to load its shard and register, counted from its fork."""
+    load_timeout: float = 600.0
+    """For an agent to load its shard, counted from its fork; then the kernel ends it and it is forked anew."""
     form_timeout: float = 30.0
     """For all agents of a group to join a new generation."""
+    form_backoff: float = 0.1
+    """Before a group that could not form tries again; doubled each time."""
+    max_formings: int = 6
+    """How often in a row a group whose ranks are all there may fail to form; then it is failed."""
     step_timeout: float = 300.0
     """For a step, from when it was sent until its answer; then its generation ends."""
+    stage_timeout: float = 300.0
+    """For one call of a Python stage; then its instances get an error and its process is replaced."""
+    stage_grace: float = 1.0
+    """How long a Python stage may run on when nobody waits for it any more (the deadline passed, the client left);
+    then its process is replaced."""
+    stage_batch_limit: int = 64
+    """Instances in one call of a Python stage whose batch_size is 0."""
     abort_timeout: float = 1.0
     """For a survivor to leave its generation; then it is killed and forked anew."""
     reconnect_timeout: float = 60.0
@@ -37,7 +48,7 @@ class Settings:
     exit_timeout: float = 5.0
     """For a process that was told to end; then it is killed."""
     start_timeout: float = 60.0
-    """For Main, a Worker or a fork server to answer its first order."""
+    """For Main, a Worker or a fork server to answer its first order, and for a process of Python stages to be ready."""
     max_restarts: int = 10
     """How often one rank may die within `restart_window` before its host gives up on it."""
     restart_window: float = 60.0
@@ -87,7 +98,7 @@ class Settings:
                 value = int(text) if field.type == "int" else float(text)
             except ValueError:
                 value = -1
-            if value <= 0:
+            if not 0 < value < float("inf"):
                 raise ConfigError(f"environment variable {name}={text!r} is not a positive {field.type}")
             given[field.name] = value
         return cls(**given)  # type: ignore[arg-type]

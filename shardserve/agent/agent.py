@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -33,8 +34,12 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
     try:
         settings = Settings.from_environment()
         torch.set_num_threads(request.threads)
+        # SIGALRM's default action ends the process, whatever keeps the load from ending.
+        signal.setitimer(signal.ITIMER_REAL, settings.load_timeout)
+        agent = Agent(request, shared_memory, settings)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         with torch.inference_mode():
-            Agent(request, shared_memory, settings).serve()
+            agent.serve()
         os.write(last_words, msgspec.msgpack.encode(LastWords("", "told to leave")))
         return 0
     except ShardserveError as error:
@@ -81,20 +86,18 @@ class Agent:
             if connected is None:
                 raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")
             connection: Connection = FrameSocket(connected, group.ToAgent)
-            try:
-                if self._work(connection):
-                    return
-            finally:
-                connection.close()
+            if self._work(connection):
+                return
 
     def _work(self, connection: Connection) -> bool:
         """Registers and follows orders; True when told to leave, False when the Worker is gone."""
         orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         reader = OrderReader(connection, orders)
+        thread = threading.Thread(target=reader.read, name="orders", daemon=True)
         membership: Membership | None = None
         try:
+            thread.start()
             connection.send(self._registration())
-            threading.Thread(target=reader.read, name="orders", daemon=True).start()
             while (order := orders.get()) is not None:
                 message, payload, lifetime = order
                 match message:
@@ -116,6 +119,10 @@ class Agent:
                         raise FrameError(f"{type(message).__name__} came out of turn")
         except OSError as error:
             logger.warning("rank %d: the Worker is gone: %s", self._request.rank, error)
+        finally:
+            # Before another generation can form, the reader must have ended the waits of this one, and no later.
+            connection.close()
+            thread.join()
         return False
 
     def _registration(self) -> group.Register:

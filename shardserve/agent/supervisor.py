@@ -61,7 +61,7 @@ class AgentSlot:
     shared_memory: int | None
     process: AgentProcess | None = None
     deaths: deque[float] = field(default_factory=deque)
-    given_up: bool = False
+    given_up: str | None = None
 
 
 class Supervisor:
@@ -192,6 +192,10 @@ class Supervisor:
             known = tuple(slot.request.rank for slot in self._slots)
             if known != message.ranks:
                 raise ConfigError(f"the Worker that came back gives this host rank {message.ranks}, it had {known}")
+            # A Worker that was respawned doesn't know.
+            for slot in self._slots:
+                if slot.given_up is not None and self._stream is not None:
+                    self._stream.send(group.GaveUp(slot.request.rank, slot.given_up))
             return
         self._slots = self._plan(message)
         await asyncio.gather(*(self._fork(slot) for slot in self._slots))
@@ -245,7 +249,7 @@ class Supervisor:
     async def _fork(self, slot: AgentSlot) -> None:
         while (server := self._fork_server) is not None:
             try:
-                process = await server.fork(slot.request, slot.shared_memory, self._settings.register_timeout)
+                process = await server.fork(slot.request, slot.shared_memory, self._settings.start_timeout)
                 break
             except ConnectionError:
                 self._fork_server_died(server)
@@ -284,7 +288,7 @@ class Supervisor:
         self._spawn(lambda: self._fork(slot))
 
     def _give_up(self, slot: AgentSlot, error: ShardserveError) -> None:
-        slot.given_up = True
+        slot.given_up = str(error)
         if self._stream is not None:
             self._stream.send(group.GaveUp(slot.request.rank, str(error)))
         if self._ready is not None:

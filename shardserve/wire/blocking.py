@@ -15,6 +15,9 @@ from shardserve.wire.frames import Buffer, FrameReader, Payload, encode
 
 M = TypeVar("M")
 
+# IOV_MAX of Linux (limits.h): sendmsg refuses more.
+MAX_PIECES = 1024
+
 
 class FrameSocket(Generic[M]):
     """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the end
@@ -38,7 +41,7 @@ class FrameSocket(Generic[M]):
         pieces = [memoryview(piece).cast("B") for piece in encode(message, buffers)]
         with self._sending:
             while pieces:
-                sent = self._socket.sendmsg(pieces)
+                sent = self._socket.sendmsg(pieces[:MAX_PIECES])
                 while pieces and sent >= pieces[0].nbytes:
                     sent -= pieces.pop(0).nbytes
                 if sent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
@@ -13,12 +14,15 @@ from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader,
 
 M = TypeVar("M")
 
+logger = logging.getLogger(__name__)
+
 
 class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     """A connection that calls `on_frame(message, payload)` for each frame and `on_lost(reason)` once at its end.
 
-    An exception of `on_frame` ends the connection, as a frame that doesn't parse does: both are the other side's fault and
-    reach `on_lost`. `on_made(socket)` is called first and may refuse the connection. `unsent` is what the kernel hasn't taken yet, in bytes: callers bound their queues with it.
+    A frame that doesn't parse ends the connection, as an exception of `on_frame` does; both reach `on_lost`.
+    `on_made(socket)` is called first and may refuse the connection. `unsent` is what the kernel hasn't taken yet, in
+    bytes: callers bound their queues with it.
     """
 
     def __init__(
@@ -49,6 +53,11 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
             for message, payload in self._reader.advance(nbytes):
                 self._on_frame(message, payload)
         except FrameError as error:
+            self._reason = error
+            self.close()
+        except Exception as error:
+            # asyncio would log it and leave a connection that has lost a message.
+            logger.exception("a message could not be handled; its connection ends")
             self._reason = error
             self.close()
 

@@ -1,6 +1,7 @@
 """One replica's group of agents and its generations: forms them, numbers and sends steps, ends and re-forms.
 
 States: waiting (agents are missing) -> forming -> serving -> ending (survivors leave their waits) -> waiting …
+A group whose agents are all there and can't form, max_formings times in a row, is failed until one of them is replaced.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Owner(Protocol):
     def answered(self, batch: Batch, payload: Payload) -> None: ...
     def failed(self, batch: Batch, message: str) -> None: ...
     def interrupted(self, batches: list[Batch]) -> None: ...
+    def group_failed(self, reason: str) -> None: ...
     def kill(self, agent: AgentHandle, reason: str) -> None: ...
 
 
@@ -79,6 +81,7 @@ class ReplicaGroup:
         self._next_step = 0
         self._steps: dict[int, StepInFlight] = {}
         self._rendezvous = Rendezvous()
+        self._failed_formings: list[str] = []
 
     @property
     def in_flight(self) -> int:
@@ -109,6 +112,9 @@ class ReplicaGroup:
             self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone")
         elif self.state == "ending":
             self._left(agent.local)
+        elif self.state == "failed":
+            self.state = "waiting"
+            self._failed_formings.clear()
         self._owner.group_changed()
 
     def _form_if_complete(self) -> None:
@@ -141,7 +147,12 @@ class ReplicaGroup:
         seconds = self._settings.form_timeout
         for local in list(self._pending):
             self._owner.kill(self.agents[local], f"did not join generation {self.generation} within {seconds} s")
-        self.end(f"rank {ranks} did not join within form_timeout ({seconds} s)")
+        self._forming_failed(f"rank {ranks} did not join within form_timeout ({seconds} s)")
+
+    def _forming_failed(self, reason: str) -> None:
+        """All ranks are there, and yet they can't form: a death is another matter, and has limits of its own."""
+        self._failed_formings.append(reason)
+        self.end(reason)
 
     def end(self, reason: str) -> None:
         """Ends the generation for all; its unanswered batches go back to the owner."""
@@ -172,8 +183,18 @@ class ReplicaGroup:
     def _finish_ending(self) -> None:
         if self.state == "ending" and not self._pending:
             self._cancel_timer()
+            failures = len(self._failed_formings)
+            if failures >= self._settings.max_formings:
+                self.state = "failed"
+                self._owner.group_failed(
+                    f"replica {self.replica} could not form, {failures} times in a row: {self._failed_formings[-1]}"
+                )
+                return
             self.state = "waiting"
-            self._form_if_complete()
+            if failures:
+                self._start_timer(self._settings.form_backoff * 2 ** (failures - 1), self._form_if_complete)
+            else:
+                self._form_if_complete()
 
     def send_step(self, batch: Batch) -> None:
         """Runs the batch as the next step; needs `has_room`."""
@@ -210,7 +231,9 @@ class ReplicaGroup:
                 self._rendezvous.call(message, reply)
             case group.Formed() if self.state == "forming":
                 self._formed(agent)
-            case group.Broken(message=text) if self.state in ("forming", "serving"):
+            case group.Broken(message=text) if self.state == "forming":
+                self._forming_failed(f"rank {agent.rank}: {text}")
+            case group.Broken(message=text) if self.state == "serving":
                 self.end(f"rank {agent.rank}: {text}")
             case group.Parked() if self.state == "ending":
                 self._left(agent.local)
@@ -226,6 +249,7 @@ class ReplicaGroup:
         if not self._pending:
             self._cancel_timer()
             self.state = "serving"
+            self._failed_formings.clear()
             logger.info("replica %d: generation %s serves", self.replica, self.generation)
             self._owner.group_changed()
 

@@ -47,7 +47,6 @@ class Registry:
         self._on_model = on_model
         self._export: ShardConfig | None = None
         self.hosts: list[HostHandle] = []
-        self.given_up: dict[int, str] = {}
 
     def agent(self, rank: int) -> AgentHandle | None:
         replica, local = divmod(rank, self._model.rank_size)
@@ -134,7 +133,6 @@ class Registry:
             stage_address=message.stage_address,
             stream=stream,
         )
-        self.given_up.pop(message.rank, None)
         stream.send(group.Registered(incarnation))
         self._groups[replica].add(agent)
         self.tell_ready()

@@ -7,7 +7,15 @@ import logging
 import time
 from collections import deque
 
-from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, ShardserveError, StepError, Unavailable
+from shardserve.errors import (
+    Aborted,
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    ShardserveError,
+    StepError,
+    Unavailable,
+)
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.worker.batching import Batch, Batching, Call
@@ -35,9 +43,19 @@ class Scheduler:
         self._closed: str | None = None
 
     def set_batching(self, batching: Batching) -> None:
-        """The model's signature is known: the first agent has brought it."""
+        """The model's signature is known: the first agent has brought it. What waits has to fit it as well: it may have
+        been checked against that of an export whose agents have all left.
+        """
         self.batching = batching
         self._batching_known.set()
+        waiting, self._queue = self._queue, deque()
+        for call in waiting:
+            try:
+                call.key = batching.key(call.arrays)
+            except InvalidInput as error:
+                self._refuse(call, error)
+            else:
+                self._queue.append(call)
 
     async def model_known(self) -> Batching:
         """The signature's checks; waits for the first agent if none has come yet. Unavailable if none will come."""
@@ -143,6 +161,10 @@ class Scheduler:
         self._batching_known.set()
         while self._queue:
             self._refuse(self._queue.popleft(), Unavailable(reason))
+
+    def reopen(self) -> None:
+        """Takes calls again."""
+        self._closed = None
 
     @staticmethod
     def _refuse(call: Call, error: ShardserveError) -> None:

@@ -122,13 +122,14 @@ class Worker:
         self._scheduler.pump()
 
     def group_changed(self) -> None:
-        if self._state in ("failed", "stopping"):
+        if self._state == "stopping":
             return
         if any(replica.state == "serving" for replica in self._groups):
             # Ready means all replicas, the first time; afterwards one is enough to answer.
             if self._state != "starting" or all(replica.state == "serving" for replica in self._groups):
+                self._scheduler.reopen()
                 self._set_state("ready", "")
-        elif self._state != "starting":
+        elif self._state not in ("starting", "failed"):
             self._set_state("recovering", "the group re-forms")
         self._announce()
         self._scheduler.pump()
@@ -163,10 +164,13 @@ class Worker:
         return self._registry.register(stream, message, self._incarnation)
 
     def gave_up(self, message: group.GaveUp) -> None:
-        self._registry.given_up[message.rank] = message.reason
-        reason = f"rank {message.rank}: {message.reason}"
+        prefix = f"rank {message.rank}: "
+        self.group_failed(prefix + message.reason.removeprefix(prefix))
+
+    def group_failed(self, reason: str) -> None:
+        """A replica can't serve until an operator has done something; when it can again, so does the servable."""
         logger.error("%s", reason)
-        if len(self._groups) > 1 and any(replica.state == "serving" for replica in self._groups):
+        if any(replica.state == "serving" for replica in self._groups):
             return
         self._scheduler.close(reason)
         self._set_state("failed", reason)

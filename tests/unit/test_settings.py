@@ -5,7 +5,6 @@ import pytest
 from shardserve.errors import ConfigError
 from shardserve.settings import Settings
 
-
 NUMBERS = [field.name for field in fields(Settings) if field.type != "str"]
 
 
@@ -36,10 +35,8 @@ def test_numbers():
     assert settings.form_timeout == Settings().form_timeout
 
 
-@pytest.mark.parametrize("text", ["", "soon", "0", "-1", "1s", "nan"])
+@pytest.mark.parametrize("text", ["", "soon", "0", "-1", "1s", "nan", "inf"])
 def test_time_that_is_none(text):
-    if text == "nan" and _takes("SHARDSERVE_STEP_TIMEOUT", "nan"):
-        pytest.xfail("a timeout that is not a number is accepted")
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({"SHARDSERVE_STEP_TIMEOUT": text})
     assert str(caught.value) == f"environment variable SHARDSERVE_STEP_TIMEOUT={text!r} is not a positive float"
@@ -50,11 +47,3 @@ def test_count_that_is_none(text):
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({"SHARDSERVE_MAX_RESTARTS": text})
     assert str(caught.value) == f"environment variable SHARDSERVE_MAX_RESTARTS={text!r} is not a positive int"
-
-
-def _takes(name, text):
-    try:
-        Settings.from_environment({name: text})
-    except ConfigError:
-        return False
-    return True

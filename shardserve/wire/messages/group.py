@@ -8,8 +8,28 @@ rank that has left its waits answers `Parked`. Every message about a generation 
 
 from __future__ import annotations
 
-
 from shardserve.wire.messages import Generation, Message
+
+
+class Join(Message, frozen=True):
+    """Before all others, where there is TLS or a join secret (wire/security.py has the exchange), on the distributed address
+    and on stage links. nonce: 32 random bytes, or none from a side that has no secret."""
+
+    nonce: bytes
+
+
+class Challenge(Message, frozen=True):
+    nonce: bytes
+
+
+class Proof(Message, frozen=True):
+    mac: bytes
+
+
+class Admitted(Message, frozen=True):
+    """mac: the listening side's own proof; empty where there is no secret."""
+
+    mac: bytes
 
 
 class Introduce(Message, frozen=True):
@@ -180,7 +200,7 @@ class Transfer(Message, frozen=True):
     step: int
 
 
-FromGroup = Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
+FromGroup = Join | Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
 ToSupervisor = Roster | Enlisted | HostReady | Kill | Exit | Refuse
 ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply
 OnStageLink = StageHello | Transfer

@@ -89,6 +89,9 @@ class Owner:
     def interrupted(self, batches):
         self.said.append(("interrupted", batches))
 
+    def group_failed(self, reason):
+        self.said.append(("group failed", reason))
+
     def kill(self, agent, reason):
         self.said.append(("kill", agent.rank, reason))
 

@@ -237,7 +237,7 @@ async def test_a_rank_that_was_lost_is_lost_once():
 @pytest.mark.parametrize("serving", [False, True])
 @asynchronous
 async def test_broken_ends_the_generation(serving, caplog):
-    g = Group(serving=serving)
+    g = Group(serving=serving, form_backoff=0.01)
     if serving:
         under_way = batch()
         g.group.send_step(under_way)
@@ -250,7 +250,29 @@ async def test_broken_ends_the_generation(serving, caplog):
     # All survive: they park and form anew.
     g.say(group.Broken, 2, message="too")
     g.say(group.Parked, *range(4))
-    assert (g.group.state, g.group.endings, g.group.dropped) == ("forming", 1, 1)
+    await until(lambda: g.group.state == "forming")
+    assert (g.group.endings, g.group.dropped) == (1, 1)
+
+
+@asynchronous
+async def test_a_group_that_can_never_form_fails_with_the_last_reason_until_a_rank_is_replaced():
+    g = Group(serving=False, form_backoff=0.001, max_formings=3)
+    g.join(*range(4))
+    for number in range(1, 4):
+        await until(lambda: g.group.state == "forming")
+        assert g.group.generation == Generation(5, number)
+        g.say(group.Broken, 1, message=f"no route {number}")
+        g.say(group.Parked, *range(4))
+    assert g.group.state == "failed"
+    assert g.owner.take("group failed") == [
+        ("replica 0 could not form, 3 times in a row: rank 1: no route 3",),
+    ]
+    g.lose(2)
+    assert g.group.state == "waiting"
+    g.join(2)
+    assert g.group.state == "forming"
+    g.say(group.Formed, *range(4))
+    assert g.group.state == "serving"
 
 
 @asynchronous
