@@ -69,6 +69,8 @@ class Main:
         match order:
             case launch.Attach():
                 await self._router.attach(order.name, order.version, order.address)
+            case launch.Detach():
+                self._router.detach(order.name, order.version)
             case launch.StartGrpc():
                 self._fronts.append(await GrpcFront.start(self._router, order))
             case launch.StartRest():

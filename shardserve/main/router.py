@@ -50,6 +50,17 @@ class Router:
         finally:
             self._changed()
 
+    def detach(self, name: str, version: int) -> None:
+        """Forgets a servable version, if it is here; its requests end with Unavailable."""
+        servable = self._versions.get(name, {}).pop(version, None)
+        if servable is None:
+            return
+        if not self._versions[name]:
+            del self._versions[name]
+        servable.close()
+        servable.fail_all(Unavailable(f"{servable} was not started"))
+        self._changed()
+
     def resolve(self, name: str, version: int, method: str) -> tuple[Servable, front.MethodInfo]:
         """Who answers, and what the method takes. version 0: the latest that was ready, or the latest.
 

@@ -225,6 +225,8 @@ class Servable:
             raise StartError(f"{self}: no Worker listens at @{address}: {error}") from error
 
     def close(self) -> None:
+        """Leaves the Worker for good."""
+        self._gone = True
         if self._stream is not None:
             old, self._stream = self._stream, None
             old.close()
@@ -262,7 +264,7 @@ class Servable:
         asyncio.get_running_loop().call_later(self.settings.reconnect_delay, self._reconnect_now)
 
     def _reconnect_now(self) -> None:
-        if self._stream is None:
+        if self._stream is None and not self._gone:
             task = asyncio.get_running_loop().create_task(self._reconnect())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -117,7 +117,10 @@ class Launcher:
         try:
             await self._spawn_worker(service)
         except BaseException:
-            del self._services[service.options.servable_name, service.options.version_number]
+            key = service.options.servable_name, service.options.version_number
+            del self._services[key]
+            if self._main is not None:
+                await self._main.order(launch.Detach(self._main.number(), *key), self._settings.start_timeout)
             await self._end(service)
             raise
         service.ready = True

@@ -29,6 +29,14 @@ class TLSFiles(msgspec.Struct, frozen=True, array_like=True):
     verify_client: bool
 
 
+class SecurityFiles(msgspec.Struct, frozen=True, array_like=True):
+    """What guards the distributed address and stage links. Beyond loopback it is one of the first two, unless `insecure`."""
+
+    join_secret_file: str | None = None
+    tls: TLSFiles | None = None
+    insecure: bool = False
+
+
 class Attach(Message, frozen=True):
     """To Main: the Worker of this servable version listens at `address` (an abstract Unix socket, without its NUL).
 
@@ -38,6 +46,14 @@ class Attach(Message, frozen=True):
     name: str
     version: int
     address: str
+
+
+class Detach(Message, frozen=True):
+    """To Main: this servable version was not started after all; what waits for it ends with Unavailable."""
+
+    order: int
+    name: str
+    version: int
 
 
 class StartGrpc(Message, frozen=True):
@@ -64,7 +80,10 @@ class Stop(Message, frozen=True):
 
 
 class Serve(Message, frozen=True):
-    """To a Worker, its first message: all that it needs to know."""
+    """To a Worker, its first message: all that it needs to know.
+
+    num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each replica;
+    there is no rank table then."""
 
     order: int
     servable_directory: str
@@ -73,6 +92,9 @@ class Serve(Message, frozen=True):
     rank_table_json_file: str
     incarnation: int
     wait_agents_time_in_seconds: float
+    security: SecurityFiles = SecurityFiles()
+    num_parallel_workers: int = 1
+    devices: tuple[int, ...] | None = None
 
 
 class Incarnation(Message, frozen=True):
@@ -81,6 +103,6 @@ class Incarnation(Message, frozen=True):
     incarnation: int
 
 
-ToMain = Attach | StartGrpc | StartRest | Stop
+ToMain = Attach | Detach | StartGrpc | StartRest | Stop
 ToWorker = Serve | Stop
 ToLauncher = Done | Refused | Incarnation
