@@ -14,6 +14,7 @@ ShardserveError
 │   └── StartError                  a process that didn't start: a port in use, agents that didn't come
 └── ServiceError                    the service can't answer now
     ├── StepError                   the model raised on this request's input
+    ├── StageError                  a Python stage raised on it, died, or gave what isn't a result
     ├── Unavailable                 the servable isn't ready, or the server is stopping
     ├── Overloaded                  a bounded queue is full
     ├── DeadlineExceeded            the deadline passed: says what was waited for, where, how long
@@ -88,6 +89,10 @@ class ServiceError(ShardserveError):
 
 
 class StepError(ServiceError):
+    mindspore_code, in_reply = 1, True
+
+
+class StageError(ServiceError):
     mindspore_code, in_reply = 1, True
 
 

@@ -3,22 +3,27 @@
 from shardserve.servable.declaration import (
     Servable,
     declare_distributed,
+    declare_model,
     declaring,
     load_servable,
     register_method,
 )
-from shardserve.servable.method import Method, MethodStage, Source, add_stage
-from shardserve.servable.model import Model
+from shardserve.servable.method import Method, MethodStage, ModelStage, PythonStage, Source, add_stage
+from shardserve.servable.model import Model, set_caller
 
 __all__ = [
     "Method",
     "MethodStage",
     "Model",
+    "ModelStage",
+    "PythonStage",
     "Servable",
     "Source",
     "add_stage",
     "declare_distributed",
+    "declare_model",
     "declaring",
     "load_servable",
     "register_method",
+    "set_caller",
 ]

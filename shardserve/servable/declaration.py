@@ -11,24 +11,45 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shardserve.errors import ConfigError, ShardserveError
-from shardserve.servable.method import Method, trace_method
+from shardserve.servable.method import Method, PythonStage, trace_method
 from shardserve.servable.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MODEL_FORMAT = "shardserve"
+
 
 @dataclass
 class Servable:
-    """name: that of the directory that holds servable_config.py."""
+    """name: that of the directory that holds servable_config.py. models: one, or several that are not distributed."""
 
     name: str
-    model: Model | None = None
+    models: list[Model] = field(default_factory=list)
     methods: dict[str, Method] = field(default_factory=dict)
 
+    @property
+    def model(self) -> Model | None:
+        """The first: all have the same ranks and stages."""
+        return self.models[0] if self.models else None
+
+    @property
+    def has_python_stages(self) -> bool:
+        return any(isinstance(stage, PythonStage) for method in self.methods.values() for stage in method.stages)
+
     def add_model(self, model: Model) -> None:
-        if self.model is not None:
+        kinds = {other.declared_by for other in (*self.models, model)}
+        if len(kinds) > 1:
+            raise ConfigError(f"servable {self.name!r}: {' and '.join(sorted(kinds))} are not for one servable")
+        if self.models and model.files is None:
             raise ConfigError(f"servable {self.name!r}: declare_servable is called a second time; once per servable")
-        self.model = model
+        self.models.append(model)
+
+    def number(self, model: Model) -> int:
+        """The position of a model among `models`; ConfigError if it is another servable's."""
+        for number, own in enumerate(self.models):
+            if own is model:
+                return number
+        raise ConfigError(f"servable {self.name!r}: the model of another servable")
 
     def add_method(self, method: Method) -> None:
         if method.name in self.methods:
@@ -65,25 +86,69 @@ def declare_distributed(
     with_batch_dim: bool = True,
     without_batch_dim_inputs: int | Sequence[int] | None = None,
     enable_pipeline_infer: bool = True,
+    stateful: bool = False,
     max_batch_size: int | None = None,
 ) -> Model:
-    """The model of the servable that is being declared; once in each servable_config.py."""
-    if without_batch_dim_inputs is None:
-        positions: tuple[int, ...] = ()
-    elif isinstance(without_batch_dim_inputs, int):
-        positions = (without_batch_dim_inputs,)
-    else:
-        positions = tuple(without_batch_dim_inputs)
+    """The model of the servable that is being declared; once in each servable_config.py.
+
+    stateful: a method call holds one group of agents for itself from its first step to its end, unbatched; others
+    queue. When that group's generation ends, its state is lost and the holder gets Aborted.
+    """
     model = Model(
         rank_size=rank_size,
         stage_size=stage_size,
         with_batch_dim=with_batch_dim,
-        without_batch_dim_inputs=positions,
+        without_batch_dim_inputs=_positions(without_batch_dim_inputs),
         enable_pipeline_infer=enable_pipeline_infer,
+        stateful=stateful,
         max_batch_size=max_batch_size,
     )
     current().add_model(model)
     return model
+
+
+def declare_model(
+    model_file: str | Sequence[str],
+    model_format: str,
+    with_batch_dim: bool = True,
+    options: object = None,
+    without_batch_dim_inputs: int | Sequence[int] | None = None,
+    context: object = None,
+    config_file: str | None = None,
+) -> Model:
+    """A model that is not distributed: exported for one rank, a replica on each device that start_servables gives it.
+
+    model_file: its graph file, or a list of them (its subgraphs), relative to the servable's version folder.
+    model_format: "shardserve". A servable may declare several models. options, context and config_file are for
+    MindSpore's runtime: ConfigError if given.
+    """
+    if not isinstance(model_format, str) or model_format.lower() != MODEL_FORMAT:
+        raise ConfigError(
+            f"declare_model: model_format={model_format!r} is not supported; export the model with `shardserve export` "
+            f"and give its graph file as {MODEL_FORMAT!r}"
+        )
+    for name, value in (("options", options), ("context", context), ("config_file", config_file)):
+        if value is not None:
+            raise ConfigError(f"declare_model: {name} is for MindSpore's own runtime and is not supported")
+    files = (model_file,) if isinstance(model_file, str) else tuple(model_file)
+    if not files or any(not isinstance(file, str) or not file for file in files):
+        raise ConfigError(f"declare_model: model_file={model_file!r} is neither a path nor a list of paths")
+    model = Model(
+        rank_size=1,
+        stage_size=1,
+        with_batch_dim=with_batch_dim,
+        without_batch_dim_inputs=_positions(without_batch_dim_inputs),
+        files=files,
+        declared_by="declare_model",
+    )
+    current().add_model(model)
+    return model
+
+
+def _positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int) else tuple(given)
 
 
 def register_method(output_names: str | Sequence[str]) -> Callable[[F], F]:
@@ -121,7 +186,7 @@ def load_servable(directory: str, name: str) -> Servable:
     finally:
         sys.path[:] = search_path
     if servable.model is None:
-        raise ConfigError(f"{path}: declares no model (distributed.declare_servable)")
+        raise ConfigError(f"{path}: declares no model (distributed.declare_servable or register.declare_model)")
     if not servable.methods:
         raise ConfigError(f"{path}: registers no method (register.register_method)")
     return servable

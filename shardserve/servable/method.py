@@ -20,11 +20,28 @@ class Source:
 
 
 @dataclass(frozen=True)
-class MethodStage:
+class ModelStage:
+    """A stage that runs a model's first subgraph."""
+
     model: Model
     inputs: tuple[Source, ...]
     outputs_count: int
     tag: str
+
+
+@dataclass(frozen=True)
+class PythonStage:
+    """A stage that runs a function. batch_size: None calls it with one instance's values; else with a list of
+    instances, each a tuple of its values: at most `batch_size`, or for 0 as many as the server chooses."""
+
+    function: Callable[..., Any]
+    batch_size: int | None
+    inputs: tuple[Source, ...]
+    outputs_count: int
+    tag: str
+
+
+MethodStage = ModelStage | PythonStage
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,10 @@ def add_stage(
 ) -> Any:
     """Adds a method stage that runs `stage` on `args`: placeholders of the method being traced.
 
+    A function gets one instance's values with batch_size None; else a list of instances, each a tuple of its values (at
+    most batch_size; 0: as many as the server chooses), and returns or yields one result per instance. A result is a
+    numpy array, number, str or bytes, or with outputs_count of more than 1 a tuple of those.
+
     Returns one placeholder, or a tuple of them if `outputs_count` is more than 1.
     """
     if not _tracing:
@@ -69,26 +90,38 @@ def add_stage(
     trace = _tracing[-1]
     where = f"add_stage {len(trace.stages) + 1} of method {trace.method!r}"
     if not isinstance(stage, Model):
-        if callable(stage):
-            raise ConfigError(f"{where}: Python functions as stages are not supported by this release yet")
-        raise ConfigError(f"{where}: {stage!r} is neither a declared model nor a function")
-    if batch_size is not None:
+        _check_function(stage, batch_size, where)
+    elif batch_size is not None:
         raise ConfigError(f"{where}: batch_size is for Python functions; a model's is its max_batch_size")
     if not isinstance(outputs_count, int) or isinstance(outputs_count, bool) or outputs_count < 1:
         raise ConfigError(f"{where}: outputs_count={outputs_count!r} is not an integer of at least 1")
     for position, value in enumerate(args):
         if not isinstance(value, _Placeholder) or value.trace is not trace:
             raise ConfigError(f"{where}: argument {position} is no input of the method and no output of a stage of it")
-    trace.stages.append(
-        MethodStage(
-            model=stage,
-            inputs=tuple(value.source for value in args),
-            outputs_count=outputs_count,
-            tag=tag or f"stage {len(trace.stages) + 1}",
-        )
-    )
+    if not args:
+        raise ConfigError(f"{where}: takes no values: a stage has at least one argument")
+    inputs = tuple(value.source for value in args)
+    added: MethodStage
+    if isinstance(stage, Model):
+        added = ModelStage(stage, inputs, outputs_count, tag or f"stage {len(trace.stages) + 1}")
+    else:
+        default = getattr(stage, "__name__", f"stage {len(trace.stages) + 1}")
+        added = PythonStage(stage, batch_size, inputs, outputs_count, tag or default)
+    trace.stages.append(added)
     outputs = tuple(_Placeholder(Source(len(trace.stages), i), trace) for i in range(outputs_count))
     return outputs[0] if outputs_count == 1 else outputs
+
+
+def _check_function(stage: object, batch_size: object, where: str) -> None:
+    if not callable(stage):
+        raise ConfigError(f"{where}: {stage!r} is neither a declared model nor a function")
+    if inspect.iscoroutinefunction(stage) or inspect.isasyncgenfunction(stage):
+        raise ConfigError(
+            f"{where}: async functions can't be stages; a stage runs in a process of its own and may wait"
+        )
+    integer = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if batch_size is not None and not (integer and batch_size >= 0):  # type: ignore[operator]
+        raise ConfigError(f"{where}: batch_size={batch_size!r} is neither None nor an integer of at least 0")
 
 
 def trace_method(function: Callable[..., Any], output_names: tuple[str, ...]) -> Method:

@@ -1,10 +1,23 @@
-"""The model of a servable: what `distributed.declare_servable` says of it."""
+"""The models of a servable: what `distributed.declare_servable` and `register.declare_model` say of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shardserve.errors import ConfigError
+
+Caller = Callable[["Model", int, list[tuple[Any, ...]]], list[tuple[Any, ...]]]
+"""Runs instances through a model's subgraph; gives each one's outputs, in order."""
+
+_caller: Caller | None = None
+
+
+def set_caller(caller: Caller) -> None:
+    """What `Model.call` calls in this process: only one that runs Python stages has it."""
+    global _caller
+    _caller = caller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +26,11 @@ class Model:
 
     with_batch_dim: the model's tensors have a batch dim in front that instances don't have: the Worker stacks and
     splits. without_batch_dim_inputs: positions of the inputs that have none nevertheless. enable_pipeline_infer:
-    several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value.
+    several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value. stateful: a
+    method call holds one group for itself from its first `call` to its end, unbatched.
+
+    files: of a model that is not distributed the graph files, one a subgraph, relative to the servable's version
+    folder; None where `startup_agents` names them. declared_by: the function that made it, for messages.
     """
 
     rank_size: int
@@ -22,27 +39,61 @@ class Model:
     without_batch_dim_inputs: tuple[int, ...] = ()
     enable_pipeline_infer: bool = True
     max_batch_size: int | None = None
+    stateful: bool = False
+    files: tuple[str, ...] | None = None
+    declared_by: str = "declare_servable"
 
     def __post_init__(self) -> None:
+        where = self.declared_by
         for name in ("rank_size", "stage_size"):
             if not _is_integer(getattr(self, name), least=1):
-                raise ConfigError(f"declare_servable: {name}={getattr(self, name)!r} is not an integer of at least 1")
+                raise ConfigError(f"{where}: {name}={getattr(self, name)!r} is not an integer of at least 1")
         if self.rank_size % self.stage_size:
-            raise ConfigError(
-                f"declare_servable: rank_size={self.rank_size} is not a multiple of stage_size={self.stage_size}"
-            )
-        for name in ("with_batch_dim", "enable_pipeline_infer"):
+            raise ConfigError(f"{where}: rank_size={self.rank_size} is not a multiple of stage_size={self.stage_size}")
+        for name in ("with_batch_dim", "enable_pipeline_infer", "stateful"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"declare_servable: {name}={getattr(self, name)!r} is not a bool")
+                raise ConfigError(f"{where}: {name}={getattr(self, name)!r} is not a bool")
         if not all(_is_integer(i, least=0) for i in self.without_batch_dim_inputs):
             raise ConfigError(
-                f"declare_servable: without_batch_dim_inputs={self.without_batch_dim_inputs!r}: not positions of inputs"
+                f"{where}: without_batch_dim_inputs={self.without_batch_dim_inputs!r}: not positions of inputs"
             )
         if self.without_batch_dim_inputs and not self.with_batch_dim:
-            raise ConfigError("declare_servable: without_batch_dim_inputs needs with_batch_dim=True")
+            raise ConfigError(f"{where}: without_batch_dim_inputs needs with_batch_dim=True")
         size = self.max_batch_size
         if size is not None and not _is_integer(size, least=1):
-            raise ConfigError(f"declare_servable: max_batch_size={size!r} is not an integer of at least 1")
+            raise ConfigError(f"{where}: max_batch_size={size!r} is not an integer of at least 1")
+
+    def call(self, *args: Any, subgraph: int = 0) -> Any:
+        """Runs the model from inside a Python stage and waits for its outputs.
+
+        args: the inputs of one instance; gives its output, or a tuple of them if the subgraph has several. Or one list
+        of instances, each a tuple of its inputs; gives a list of tuples of outputs. subgraph: which of the model's,
+        from 0. Raises what a client would be answered with: InvalidInput, StepError, DeadlineExceeded, Aborted, …
+        """
+        if not _is_integer(subgraph, least=0):
+            raise ConfigError(f"Model.call: subgraph={subgraph!r} is not an integer of at least 0")
+        if not args:
+            raise ConfigError("Model.call: is given no inputs")
+        instances, single = _instances(args)
+        if _caller is None:
+            raise ConfigError("Model.call: works inside a Python stage only (register.add_stage of a function)")
+        results = _caller(self, subgraph, instances)
+        if not single:
+            return results
+        return results[0][0] if len(results[0]) == 1 else results[0]
+
+
+def _instances(args: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], bool]:
+    """The instances that `Model.call` was given, and whether it was one by its inputs."""
+    if len(args) > 1 or not isinstance(args[0], list | tuple):
+        return [args], True
+    instances: Sequence[Any] = args[0]
+    for i, instance in enumerate(instances):
+        if not isinstance(instance, list | tuple):
+            raise ConfigError(
+                f"Model.call: instance {i} is a {type(instance).__name__}; each is a tuple of that instance's inputs"
+            )
+    return [tuple(instance) for instance in instances], False
 
 
 def _is_integer(value: object, least: int) -> bool:

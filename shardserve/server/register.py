@@ -1,5 +1,5 @@
-"""What a servable_config.py uses to declare methods."""
+"""What a servable_config.py uses to declare methods, and models that are not distributed."""
 
-from shardserve.servable import add_stage, register_method
+from shardserve.servable import add_stage, declare_model, register_method
 
-__all__ = ["add_stage", "register_method"]
+__all__ = ["add_stage", "declare_model", "register_method"]

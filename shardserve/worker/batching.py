@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from shardserve.errors import ConfigError, InvalidInput
+from shardserve.errors import ConfigError, InvalidInput, ShardserveError
 from shardserve.servable import Model
 from shardserve.shards.config import Signature, TensorSpec, describe
 from shardserve.shards.expressions import parse
 from shardserve.wire.frames import Payload, split
+
+if TYPE_CHECKING:
+    from shardserve.worker.sessions import Session
 
 Array = npt.NDArray[np.generic]
 Key = tuple[object, ...]
@@ -28,7 +31,8 @@ UNBOUNDED_BATCH = 256
 class Call:
     """One instance's run through the model. arrays: in the order of the signature's inputs, without the batch dim.
 
-    deadline: on CLOCK_MONOTONIC, in seconds. endings: generations that ended while this call was in one of their steps.
+    deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
+    of a stateful servable that it belongs to. endings: generations that ended while it was in one of their steps.
     alone: shares neither its batch nor its group's window with any other call.
     """
 
@@ -36,17 +40,25 @@ class Call:
     key: Key
     deadline: float | None
     answer: asyncio.Future[tuple[Array, ...]]
+    subgraph: int = 0
+    session: Session | None = None
     endings: int = 0
     alone: bool = False
+
+    def fail(self, error: ShardserveError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """arrays: the model's inputs, C-contiguous. dims: the sizes of the signature's dynamic dims in this step."""
+    """arrays: the model's inputs, C-contiguous. dims: the sizes of the signature's dynamic dims in this step. subgraph:
+    that of all its calls."""
 
     calls: tuple[Call, ...]
     arrays: tuple[Array, ...]
     dims: dict[str, int]
+    subgraph: int = 0
 
 
 class Batching:
@@ -99,6 +111,13 @@ class Batching:
                     f"the batch dim {dim} may only be its first"
                 )
 
+    def check_count(self, given: int) -> None:
+        """InvalidInput unless the model takes so many inputs."""
+        taken = len(self._signature.inputs)
+        if given != taken:
+            names = ", ".join(spec.name for spec in self._signature.inputs)
+            raise InvalidInput(f"the model takes {taken} inputs ({names}), got {given}")
+
     def key(self, arrays: Sequence[Array | str | bytes]) -> Key:
         """Calls of the same key may share a batch. InvalidInput if the model doesn't take these values."""
         for spec, value in zip(self._signature.inputs, arrays, strict=True):
@@ -143,7 +162,7 @@ class Batching:
                 arrays.append(np.stack(rows) if size > 1 else np.ascontiguousarray(rows[0])[None])
             else:
                 arrays.append(np.ascontiguousarray(first[i]).reshape(first[i].shape))
-        return Batch(tuple(calls), tuple(arrays), dims)
+        return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph)
 
     def split_batch(self, batch: Batch, payload: Payload) -> list[tuple[Array, ...]]:
         """Each call's outputs, in the order of the signature's, as views of the payload."""

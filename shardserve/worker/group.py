@@ -202,7 +202,7 @@ class ReplicaGroup:
         number, self._next_step = self._next_step, self._next_step + 1
         timer = self._loop.call_later(self._settings.step_timeout, self._step_timed_out, number)
         self._steps[number] = StepInFlight(batch, False, timer)
-        step = group.Step(self.generation, number, 0, batch.dims)
+        step = group.Step(self.generation, number, batch.subgraph, batch.dims)
         buffers = [array.reshape(-1).view("uint8").data for array in batch.arrays]
         for agent in self.agents.values():
             agent.stream.send(step, buffers if agent.stage == 0 else ())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardserve.errors import ConfigError, JoinRefused, ShardError
-from shardserve.servable import Servable
+from shardserve.servable import ModelStage, Servable
 from shardserve.shards.config import ShardConfig, Signature
 from shardserve.wire.messages import group
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.group import AgentHandle, ReplicaGroup
+from shardserve.worker.model_calls import program_number
 from shardserve.worker.rank_table import RankTable
 
 logger = logging.getLogger(__name__)
@@ -30,22 +31,22 @@ class HostHandle:
 
 
 class Registry:
-    """`on_model(signature, shards)` is called with the first shard of an export, before its agent joins."""
+    """`on_models(signatures)`, one per program of an agent, is called with the first agent, before it joins."""
 
     def __init__(
         self,
         servable: Servable,
         table: RankTable,
         groups: list[ReplicaGroup],
-        on_model: Callable[[Signature], None],
+        on_models: Callable[[Sequence[Signature]], None],
     ) -> None:
         assert servable.model is not None
         self._servable = servable
         self._model = servable.model
         self._table = table
         self._groups = groups
-        self._on_model = on_model
-        self._export: ShardConfig | None = None
+        self._on_models = on_models
+        self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
 
     def agent(self, rank: int) -> AgentHandle | None:
@@ -116,17 +117,21 @@ class Registry:
         replica, local = divmod(message.rank, self._model.rank_size)
         if not message.configs:
             raise ShardError(f"rank {message.rank}: brings no group config")
-        config = ShardConfig.from_dict(message.configs[0], f"rank {message.rank}: group config")
-        self._check_shard(message, config, local)
+        configs = [
+            ShardConfig.from_dict(content, f"rank {message.rank}: group config{_which(i, len(message.configs))}")
+            for i, content in enumerate(message.configs)
+        ]
+        self._check_shards(message, configs, local)
         if not any(group.agents for group in self._groups):
-            self._check_methods(config.signature)
-            self._on_model(config.signature)
-            self._export = config
+            signatures = [config.signature for config in configs]
+            self._check_methods(signatures)
+            self._on_models(signatures)
+            self._exports = configs
         entry = self._table.entries[message.rank]
         agent = AgentHandle(
             rank=message.rank,
             local=local,
-            stage=config.stage,
+            stage=configs[0].stage,
             host=entry.host,
             device=message.device,
             pid=message.pid,
@@ -138,33 +143,50 @@ class Registry:
         self.tell_ready()
         return self._groups[replica], agent
 
-    def _check_shard(self, message: group.Register, config: ShardConfig, local: int) -> None:
+    def _check_shards(self, message: group.Register, configs: Sequence[ShardConfig], local: int) -> None:
         model = self._model
-        if (config.rank_size, config.stage_size) != (model.rank_size, model.stage_size):
-            raise ShardError(
-                f"rank {message.rank}: its shard is of rank_size={config.rank_size}, stage_size={config.stage_size}; "
-                f"servable {self._servable.name!r} declares {model.rank_size}, {model.stage_size}"
-            )
-        if config.rank != local:
-            raise ShardError(f"rank {message.rank}: needs the shard device{local}, was given device{config.rank}")
+        for i, config in enumerate(configs):
+            which = _which(i, len(configs))
+            if (config.rank_size, config.stage_size) != (model.rank_size, model.stage_size):
+                raise ShardError(
+                    f"rank {message.rank}{which}: its shard is of rank_size={config.rank_size}, "
+                    f"stage_size={config.stage_size}; servable {self._servable.name!r} declares {model.rank_size}, "
+                    f"{model.stage_size}"
+                )
+            if config.rank != local:
+                raise ShardError(
+                    f"rank {message.rank}{which}: needs the shard device{local}, was given device{config.rank}"
+                )
         others = [agent for group in self._groups for agent in group.agents.values()]
-        if not others or self._export is None:
+        if not others:
             return
-        if config.export_id != self._export.export_id:
+        other = others[0]
+        if len(configs) != len(self._exports):
             raise ShardError(
-                f"rank {message.rank}: its shard is of export {config.export_id}, that of rank {others[0].rank} "
-                f"of export {self._export.export_id}"
+                f"rank {message.rank}: brings {len(configs)} subgraphs, rank {other.rank} brought {len(self._exports)}"
             )
+        for i, (config, first) in enumerate(zip(configs, self._exports, strict=True)):
+            if config.export_id != first.export_id:
+                raise ShardError(
+                    f"rank {message.rank}{_which(i, len(configs))}: its shard is of export {config.export_id}, "
+                    f"that of rank {other.rank} of export {first.export_id}"
+                )
         kind = message.device.partition(":")[0]
-        if kind != others[0].device.partition(":")[0]:
+        if kind != other.device.partition(":")[0]:
             raise JoinRefused(
-                f"rank {message.rank}: runs on {message.device}, rank {others[0].rank} on {others[0].device}; "
+                f"rank {message.rank}: runs on {message.device}, rank {other.rank} on {other.device}; "
                 "all ranks run on the same kind of device"
             )
 
-    def _check_methods(self, signature: Signature) -> None:
+    def _check_methods(self, signatures: Sequence[Signature]) -> None:
+        programs = sum(len(model.files or signatures) for model in self._servable.models)
+        if programs != len(signatures):
+            raise ConfigError(f"the servable's models have {programs} graph files; an agent has {len(signatures)}")
         for method in self._servable.methods.values():
             for stage in method.stages:
+                if not isinstance(stage, ModelStage):
+                    continue
+                signature = signatures[program_number(self._servable, stage.model, 0)]
                 given, taken = len(stage.inputs), len(signature.inputs)
                 if given != taken:
                     raise ConfigError(f"method {method.name!r} gives the model {given} inputs; its shards take {taken}")
@@ -188,3 +210,7 @@ class Registry:
             if agent.rank in host.ranks:
                 host.stream.send(group.Kill(agent.rank, agent.pid, reason))
         agent.stream.abort()
+
+
+def _which(subgraph: int, count: int) -> str:
+    return f", subgraph {subgraph}" if count > 1 else ""

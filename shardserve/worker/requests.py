@@ -6,14 +6,15 @@ import asyncio
 import logging
 from typing import Any
 
-from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError
-from shardserve.servable import Method, MethodStage, Servable, Source
+from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError, StageError
+from shardserve.servable import Method, ModelStage, PythonStage, Servable, Source
 from shardserve.wire.frames import Buffer, Payload, split
 from shardserve.wire.messages import front
 from shardserve.wire.stream import FrameStream
 from shardserve.wire.tensors import decode_instance, encode_instance
-from shardserve.worker.batching import Array, Call
-from shardserve.worker.scheduler import Scheduler
+from shardserve.worker.model_calls import ModelCalls
+from shardserve.worker.sessions import Session
+from shardserve.worker.stages.pool import StagePool
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,10 @@ Stream = FrameStream[front.ToWorker]
 class Requests:
     """The requests under way of one connection to Main; their numbers are the connection's own."""
 
-    def __init__(self, servable: Servable, scheduler: Scheduler) -> None:
+    def __init__(self, servable: Servable, models: ModelCalls, python_stages: StagePool) -> None:
         self._servable = servable
-        self._scheduler = scheduler
+        self._models = models
+        self._python_stages = python_stages
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -92,22 +94,42 @@ class Requests:
                 f"{where}: input {missing[0]!r} is missing; {method.name} takes {', '.join(method.inputs)}"
             )
         values: dict[Source, Any] = {Source(0, i): given[name] for i, name in enumerate(method.inputs)}
-        for number, stage in enumerate(method.stages, start=1):
-            try:
-                outputs = await self._run_model(stage, values, deadline)
-            except InvalidInput as error:
-                raise InvalidInput(f"{where}: {error}") from error
-            values.update((Source(number, i), output) for i, output in enumerate(outputs))
+        session = self._models.session()
+        try:
+            for number, stage in enumerate(method.stages, start=1):
+                inputs = tuple(values[source] for source in stage.inputs)
+                if isinstance(stage, PythonStage):
+                    run = self._python_stages.run(method.name, number, stage, inputs, deadline, session)
+                else:
+                    run = self._run_model(method, stage, inputs, where, deadline, session)
+                outputs = await run
+                if session is not None:
+                    # Also where a function went on after an Aborted: what it made of lost state is no answer.
+                    session.check()
+                values.update((Source(number, i), output) for i, output in enumerate(outputs))
+        finally:
+            if session is not None:
+                self._models.end(session)
         return {name: values[source] for name, source in zip(method.output_names, method.outputs, strict=True)}
 
     async def _run_model(
-        self, stage: MethodStage, values: dict[Source, Any], deadline: float | None
-    ) -> tuple[Array, ...]:
-        batching = await self._scheduler.model_known()
-        arrays = tuple(values[source] for source in stage.inputs)
-        call = Call(arrays, batching.key(arrays), deadline, self._loop.create_future())
-        self._scheduler.submit(call)
-        return await call.answer
+        self,
+        method: Method,
+        stage: ModelStage,
+        inputs: tuple[Any, ...],
+        where: str,
+        deadline: float | None,
+        session: Session | None,
+    ) -> tuple[Any, ...]:
+        try:
+            return await self._models.run(stage.model, 0, inputs, deadline, session)
+        except InvalidInput as error:
+            makers = [f"{method.stages[source.stage - 1].tag!r}" for source in stage.inputs if source.stage]
+            if not makers:
+                raise InvalidInput(f"{where}: {error}") from error
+            # Not the client's fault alone: a stage made what the model doesn't take.
+            gave = f"{', '.join(dict.fromkeys(makers))} gave what {stage.tag!r} doesn't take"
+            raise StageError(f"method {method.name!r}, stage {gave}: {error}") from error
 
 
 async def _outcome(run: Any) -> dict[str, Any] | ShardserveError:

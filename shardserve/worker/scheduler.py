@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from shardserve.errors import (
     Aborted,
     DeadlineExceeded,
     InvalidInput,
     Overloaded,
-    ShardserveError,
     StepError,
     Unavailable,
 )
@@ -20,6 +20,7 @@ from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.worker.batching import Batch, Batching, Call
 from shardserve.worker.group import ReplicaGroup
+from shardserve.worker.sessions import Session, Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -32,44 +33,61 @@ class Scheduler:
 
     While a group has room, it gets the calls at the front that may share a batch; while none has, they collect. A call
     that was under way when a generation ended is a suspect: it goes back to the front and runs alone in its group.
+    Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
 
     def __init__(self, groups: list[ReplicaGroup], settings: Settings) -> None:
-        self.batching: Batching | None = None
-        self._batching_known = asyncio.Event()
+        self._batchings: Sequence[Batching] | None = None
+        self._models_known = asyncio.Event()
         self._groups = groups
         self._settings = settings
         self._queue: deque[Call] = deque()
+        self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
         self._closed: str | None = None
 
-    def set_batching(self, batching: Batching) -> None:
-        """The model's signature is known: the first agent has brought it. What waits has to fit it as well: it may have
-        been checked against that of an export whose agents have all left.
+    def set_models(self, batchings: Sequence[Batching]) -> None:
+        """The signatures of the agents' programs are known: the first agent has brought them. What waits has to fit
+        them as well: it may have been checked against those of an export whose agents have all left.
         """
-        self.batching = batching
-        self._batching_known.set()
+        self._batchings = batchings
+        self._models_known.set()
         waiting, self._queue = self._queue, deque()
-        for call in waiting:
-            try:
-                call.key = batching.key(call.arrays)
-            except InvalidInput as error:
-                self._refuse(call, error)
-            else:
-                self._queue.append(call)
+        self._queue.extend(call for call in waiting if self._still_fits(call))
+        self._sessions.keep(self._still_fits)
 
-    async def model_known(self) -> Batching:
-        """The signature's checks; waits for the first agent if none has come yet. Unavailable if none will come."""
-        if self.batching is None and self._closed is None:
-            await self._batching_known.wait()
-        if self.batching is None:
+    def _still_fits(self, call: Call) -> bool:
+        try:
+            if call.subgraph >= len(self._batchings or ()):
+                raise InvalidInput(f"the model has no subgraph {call.subgraph} any more")
+            batching = self._batching(call.subgraph)
+            batching.check_count(len(call.arrays))
+            call.key = batching.key(call.arrays)
+        except InvalidInput as error:
+            call.fail(error)
+            return False
+        return True
+
+    async def models_known(self) -> Sequence[Batching]:
+        """Each program's checks; waits for the first agent if none has come yet. Unavailable if none will come."""
+        if self._batchings is None and self._closed is None:
+            await self._models_known.wait()
+        if self._batchings is None:
             assert self._closed is not None
             raise Unavailable(self._closed)
-        return self.batching
+        return self._batchings
+
+    def _batching(self, subgraph: int) -> Batching:
+        assert self._batchings is not None
+        return self._batchings[subgraph]
 
     def submit(self, call: Call) -> None:
-        """Overloaded if the queue is full, Unavailable if the servable has ended."""
+        """Overloaded if the queue is full, Unavailable if the servable has ended, Aborted if its session is void."""
         if self._closed is not None:
             raise Unavailable(self._closed)
+        if call.session is not None:
+            self._sessions.submit(call.session, call)
+            self._sessions.pump()
+            return
         if len(self._queue) >= self._settings.queue_limit:
             raise Overloaded(f"{len(self._queue)} instances wait already (queue_limit)")
         self._queue.append(call)
@@ -77,6 +95,7 @@ class Scheduler:
 
     def pump(self) -> None:
         """Sends what can be sent."""
+        self._sessions.pump()
         while self._queue:
             group = self._free_group()
             if group is None:
@@ -84,8 +103,15 @@ class Scheduler:
             calls = self._take(group)
             if not calls:
                 return
-            assert self.batching is not None
-            group.send_step(self.batching.make_batch(calls))
+            self._send(group, calls)
+
+    def _send(self, group: ReplicaGroup, calls: list[Call]) -> None:
+        group.send_step(self._batching(calls[0].subgraph).make_batch(calls))
+
+    def release(self, session: Session) -> None:
+        """The method call has ended; the next one may have its group."""
+        self._sessions.release(session)
+        self._sessions.pump()
 
     def _free_group(self) -> ReplicaGroup | None:
         free = [group for group in self._groups if group.has_room and not group.exclusive]
@@ -93,7 +119,6 @@ class Scheduler:
 
     def _take(self, group: ReplicaGroup) -> list[Call]:
         """The next batch's calls; none if the first must wait until this group is empty."""
-        assert self.batching is not None
         calls: list[Call] = []
         while self._queue:
             call = self._queue[0]
@@ -104,10 +129,16 @@ class Scheduler:
                 if not calls and group.in_flight == 0:
                     calls.append(self._queue.popleft())
                 return calls
-            if calls and (len(calls) >= self.batching.max_size or call.key != calls[0].key):
+            if calls and not self._may_join(call, calls):
                 return calls
             calls.append(self._queue.popleft())
         return calls
+
+    def _may_join(self, call: Call, calls: list[Call]) -> bool:
+        first = calls[0]
+        if (call.subgraph, call.key) != (first.subgraph, first.key):
+            return False
+        return len(calls) < self._batching(first.subgraph).max_size
 
     @staticmethod
     def _is_over(call: Call) -> bool:
@@ -119,9 +150,8 @@ class Scheduler:
         return False
 
     def answered(self, batch: Batch, payload: Payload) -> None:
-        assert self.batching is not None
         try:
-            results = self.batching.split_batch(batch, payload)
+            results = self._batching(batch.subgraph).split_batch(batch, payload)
         except FrameError as error:
             raise FrameError(f"the leader's output doesn't have the exported shapes: {error}") from error
         for call, outputs in zip(batch.calls, results, strict=True):
@@ -131,7 +161,7 @@ class Scheduler:
     def failed(self, batch: Batch, message: str) -> None:
         """The model raised. Of several calls, each runs again alone, so that only the one at fault fails."""
         if len(batch.calls) == 1:
-            self._refuse(batch.calls[0], StepError(message))
+            batch.calls[0].fail(StepError(message))
             return
         for call in reversed(batch.calls):
             call.alone = True
@@ -141,11 +171,14 @@ class Scheduler:
         """A generation ended under these batches: their calls are replayed, alone, in their old order."""
         for batch in reversed(batches):
             for call in reversed(batch.calls):
+                if call.session is not None:
+                    call.fail(Aborted("a generation of the group ended, and with it the state of this method call"))
+                    continue
                 call.endings += 1
                 call.alone = True
                 if call.endings > ENDINGS_ALLOWED:
                     logger.error("a request is given up: %d generations ended while it ran", call.endings)
-                    self._refuse(call, Aborted(f"{call.endings} generations of the group ended while this request ran"))
+                    call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
                 else:
                     self._put_back(call)
 
@@ -153,20 +186,16 @@ class Scheduler:
         if self._closed is None:
             self._queue.appendleft(call)
         else:
-            self._refuse(call, Unavailable(self._closed))
+            call.fail(Unavailable(self._closed))
 
     def close(self, reason: str) -> None:
         """Answers all that wait, and all that come or come back, with Unavailable."""
         self._closed = reason
-        self._batching_known.set()
+        self._models_known.set()
+        self._sessions.close(Unavailable(reason))
         while self._queue:
-            self._refuse(self._queue.popleft(), Unavailable(reason))
+            self._queue.popleft().fail(Unavailable(reason))
 
     def reopen(self) -> None:
         """Takes calls again."""
         self._closed = None
-
-    @staticmethod
-    def _refuse(call: Call, error: ShardserveError) -> None:
-        if not call.answer.done():
-            call.answer.set_exception(error)

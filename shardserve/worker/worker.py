@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shardserve.errors import ShardserveError, StartError
-from shardserve.servable import load_servable
+from shardserve.servable import ModelStage, load_servable
 from shardserve.settings import Settings
 from shardserve.shards.config import Signature
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import Generation, front, group, launch
 from shardserve.wire.sockets import same_user, tune
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch, Batching
+from shardserve.worker.batching import Batch
 from shardserve.worker.group import AgentHandle, ReplicaGroup
+from shardserve.worker.model_calls import ModelCalls, model_batchings, program_number
 from shardserve.worker.rank_table import load_rank_table
 from shardserve.worker.registry import HostHandle, Registry
 from shardserve.worker.requests import Requests
 from shardserve.worker.scheduler import Scheduler
+from shardserve.worker.stages.pool import StagePool
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,18 @@ class Worker:
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
         self._scheduler = Scheduler(self._groups, settings)
-        self._registry = Registry(self._servable, self._table, self._groups, self._model_came)
-        self._signature: Signature | None = None
+        self._registry = Registry(self._servable, self._table, self._groups, self._models_came)
+        self._signatures: Sequence[Signature] = ()
+        self._model_calls = ModelCalls(self._servable, self._scheduler)
+        self._python_stages = StagePool(
+            self._servable,
+            serve.servable_directory,
+            max(1, serve.num_parallel_workers),
+            self._model_calls,
+            settings,
+            self.group_changed,
+            self._stages_failed,
+        )
         self._state = "starting"
         self._reason = ""
         self._mains: list[FrameStream[front.ToWorker]] = []
@@ -64,6 +76,7 @@ class Worker:
         for listener in (distributed, local):
             self._servers.append(await loop.create_server(lambda: GroupConnection(self).stream, sock=listener))
         self._servers.append(await loop.create_server(lambda: FrontConnection(self).stream, sock=front_listener))
+        self._python_stages.start()
         if self._serve.wait_agents_time_in_seconds > 0:
             loop.call_later(self._serve.wait_agents_time_in_seconds, self._waited_enough)
 
@@ -90,6 +103,7 @@ class Worker:
         for server in self._servers:
             server.close()
         self._scheduler.close("the servable is stopped")
+        self._python_stages.close("the servable is stopped")
         for replica in self._groups:
             replica.close()
         for stream in list(self._connections):
@@ -122,11 +136,12 @@ class Worker:
         self._scheduler.pump()
 
     def group_changed(self) -> None:
-        if self._state == "stopping":
+        if self._state == "stopping" or self._python_stages.closed:
             return
         if any(replica.state == "serving" for replica in self._groups):
-            # Ready means all replicas, the first time; afterwards one is enough to answer.
-            if self._state != "starting" or all(replica.state == "serving" for replica in self._groups):
+            # Ready means all replicas and stage processes, the first time; afterwards one is enough to answer.
+            complete = all(replica.state == "serving" for replica in self._groups) and self._python_stages.ready
+            if self._state != "starting" or complete:
                 self._scheduler.reopen()
                 self._set_state("ready", "")
         elif self._state not in ("starting", "failed"):
@@ -142,9 +157,10 @@ class Worker:
             self._launcher.send(launch.Done(self._ready_order))
             self._ready_order = None
 
-    def _model_came(self, signature: Signature) -> None:
-        self._signature = signature
-        self._scheduler.set_batching(Batching(self._model, signature))
+    def _models_came(self, signatures: Sequence[Signature]) -> None:
+        batchings = model_batchings(self._servable, signatures)
+        self._signatures = signatures
+        self._scheduler.set_models(batchings)
 
     # Supervisors and agents.
 
@@ -166,6 +182,13 @@ class Worker:
     def gave_up(self, message: group.GaveUp) -> None:
         prefix = f"rank {message.rank}: "
         self.group_failed(prefix + message.reason.removeprefix(prefix))
+
+    def _stages_failed(self, reason: str) -> None:
+        """No Python stage can run any more, whatever the groups do."""
+        logger.error("%s", reason)
+        self._scheduler.close(reason)
+        self._set_state("failed", reason)
+        self._refuse_start(StartError(reason))
 
     def group_failed(self, reason: str) -> None:
         """A replica can't serve until an operator has done something; when it can again, so does the servable."""
@@ -192,7 +215,7 @@ class Worker:
     def new_requests(self, stream: FrameStream[front.ToWorker]) -> Requests:
         self._mains.append(stream)
         stream.send(self._status())
-        return Requests(self._servable, self._scheduler)
+        return Requests(self._servable, self._model_calls, self._python_stages)
 
     def main_left(self, stream: FrameStream[front.ToWorker]) -> None:
         self._mains.remove(stream)
@@ -219,15 +242,19 @@ class Worker:
 
     def _dtypes(self, method: str) -> dict[str, str]:
         """The dtypes that the model takes for those inputs of the method that go straight to it."""
-        if self._signature is None:
+        if not self._signatures:
             return {}
         declared = self._servable.methods[method]
         return {
             declared.inputs[source.index]: spec.dtype
             for stage in declared.stages
-            for source, spec in zip(stage.inputs, self._signature.inputs, strict=True)
+            if isinstance(stage, ModelStage)
+            for source, spec in zip(stage.inputs, self._signature(stage).inputs, strict=True)
             if source.stage == 0
         }
+
+    def _signature(self, stage: ModelStage) -> Signature:
+        return self._signatures[program_number(self._servable, stage.model, 0)]
 
     def _replica_status(self, replica: ReplicaGroup) -> front.ReplicaStatus:
         size, per_stage = self._model.rank_size, self._model.rank_size // self._model.stage_size

@@ -1,5 +1,5 @@
-"""The messages of each link, one file a link: `front` (Main, Worker), `group` (Worker, agents, supervisors),
-`stage` (agent to agent), `launch` (launcher, Main, Worker)."""
+"""The messages of each link, one file a link: `front` (Main, Worker), `group` (Worker, agents, supervisors; agent to
+agent), `launch` (launcher, Main, Worker), `stages` (Worker and its processes for Python stages)."""
 
 from __future__ import annotations
 

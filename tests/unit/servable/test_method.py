@@ -6,6 +6,10 @@ from shardserve.servable import Model, Source, add_stage, declaring, register_me
 MODEL = Model(rank_size=1, stage_size=1)
 
 
+async def coroutine(x):
+    return x
+
+
 def trace(function, *output_names):
     with declaring("s") as servable:
         register_method(output_names)(function)
@@ -58,7 +62,9 @@ def test_stage_outside_of_a_method():
 @pytest.mark.parametrize(
     ("stage", "options", "text"),
     [
-        (len, {"outputs_count": 1}, "Python functions as stages are not supported"),
+        (len, {"outputs_count": 1, "batch_size": -1}, "batch_size=-1 is neither None nor an integer of at least 0"),
+        (len, {"outputs_count": 1, "batch_size": True}, "batch_size=True is neither"),
+        (coroutine, {"outputs_count": 1}, "async functions can't be stages"),
         ("matmul", {"outputs_count": 1}, "'matmul' is neither a declared model nor a function"),
         (MODEL, {"outputs_count": 1, "batch_size": 4}, "batch_size is for Python functions"),
         (MODEL, {"outputs_count": 0}, "outputs_count=0 is not an integer of at least 1"),

@@ -119,7 +119,7 @@ class Cluster(Owner):
             (TensorSpec("y", "float32", ("batch", "n")),),
         )
         self.batching = Batching(Model(rank_size=1, stage_size=1), signature)
-        self.scheduler.set_batching(self.batching)
+        self.scheduler.set_models([self.batching])
         self.agents = {}
         for replica in range(replicas):
             self.join(replica)

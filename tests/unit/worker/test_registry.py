@@ -79,7 +79,7 @@ async def test_an_agent_joins_its_group():
     assert (agent.rank, agent.local, agent.stage, agent.host, agent.pid) == (3, 1, 0, "b", 103)
     assert s.registry.agent(3) is agent
     assert s.registry.missing == [0, 1, 2]
-    assert [model.inputs[0].name for model in s.models] == ["x"]
+    assert [model.inputs[0].name for models in s.models for model in models] == ["x"]
     s.register(2)
     assert len(s.models) == 1
 

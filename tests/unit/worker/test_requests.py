@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.settings import Settings
 from shardserve.wire.messages import TensorMeta, front
+from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.requests import Requests
+from shardserve.worker.stages.pool import StagePool
 
 from .harness import Cluster, Stream, asynchronous, quick
 
@@ -30,7 +33,10 @@ class Setting:
     def __init__(self, **options):
         self.cluster = Cluster(**options)
         self.main = Stream()
-        self.requests = Requests(servable(), self.cluster.scheduler)
+        declared = servable()
+        models = ModelCalls(declared, self.cluster.scheduler)
+        pool = StagePool(declared, "", 1, models, Settings(), lambda: None, lambda reason: None)
+        self.requests = Requests(declared, models, pool)
 
     def infer(self, number, *values, method="twice"):
         arrays = [np.array([value], np.float32) for value in values]

@@ -234,21 +234,21 @@ async def test_what_comes_back_after_close_is_answered():
 async def test_calls_wait_for_the_first_agents_signature():
     cluster = Cluster()
     scheduler = Scheduler([], Settings())
-    waiting = asyncio.ensure_future(scheduler.model_known())
+    waiting = asyncio.ensure_future(scheduler.models_known())
     await asyncio.sleep(0)
     assert not waiting.done()
-    scheduler.set_batching(cluster.batching)
-    assert await waiting is cluster.batching
-    assert await scheduler.model_known() is cluster.batching
+    scheduler.set_models([cluster.batching])
+    assert await waiting == [cluster.batching]
+    assert await scheduler.models_known() == [cluster.batching]
 
 
 @asynchronous
 async def test_close_ends_the_wait_for_the_first_agent():
     scheduler = Scheduler([], Settings())
-    waiting = asyncio.ensure_future(scheduler.model_known())
+    waiting = asyncio.ensure_future(scheduler.models_known())
     await asyncio.sleep(0)
     scheduler.close("rank 1: its shard is missing")
-    for wait in (waiting, scheduler.model_known()):
+    for wait in (waiting, scheduler.models_known()):
         with pytest.raises(Unavailable, match=r"rank 1: its shard is missing"):
             await wait
 

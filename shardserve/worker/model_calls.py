@@ -1,0 +1,58 @@
+"""Calls of the servable's models: by a method's stages, and by its Python functions with `Model.call`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from shardserve.errors import InvalidInput
+from shardserve.servable import Model, Servable
+from shardserve.shards.config import Signature
+from shardserve.worker.batching import Array, Batching, Call
+from shardserve.worker.scheduler import Scheduler
+from shardserve.worker.sessions import Session
+
+
+def program_number(servable: Servable, model: Model, subgraph: int) -> int:
+    """The position of a model's subgraph among the programs that each agent has."""
+    before = servable.models[: servable.number(model)]
+    return sum(len(other.files or ()) for other in before) + subgraph
+
+
+def model_batchings(servable: Servable, signatures: Sequence[Signature]) -> list[Batching]:
+    """One for each program of an agent. ConfigError if a signature doesn't fit what its model declares."""
+    owners = [model for model in servable.models for _ in model.files or signatures]
+    return [Batching(model, signature) for model, signature in zip(owners, signatures, strict=True)]
+
+
+class ModelCalls:
+    """Makes calls of instances and gives them to the scheduler."""
+
+    def __init__(self, servable: Servable, scheduler: Scheduler) -> None:
+        self._servable = servable
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+
+    def session(self) -> Session | None:
+        """For one method call of a stateful servable; `end` it."""
+        return Session() if any(model.stateful for model in self._servable.models) else None
+
+    def end(self, session: Session) -> None:
+        self._scheduler.release(session)
+
+    async def run(
+        self, model: Model, subgraph: int, values: Sequence[Any], deadline: float | None, session: Session | None
+    ) -> tuple[Array, ...]:
+        """One instance's outputs. InvalidInput if the model doesn't take these values."""
+        batchings = await self._scheduler.models_known()
+        number = program_number(self._servable, model, subgraph)
+        count = len(model.files or batchings)
+        if subgraph >= count:
+            raise InvalidInput(f"subgraph={subgraph}: the model has {count}, numbered from 0")
+        batching = batchings[number]
+        batching.check_count(len(values))
+        arrays = tuple(values)
+        call = Call(arrays, batching.key(arrays), deadline, self._loop.create_future(), number, session)
+        self._scheduler.submit(call)
+        return await call.answer

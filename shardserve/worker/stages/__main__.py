@@ -1,0 +1,32 @@
+"""`python -m shardserve.worker.stages FD`: a process for Python stages, on its end of a socketpair with the Worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+from shardserve.log import configure_logging
+from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.messages import stages
+from shardserve.wire.process import die_with_parent
+from shardserve.worker.stages.process import Connection, StageProcess
+
+
+def main() -> None:
+    die_with_parent(os.getppid())
+    # The launcher drives the stop; a Ctrl-C reaches every process of the terminal.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging("stages")
+    inherited = socket.socket(fileno=int(sys.argv[1]))
+    # What a user's function starts must not keep the connection open.
+    inherited.set_inheritable(False)
+    connection: Connection = FrameSocket(inherited, stages.ToProcess)
+    with contextlib.suppress(EOFError, OSError):
+        StageProcess(connection).serve()
+
+
+main()

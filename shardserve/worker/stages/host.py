@@ -1,0 +1,263 @@
+"""One process for Python stages as the Worker sees it: started, given one run at a time, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shardserve.errors import DeadlineExceeded, InvalidInput, ShardserveError, StageError, from_wire
+from shardserve.servable import PythonStage
+from shardserve.settings import Settings
+from shardserve.wire.frames import Buffer, FrameError, Payload
+from shardserve.wire.messages import stages
+from shardserve.wire.stream import FrameStream
+from shardserve.worker.sessions import Session
+from shardserve.worker.stages.values import Encoded, as_results, decode_results, decode_values, encode_values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class StageCall:
+    """One instance's run through a Python stage. number: the stage's in its method, from 1. deadline: on
+    CLOCK_MONOTONIC. alone: shares its call of the function with no other. where: names method and stage in errors."""
+
+    method: str
+    number: int
+    stage: PythonStage
+    values: tuple[Any, ...]
+    deadline: float | None
+    session: Session | None
+    answer: asyncio.Future[tuple[Any, ...]]
+    alone: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"method {self.method!r}, stage {self.stage.tag!r}"
+
+    def fail(self, error: ShardserveError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class Owner(Protocol):
+    """What a host needs of the pool around it."""
+
+    def loaded(self, host: StageHost) -> None: ...
+    def load_failed(self, host: StageHost, message: str) -> None: ...
+    def finished(self, host: StageHost) -> None: ...
+    def died(self, host: StageHost, reason: str, calls: list[StageCall]) -> None: ...
+    async def call_model(
+        self, message: stages.ModelCall, instances: list[tuple[Any, ...]], calls: Sequence[StageCall]
+    ) -> list[tuple[Any, ...] | ShardserveError]: ...
+
+
+@dataclass(eq=False)
+class Running:
+    """A run without an answer. timers: what ends it; model_calls: what it waits for."""
+
+    calls: list[StageCall]
+    since: float
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    model_calls: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def waited_for(self) -> bool:
+        return any(not call.answer.done() for call in self.calls)
+
+
+class StageHost:
+    """Made by `start`. state: loading, idle, running or ended. A run that hangs is answered with errors and ends it."""
+
+    def __init__(self, owner: Owner, settings: Settings) -> None:
+        self._owner = owner
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "shardserve.worker.stages", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+            )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._stream: FrameStream[stages.ToWorker] = FrameStream(stages.ToWorker, self._frame, self._lost)
+        self._running: Running | None = None
+        self._runs = 0
+        self._killed_for = ""
+        self.state = "loading"
+        self._load_timer = self._loop.call_later(settings.start_timeout, self._load_timed_out)
+        self._loop.add_reader(self._pidfd, self._died)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def start(self, load: stages.Load) -> None:
+        await self._loop.create_connection(lambda: self._stream, sock=self._ours)
+        self._stream.send(load)
+
+    def run(self, calls: list[StageCall]) -> None:
+        """Runs calls of one stage; needs state idle."""
+        assert self.state == "idle"
+        sent: list[StageCall] = []
+        instances: list[Encoded] = []
+        for call in calls:
+            try:
+                instances.append(encode_values(call.values, f"{call.where}: input"))
+            except InvalidInput as error:
+                call.fail(StageError(str(error)))
+                continue
+            sent.append(call)
+        if not sent:
+            self._owner.finished(self)
+            return
+        self.state = "running"
+        self._runs += 1
+        running = self._running = Running(sent, time.monotonic())
+        running.timers.append(self._loop.call_later(self._settings.stage_timeout, self._run_timed_out, running))
+        deadlines = [call.deadline for call in sent if call.deadline is not None]
+        if len(deadlines) == len(sent):
+            left = max(deadlines) - running.since
+            running.timers.append(self._loop.call_later(max(0.0, left), self._deadline_passed, running))
+        for call in sent:
+            call.answer.add_done_callback(lambda _: self._answered(running))
+        buffers: list[Buffer] = [buffer for _, parts in instances for buffer in parts]
+        first = sent[0]
+        order = stages.Run(self._runs, first.method, first.number, [metas for metas, _ in instances])
+        self._stream.send(order, buffers)
+
+    # What ends a run.
+
+    def _answered(self, running: Running) -> None:
+        """One of its calls was answered, or given up by whoever waited for it."""
+        if self._running is not running or running.waited_for:
+            return
+        for task in running.model_calls:
+            task.cancel()
+        grace = self._settings.stage_grace
+        reason = f"ran on for {grace} s (stage_grace) when nobody waited for it any more"
+        running.timers.append(self._loop.call_later(grace, self.kill, reason))
+
+    def _deadline_passed(self, running: Running) -> None:
+        for call in running.calls:
+            passed = time.monotonic() - running.since
+            call.fail(DeadlineExceeded(f"{call.where}: the deadline passed while it ran ({passed:.3f} s)"))
+
+    def _run_timed_out(self, running: Running) -> None:
+        seconds = self._settings.stage_timeout
+        for call in running.calls:
+            call.fail(StageError(f"{call.where}: gave no result within stage_timeout ({seconds} s)"))
+        self.kill(f"gave no result of {running.calls[0].where} within stage_timeout ({seconds} s)")
+
+    def _load_timed_out(self) -> None:
+        seconds = self._settings.start_timeout
+        self.kill(f"did not load the servable within start_timeout ({seconds} s)")
+
+    def kill(self, reason: str) -> None:
+        """Ends the process; `died` follows."""
+        if self.state == "ended":
+            return
+        self._killed_for = self._killed_for or reason
+        logger.warning("the process of Python stages (pid %d) is killed: it %s", self.pid, reason)
+        self._process.kill()
+
+    def close(self) -> list[StageCall]:
+        """Ends the process now, without a word to the owner; gives the calls that it had."""
+        if self.state == "ended":
+            return []
+        self._process.kill()
+        return self._end()
+
+    def _end(self) -> list[StageCall]:
+        self.state = "ended"
+        self._load_timer.cancel()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.wait()
+        self._stream.abort()
+        return self._end_run()
+
+    def _end_run(self) -> list[StageCall]:
+        running, self._running = self._running, None
+        if running is None:
+            return []
+        for timer in running.timers:
+            timer.cancel()
+        for task in running.model_calls:
+            task.cancel()
+        return running.calls
+
+    def _died(self) -> None:
+        loading = self.state == "loading"
+        calls = self._end()
+        reason = self._killed_for or f"ended with code {self._process.returncode}"
+        if loading:
+            self._owner.load_failed(self, f"the process of Python stages (pid {self.pid}) {reason}")
+        else:
+            self._owner.died(self, reason, calls)
+
+    def _lost(self, reason: Exception | None) -> None:
+        if isinstance(reason, FrameError):
+            self.kill(f"said what it should not: {reason}")
+        elif self.state != "ended":
+            # Without its connection it is of no use; its pidfd tells of its end, and of the code if it ended itself.
+            self._process.kill()
+
+    # What the process says.
+
+    def _frame(self, message: stages.ToWorker, payload: Payload) -> None:
+        match message:
+            case stages.Loaded() if self.state == "loading":
+                self._load_timer.cancel()
+                self.state = "idle"
+                self._owner.loaded(self)
+            case stages.LoadFailed(message=text) if self.state == "loading":
+                self.close()
+                self._owner.load_failed(self, text)
+            case stages.Finished(run=number) if self._running is not None and number == self._runs:
+                self._finish(self._running, decode_results(message.results, payload))
+            case stages.ModelCall() if self._running is not None:
+                self._call_model(self._running, message, decode_values(message.instances, payload))
+            case _:
+                raise FrameError(f"{type(message).__name__} came out of turn")
+
+    def _finish(self, running: Running, results: list[tuple[Any, ...] | stages.Failure]) -> None:
+        if len(results) != len(running.calls):
+            raise FrameError(f"{len(results)} results came for {len(running.calls)} instances")
+        self._end_run()
+        self.state = "idle"
+        for call, result in zip(running.calls, results, strict=True):
+            if isinstance(result, stages.Failure):
+                call.fail(from_wire(result.error, result.message))
+            elif not call.answer.done():
+                call.answer.set_result(result)
+        self._owner.finished(self)
+
+    def _call_model(self, running: Running, message: stages.ModelCall, instances: list[tuple[Any, ...]]) -> None:
+        async def answer() -> None:
+            outcomes: list[tuple[Any, ...] | ShardserveError]
+            try:
+                if not running.waited_for:
+                    raise asyncio.CancelledError
+                outcomes = await self._owner.call_model(message, instances, running.calls)
+            except asyncio.CancelledError:
+                # The function gets an error, and with it its end, instead of an answer that nobody needs.
+                gone = DeadlineExceeded("nobody waits for this request's answer any more")
+                outcomes = [gone] * len(instances)
+            results, buffers = as_results(
+                [out if isinstance(out, ShardserveError) else encode_values(out, "output") for out in outcomes]
+            )
+            self._stream.send(stages.ModelAnswer(message.call, results), buffers)
+
+        task = self._loop.create_task(answer())
+        running.model_calls.add(task)
+        task.add_done_callback(running.model_calls.discard)

@@ -1,0 +1,194 @@
+"""The pool of processes that run a servable's Python stages, and the calls that wait for one.
+
+A call goes to the first process that is free, together with others of the same stage if its function takes a batch. A
+process that dies fails its call; of several calls in it, each runs again alone, so that only the one at fault fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shardserve.errors import DeadlineExceeded, Overloaded, ShardserveError, StageError, Unavailable
+from shardserve.servable import PythonStage, Servable
+from shardserve.settings import Settings
+from shardserve.wire.frames import FrameError
+from shardserve.wire.messages import stages
+from shardserve.worker.model_calls import ModelCalls
+from shardserve.worker.sessions import Session
+from shardserve.worker.stages.host import StageCall, StageHost
+
+logger = logging.getLogger(__name__)
+
+
+class StagePool:
+    """`start` gives it its processes. changed: called when it became ready. failed: called once with the reason, when
+    processes can't be started (any more): nothing will be answered then."""
+
+    def __init__(
+        self,
+        servable: Servable,
+        servable_directory: str,
+        size: int,
+        models: ModelCalls,
+        settings: Settings,
+        changed: Callable[[], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._servable = servable
+        self._load = stages.Load(servable_directory, servable.name)
+        self._size = size if servable.has_python_stages else 0
+        self._models = models
+        self._settings = settings
+        self._changed = changed
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._hosts: list[StageHost] = []
+        self._load_deaths: deque[float] = deque()
+        self._queue: deque[StageCall] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._was_ready = False
+        self._closed = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether all processes have been ready once; those that are replaced since don't count."""
+        return self._was_ready or not self._size
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is run any more."""
+        return bool(self._closed)
+
+    @property
+    def pids(self) -> list[int]:
+        return [host.pid for host in self._hosts]
+
+    def start(self) -> None:
+        """Starts the processes that are missing."""
+        while len(self._hosts) < self._size and not self._closed:
+            host = StageHost(self, self._settings)
+            self._hosts.append(host)
+            task = self._loop.create_task(host.start(self._load))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def close(self, reason: str) -> None:
+        """Ends all processes, and answers all that wait, or come, with Unavailable."""
+        self._closed = reason
+        for host in self._hosts:
+            for call in host.close():
+                call.fail(Unavailable(reason))
+        self._hosts.clear()
+        while self._queue:
+            self._queue.popleft().fail(Unavailable(reason))
+
+    async def run(
+        self,
+        method: str,
+        number: int,
+        stage: PythonStage,
+        values: tuple[Any, ...],
+        deadline: float | None,
+        session: Session | None,
+    ) -> tuple[Any, ...]:
+        """One instance's outputs. StageError if the function failed on it, Overloaded or Unavailable otherwise."""
+        if self._closed:
+            raise Unavailable(self._closed)
+        if len(self._queue) >= self._settings.queue_limit:
+            raise Overloaded(f"{len(self._queue)} instances wait for a Python stage already (queue_limit)")
+        call = StageCall(method, number, stage, values, deadline, session, self._loop.create_future())
+        self._queue.append(call)
+        self._pump()
+        return await call.answer
+
+    def _pump(self) -> None:
+        for host in self._hosts:
+            while host.state == "idle" and (calls := self._take()):
+                host.run(calls)
+
+    def _take(self) -> list[StageCall]:
+        """The first call and those that may share its run."""
+        self._queue = deque(call for call in self._queue if not _is_over(call))
+        if not self._queue:
+            return []
+        first = self._queue[0]
+        limit = self._limit(first)
+        calls = [call for call in self._queue if call is first or (limit > 1 and _may_share(call, first))][:limit]
+        taken = set(map(id, calls))
+        self._queue = deque(call for call in self._queue if id(call) not in taken)
+        return calls
+
+    def _limit(self, call: StageCall) -> int:
+        if call.alone or call.session is not None or call.stage.batch_size is None:
+            return 1
+        return call.stage.batch_size or self._settings.stage_batch_limit
+
+    # What hosts say.
+
+    def loaded(self, host: StageHost) -> None:
+        if not self._was_ready and all(other.state != "loading" for other in self._hosts):
+            self._was_ready = True
+            self._changed()
+        self._pump()
+
+    def load_failed(self, host: StageHost, message: str) -> None:
+        self._hosts.remove(host)
+        self._load_deaths.append(time.monotonic())
+        while self._load_deaths[0] < time.monotonic() - self._settings.restart_window:
+            self._load_deaths.popleft()
+        if not self._was_ready or len(self._load_deaths) > self._settings.max_restarts:
+            self.close(f"Python stages can't run: {message}")
+            self._failed(self._closed)
+            return
+        logger.error("Python stages: %s; another process is started", message)
+        self.start()
+
+    def finished(self, host: StageHost) -> None:
+        self._pump()
+
+    def died(self, host: StageHost, reason: str, calls: list[StageCall]) -> None:
+        logger.error("the process of Python stages (pid %d) %s; another is started", host.pid, reason)
+        self._hosts.remove(host)
+        if len(calls) == 1:
+            calls[0].fail(StageError(f"{calls[0].where}: its process (pid {host.pid}) {reason}"))
+        else:
+            for call in reversed(calls):
+                call.alone = True
+                self._queue.appendleft(call)
+        self.start()
+        self._pump()
+
+    async def call_model(
+        self, message: stages.ModelCall, instances: list[tuple[Any, ...]], calls: Sequence[StageCall]
+    ) -> list[tuple[Any, ...] | ShardserveError]:
+        """For `Model.call`: one outcome per instance. It has as much time as the run's last deadline."""
+        if not 0 <= message.model < len(self._servable.models):
+            raise FrameError(f"Model.call of model {message.model}, which the servable doesn't have")
+        model = self._servable.models[message.model]
+        deadlines = [call.deadline for call in calls if call.deadline is not None]
+        deadline = max(deadlines) if len(deadlines) == len(calls) else None
+        session = calls[0].session
+
+        async def one(values: tuple[Any, ...]) -> tuple[Any, ...] | ShardserveError:
+            try:
+                return await self._models.run(model, message.subgraph, values, deadline, session)
+            except ShardserveError as error:
+                return error
+
+        return await asyncio.gather(*map(one, instances))
+
+
+def _may_share(call: StageCall, first: StageCall) -> bool:
+    same = (call.method, call.number) == (first.method, first.number)
+    return same and not call.alone and call.session is None
+
+
+def _is_over(call: StageCall) -> bool:
+    if call.deadline is not None and call.deadline <= time.monotonic():
+        call.fail(DeadlineExceeded(f"{call.where}: the deadline passed while the request waited for a process"))
+    return call.answer.done()
