@@ -30,6 +30,12 @@ class Settings:
     """Before a group that could not form tries again; doubled each time."""
     max_formings: int = 6
     """How often in a row a group whose ranks are all there may fail to form; then it is failed."""
+    join_timeout: float = 10.0
+    """For the two sides of a connection between hosts to prove themselves (TLS, join secret)."""
+    max_joining: int = 256
+    """Connections to one address that have not proved themselves yet; over it, the oldest of them is closed."""
+    peer_timeout: float = 20.0
+    """Until a host that vanished without a word is given up (TCP keepalive, TCP_USER_TIMEOUT)."""
     step_timeout: float = 300.0
     """For a step, from when it was sent until its answer; then its generation ends."""
     stage_timeout: float = 300.0
@@ -76,6 +82,8 @@ class Settings:
     """Of tensor-parallel groups on CPU. auto: shared_memory on one host, else gloo; or one of the two for all."""
     log_level: str = "WARNING"
     """Of our own processes: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
+    join_secret_file: str = ""
+    """The secret of the distributed address where the argument join_secret_file isn't given; a path as that one."""
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

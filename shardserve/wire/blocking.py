@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from shardserve.wire.frames import Buffer, FrameReader, Payload, encode
+from shardserve.wire.tls import TLSSocket
 
 M = TypeVar("M")
 
@@ -23,7 +24,7 @@ class FrameSocket(Generic[M]):
     """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the end
     of the connection. `close` may be called by any thread and ends both."""
 
-    def __init__(self, connection: socket.socket, union: Any) -> None:
+    def __init__(self, connection: socket.socket | TLSSocket, union: Any) -> None:
         self._socket = connection
         self._reader: FrameReader[M] = FrameReader(union)
         self._ready: deque[tuple[M, Payload]] = deque()

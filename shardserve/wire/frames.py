@@ -74,10 +74,11 @@ class FrameReader(Generic[M]):
     whatever is not yet here is received directly.
     """
 
-    def __init__(self, union: Any, max_payload: int = MAX_PAYLOAD) -> None:
+    def __init__(self, union: Any, max_payload: int = MAX_PAYLOAD, max_header: int = MAX_HEADER) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
         self._max_payload = max_payload
-        self._scratch = bytearray(SCRATCH)
+        self._max_header = max_header
+        self._scratch = bytearray(min(SCRATCH, PREFIX.size + max_header))
         self._start = 0
         self._end = 0
         self._message: M | None = None
@@ -109,7 +110,7 @@ class FrameReader(Generic[M]):
         if held < PREFIX.size:
             return None
         header_size, payload_size = PREFIX.unpack_from(self._scratch, self._start)
-        if header_size > MAX_HEADER or payload_size > self._max_payload:
+        if header_size > self._max_header or payload_size > self._max_payload:
             raise FrameError(f"a frame of {header_size} + {payload_size} bytes is over the limit of this connection")
         if held < PREFIX.size + header_size:
             self._make_room(PREFIX.size + header_size)

@@ -16,6 +16,7 @@ import time
 from typing import NamedTuple
 
 from shardserve.errors import ConfigError, StartError
+from shardserve.settings import Settings
 
 
 class Address(NamedTuple):
@@ -72,12 +73,24 @@ def same_user(connection: socket.socket) -> bool:
     return uid in (os.getuid(), 0)
 
 
-def tune(connection: socket.socket) -> None:
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+# Probes of a connection on which nothing is under way, in the second half of peer_timeout.
+PROBES = 3
 
 
-def connect(address: Address, timeout: float) -> socket.socket:
+def tune(connection: socket.socket, peer_timeout: float = Settings.peer_timeout) -> None:
+    """No waiting for more to send; and a host that is gone without a word ends the connection after peer_timeout, whether
+    data is under way (TCP_USER_TIMEOUT) or not (keepalive), see tcp(7)."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(peer_timeout / 2)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(peer_timeout / 2 / PROBES)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(peer_timeout * 1000))
+
+
+def connect(address: Address, timeout: float, peer_timeout: float = Settings.peer_timeout) -> socket.socket:
     """A blocking connection: through the local twin if there is one, else TCP. OSError if nobody listens."""
     local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.suppress(ConnectionRefusedError):
@@ -87,11 +100,17 @@ def connect(address: Address, timeout: float) -> socket.socket:
     local.close()
     connection = socket.create_connection(address, timeout)
     connection.settimeout(None)
-    tune(connection)
+    tune(connection, peer_timeout)
     return connection
 
 
-def connect_within(address: Address, seconds: float, interval: float, stopped: threading.Event) -> socket.socket | None:
+def connect_within(
+    address: Address,
+    seconds: float,
+    interval: float,
+    stopped: threading.Event,
+    peer_timeout: float = Settings.peer_timeout,
+) -> socket.socket | None:
     """Tries to connect until somebody listens; None after `seconds` (infinity: never) or when `stopped` is set.
 
     A listener that isn't there yet, perhaps on another host, is no event to wait for: hence the interval between tries.
@@ -99,7 +118,7 @@ def connect_within(address: Address, seconds: float, interval: float, stopped: t
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)))
+            return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)), peer_timeout)
         except OSError:
             if time.monotonic() + interval > deadline or stopped.wait(interval):
                 return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
 from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, Payload, encode
+from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
+from shardserve.wire.tls import RECEIVE, TLSSession, chunks
 
 M = TypeVar("M")
 
@@ -21,8 +24,9 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     """A connection that calls `on_frame(message, payload)` for each frame and `on_lost(reason)` once at its end.
 
     A frame that doesn't parse ends the connection, as an exception of `on_frame` does; both reach `on_lost`.
-    `on_made(socket)` is called first and may refuse the connection. `unsent` is what the kernel hasn't taken yet, in
-    bytes: callers bound their queues with it.
+    `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
+    `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what the
+    kernel hasn't taken yet, in bytes: callers bound their queues with it.
     """
 
     def __init__(
@@ -32,36 +36,113 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_lost: Callable[[Exception | None], None],
         max_payload: int = MAX_PAYLOAD,
         on_made: Callable[[socket.socket], bool] | None = None,
+        door: Door | None = None,
+        on_admitted: Callable[[], None] | None = None,
     ) -> None:
-        self._reader: FrameReader[M] = FrameReader(union, max_payload)
+        self._union = union
+        self._max_payload = max_payload
+        # Made when the other side is admitted: one that isn't must not cost us memory.
+        self._reader: FrameReader[M] | None = None
+        self._door = door
+        self._entrance: Entrance | None = None
+        self._waiting: asyncio.TimerHandle | None = None
+        self._tls: TLSSession | None = None
+        self._raw = bytearray()
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._on_made = on_made
+        self._on_admitted = on_admitted
         self._transport: asyncio.Transport | None = None
         self._reason: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's derive from no class of asyncio.
-        if self._on_made is not None and not self._on_made(transport.get_extra_info("socket")):
+        connection = transport.get_extra_info("socket")
+        if self._on_made is not None and not self._on_made(connection):
             self.abort()
+            return
+        self._entrance = self._door.entrance(connection) if self._door is not None else None
+        if self._entrance is None:
+            self._admit()
+            return
+        assert self._door is not None
+        self._raw = bytearray(JOIN_LIMIT)
+        self._waiting = asyncio.get_running_loop().call_later(self._door.timeout, self._waited_enough)
+        self._write(self._entrance.start())
+
+    def _waited_enough(self) -> None:
+        assert self._door is not None
+        assert self._entrance is not None
+        self._end(TimeoutError(f"{self._entrance.peer} proved nothing within {self._door.timeout} s (join_timeout)"))
+        self.abort()
+
+    def _admit(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._reader = FrameReader(self._union, self._max_payload)
+        if self._entrance is not None:
+            self._tls = self._entrance.tls
+            self._entrance = None
+            self._raw = bytearray(RECEIVE if self._tls is not None else 0)
+        if self._on_admitted is not None:
+            self._on_admitted()
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._entrance is not None or self._tls is not None:
+            return memoryview(self._raw)
+        assert self._reader is not None
         return self._reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._entrance is None and self._tls is None:
+            self._take(nbytes)
+            return
+        received = memoryview(self._raw)[:nbytes]
+        if self._entrance is None:
+            assert self._tls is not None
+            self._tls.feed(received)
+        else:
+            self._write(self._entrance.received(received))
+            if self._entrance.refused is not None:
+                self._end(self._entrance.refused)
+            if self._reason is not None or not self._entrance.done:
+                return
+            self._admit()
+        if self._tls is not None:
+            self._take_decrypted(self._tls)
+
+    def _take_decrypted(self, tls: TLSSession) -> None:
+        assert self._reader is not None
         try:
-            for message, payload in self._reader.advance(nbytes):
+            while self._reason is None and (count := tls.read_into(self._reader.buffer())):
+                self._take(count)
+        except ssl.SSLError as error:
+            self._end(error)
+        self._write(tls.outgoing())
+
+    def _take(self, count: int) -> None:
+        assert self._reader is not None
+        try:
+            for message, payload in self._reader.advance(count):
                 self._on_frame(message, payload)
         except FrameError as error:
-            self._reason = error
-            self.close()
+            self._end(error)
         except Exception as error:
             # asyncio would log it and leave a connection that has lost a message.
             logger.exception("a message could not be handled; its connection ends")
-            self._reason = error
-            self.close()
+            self._end(error)
+
+    def _end(self, reason: Exception) -> None:
+        self._reason = reason
+        self.close()
+
+    def _write(self, data: bytes) -> None:
+        if data and self._transport is not None:
+            self._transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
         self._transport = None
         self._on_lost(self._reason or exc)
 
@@ -69,7 +150,14 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         """Queues a frame; False if the connection is gone (whoever needs to know hears of it by `on_lost`)."""
         if self._transport is None or self._transport.is_closing():
             return False
-        self._transport.writelines(encode(message, buffers))
+        assert self._entrance is None, "nothing is sent before the other side is admitted"
+        pieces = encode(message, buffers)
+        if self._tls is None:
+            self._transport.writelines(pieces)
+            return True
+        for chunk in chunks(pieces):
+            self._tls.write(chunk)
+            self._transport.write(self._tls.outgoing())
         return True
 
     @property
