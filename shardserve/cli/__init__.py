@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; what goes wrong is one line on stderr."""
-    args = parser().parse_args(argv)
+    top = parser()
+    # Completion is an extra; without it the shell completes file names.
+    with contextlib.suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(top)
+    args = top.parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
