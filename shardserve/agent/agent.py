@@ -60,8 +60,10 @@ class Agent:
         self._settings = settings
         if request.device.startswith("cuda") and not torch.cuda.is_available():
             raise StartError(f"rank {request.rank}: device {request.device}: CUDA is not available on this host")
+        # Subgraphs of the same weights share them.
+        weights: dict[str, dict[str, torch.Tensor]] = {}
         self._programs = [
-            Program.load(model, config, request.device)
+            Program.load(model, config, request.device, weights)
             for model, config in zip(request.model_files, request.config_files, strict=True)
         ]
         self._stage_address = Address(request.host, request.stage_port)

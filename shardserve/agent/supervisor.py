@@ -42,11 +42,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:
-    """What `startup_agents` was asked for. model_files: one path per rank of this host, in rank order."""
+    """What `startup_agents` was asked for. model_files: for each rank of this host, in rank order, the graph files of
+    its subgraphs; None where the Worker knows them (servables that are not distributed). group_config_files: as those.
+    """
 
     distributed_address: str
-    model_files: tuple[str, ...]
-    group_config_files: tuple[str | None, ...]
+    model_files: tuple[tuple[str, ...], ...] | None
+    group_config_files: tuple[tuple[str | None, ...], ...]
     agent_start_port: int
     agent_ip: str | None
     rank_start: int | None
@@ -185,7 +187,7 @@ class Supervisor:
         options = self._options
         own = () if options.rank_start is not None else tuple(host for host in hosts if is_local(host))
         assert self._stream is not None
-        self._stream.send(group.Enlist(own, options.agent_ip, options.rank_start, len(options.model_files)))
+        self._stream.send(group.Enlist(own, options.agent_ip, options.rank_start, len(options.model_files or ())))
 
     async def _enlisted(self, message: group.Enlisted) -> None:
         if self._slots:
@@ -206,10 +208,13 @@ class Supervisor:
         options = self._options
         per_stage = message.rank_size // message.stage_size
         threads = max(1, (os.cpu_count() or 1) // len(message.ranks))
-        for rank, model_file, config_file in zip(
-            message.ranks, options.model_files, options.group_config_files, strict=True
-        ):
-            _check_files(rank, rank % message.rank_size, model_file, config_file)
+        model_files, config_files = options.model_files, options.group_config_files
+        if model_files is None:
+            model_files = (message.model_files,) * len(message.ranks)
+            config_files = ((None,) * len(message.model_files),) * len(message.ranks)
+        for rank, graphs, configs in zip(message.ranks, model_files, config_files, strict=True):
+            for graph, config in zip(graphs, configs, strict=True):
+                _check_files(rank, rank % message.rank_size, graph, config)
         memories = _group_memories(message.ranks, per_stage, slot_size(self._settings))
         slots = []
         for i, (rank, device) in enumerate(zip(message.ranks, message.devices, strict=True)):
@@ -220,8 +225,8 @@ class Supervisor:
                 worker_address=options.distributed_address,
                 stage_port=options.agent_start_port + i,
                 threads=threads,
-                model_files=(options.model_files[i],),
-                config_files=(options.group_config_files[i],),
+                model_files=model_files[i],
+                config_files=config_files[i],
             )
             slots.append(AgentSlot(request, memories.get(rank // per_stage)))
         return slots

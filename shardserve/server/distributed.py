@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -72,8 +73,8 @@ def begin_servable(
 
 def startup_agents(
     distributed_address: str,
-    model_files: Sequence[str],
-    group_config_files: Sequence[str] | None = None,
+    model_files: Sequence[str | Sequence[str]],
+    group_config_files: Sequence[str | Sequence[str]] | None = None,
     agent_start_port: int = 7000,
     agent_ip: str | None = None,
     rank_start: int | None = None,
@@ -81,10 +82,10 @@ def startup_agents(
 ) -> None:
     """Starts all agents of this host, returns once all are registered, and keeps them alive in the background.
 
-    May be called before or after the server is there. model_files: one graph file per rank of this host, in rank order;
-    group_config_files: the same for the configs, by default the group_config.json beside each. Agent i listens on
-    agent_start_port + i. agent_ip and rank_start, both or neither, say who this host is where the rank table has none
-    of its addresses. Errors name the file, rank or count that is wrong.
+    May be called before or after the server is there. model_files: per rank of this host, in rank order, a graph file
+    or a list of them (its subgraphs); group_config_files: the same for the configs, by default the group_config.json
+    beside each graph file. Agent i listens on agent_start_port + i. agent_ip and rank_start, both or neither, say who
+    this host is where the rank table has none of its addresses. Errors name the file, rank or count that is wrong.
     """
     begin_agents(
         distributed_address, model_files, group_config_files, agent_start_port, agent_ip, rank_start, device_type
@@ -93,8 +94,8 @@ def startup_agents(
 
 def begin_agents(
     distributed_address: str,
-    model_files: Sequence[str],
-    group_config_files: Sequence[str] | None = None,
+    model_files: Sequence[str | Sequence[str]],
+    group_config_files: Sequence[str | Sequence[str]] | None = None,
     agent_start_port: int = 7000,
     agent_ip: str | None = None,
     rank_start: int | None = None,
@@ -103,7 +104,7 @@ def begin_agents(
     """As `startup_agents`, but returns at once; the future is done when all agents are registered."""
     options = HostOptions(
         distributed_address=str(parse_address(distributed_address, "distributed_address")),
-        model_files=tuple(resolve(path) for path in _paths("model_files", model_files)),
+        model_files=_paths("model_files", model_files),
         group_config_files=_configs(model_files, group_config_files),
         agent_start_port=agent_start_port,
         agent_ip=agent_ip,
@@ -116,7 +117,7 @@ def begin_agents(
         raise ConfigError("agent_ip and rank_start: give both or neither")
     if device_type not in (None, "cpu", "cuda"):
         raise ConfigError(f"device_type={device_type!r} is none of None, 'cpu', 'cuda'")
-    for path in options.model_files:
+    for path in itertools.chain.from_iterable(options.model_files or ()):
         if not os.path.isfile(path):
             raise ConfigError(f"model_files: there is no file {path}")
     settings = Settings.from_environment()
@@ -132,15 +133,32 @@ def begin_agents(
     return ready
 
 
-def _paths(name: str, given: Sequence[str]) -> Sequence[str]:
-    if isinstance(given, str) or not given or any(not isinstance(path, str) or not path for path in given):
-        raise ConfigError(f"{name}: {given!r} is not a list of paths, one per rank of this host")
-    return given
+def _paths(name: str, given: Sequence[str | Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """For each rank its files, resolved; ConfigError for what isn't a list of paths or of lists of paths."""
+    ranks = [[rank] if isinstance(rank, str) else rank for rank in given] if isinstance(given, list | tuple) else []
+    if not ranks or any(not isinstance(rank, list | tuple) or not rank for rank in ranks):
+        raise ConfigError(
+            f"{name}: {given!r} is not a list of paths, one (or a list of subgraphs) per rank of this host"
+        )
+    if any(not isinstance(path, str) or not path for rank in ranks for path in rank):
+        raise ConfigError(
+            f"{name}: {given!r} is not a list of paths, one (or a list of subgraphs) per rank of this host"
+        )
+    if len({len(rank) for rank in ranks}) > 1:
+        counts = ", ".join(str(len(rank)) for rank in ranks)
+        raise ConfigError(f"{name}: the ranks have different numbers of subgraphs: {counts}")
+    return tuple(tuple(map(resolve, rank)) for rank in ranks)
 
 
-def _configs(model_files: Sequence[str], given: Sequence[str] | None) -> tuple[str | None, ...]:
+def _configs(
+    model_files: Sequence[str | Sequence[str]], given: Sequence[str | Sequence[str]] | None
+) -> tuple[tuple[str | None, ...], ...]:
+    graphs = _paths("model_files", model_files)
     if given is None:
-        return (None,) * len(model_files)
-    if len(given) != len(model_files):
-        raise ConfigError(f"group_config_files has {len(given)} entries, model_files {len(model_files)}")
-    return tuple(resolve(path) for path in _paths("group_config_files", given))
+        return tuple((None,) * len(rank) for rank in graphs)
+    configs = _paths("group_config_files", given)
+    if len(configs) != len(graphs):
+        raise ConfigError(f"group_config_files has {len(configs)} entries, model_files {len(graphs)}")
+    if len(configs[0]) != len(graphs[0]):
+        raise ConfigError(f"group_config_files has {len(configs[0])} subgraphs a rank, model_files {len(graphs[0])}")
+    return configs

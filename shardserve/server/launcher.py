@@ -32,7 +32,8 @@ STOP_MARGIN = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServableOptions:
-    """A distributed servable to start; paths are absolute."""
+    """A servable to start; paths are absolute. devices: of one that is not distributed, which needs no rank table; its
+    distributed address is a free port of this host (port 0)."""
 
     servable_directory: str
     servable_name: str
@@ -40,6 +41,8 @@ class ServableOptions:
     rank_table_json_file: str
     distributed_address: Address
     wait_agents_time_in_seconds: float
+    num_parallel_workers: int = 1
+    devices: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -96,14 +99,16 @@ class Launcher:
         if key in self._services:
             raise ConfigError(f"servable {key[0]!r} version {key[1]} is started already")
         main = await self._ensure_main()
-        address = options.distributed_address
         front_name = f"shardserve-front-{os.getpid()}-{time.monotonic_ns()}"
         with contextlib.ExitStack() as stack:
+            tcp = stack.enter_context(listen_tcp(options.distributed_address, "distributed_address"))
+            address = Address(*tcp.getsockname()[:2])
             listeners = (
-                stack.enter_context(listen_tcp(address, "distributed_address")),
+                tcp,
                 stack.enter_context(listen_abstract(twin_name(address))),
                 stack.enter_context(listen_abstract(front_name)),
             )
+            options = replace(options, distributed_address=address)
             # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
             service = Service(options, listeners, front_name, incarnation=int(time.time()))
             self._services[key] = service
@@ -144,6 +149,8 @@ class Launcher:
             rank_table_json_file=options.rank_table_json_file,
             incarnation=service.incarnation,
             wait_agents_time_in_seconds=options.wait_agents_time_in_seconds,
+            num_parallel_workers=options.num_parallel_workers,
+            devices=options.devices,
         )
         await worker.order(order, None)
 

@@ -40,9 +40,14 @@ class Program:
 
     @classmethod
     def load(
-        cls, graph_file: str | Path, group_config_file: str | Path | None = None, device: str | torch.device = "cpu"
+        cls,
+        graph_file: str | Path,
+        group_config_file: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        weights: dict[str, dict[str, Tensor]] | None = None,
     ) -> Program:
-        """Read a shard's files; the config defaults to the group_config.json beside the graph.
+        """Read a shard's files; the config defaults to the group_config.json beside the graph. weights: by the sha256
+        of a weights file, what was loaded from it on this device so far; programs that are given it share tensors.
 
         Raises ShardError, naming the file, when one is missing, altered, of another export or version, when the graph
         calls an operator that isn't allowed or when a weight is missing or has another shape or dtype.
@@ -65,7 +70,8 @@ class Program:
                 raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
         check_digest(weights_file, config.weights_sha256)
         target = torch.device(device)
-        parameters = _load_parameters(graph, weights_file, target)
+        loaded = {} if weights is None else weights.setdefault(config.weights_sha256, {})
+        parameters = _load_parameters(graph, weights_file, target, loaded)
         try:
             return cls(config, graph, parameters, target)
         except ShardError as error:
@@ -138,8 +144,7 @@ def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
     return collective.reduce_scatter(x, node.args[1])
 
 
-def _load_parameters(graph: GraphFile, file: Path, device: torch.device) -> list[Tensor]:
-    loaded: dict[str, Tensor] = {}
+def _load_parameters(graph: GraphFile, file: Path, device: torch.device, loaded: dict[str, Tensor]) -> list[Tensor]:
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             available = set(tensors.keys())

@@ -31,7 +31,10 @@ class HostHandle:
 
 
 class Registry:
-    """`on_models(signatures)`, one per program of an agent, is called with the first agent, before it joins."""
+    """`on_models(signatures)`, one per program of an agent, is called with the first agent, before it joins.
+
+    model_files: what each agent loads, of a servable that is not distributed; else their supervisors know.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class Registry:
         table: RankTable,
         groups: list[ReplicaGroup],
         on_models: Callable[[Sequence[Signature]], None],
+        model_files: tuple[str, ...] = (),
     ) -> None:
         assert servable.model is not None
         self._servable = servable
@@ -46,6 +50,7 @@ class Registry:
         self._table = table
         self._groups = groups
         self._on_models = on_models
+        self._model_files = model_files
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
 
@@ -85,7 +90,11 @@ class Registry:
                 f"none of the rank table's hosts ({', '.join(self._table.hosts)}) is an address of this host; "
                 "give agent_ip and rank_start if the table knows it by another one"
             )
-        if message.count != len(ranks):
+        if self._model_files and message.count:
+            raise ConfigError(
+                f"servable {self._servable.name!r} is not distributed: start_servables starts its agents, no startup_agents"
+            )
+        if not self._model_files and message.count != len(ranks):
             listed = ", ".join(map(str, ranks))
             raise ConfigError(
                 f"{message.count} model_files for {len(ranks)} ranks: the rank table gives this host rank {listed}"
@@ -103,6 +112,7 @@ class Registry:
                 message.agent_ip or entries[0].host,
                 self._model.rank_size,
                 self._model.stage_size,
+                self._model_files,
             )
         )
         self.tell_ready()

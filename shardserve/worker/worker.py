@@ -18,7 +18,7 @@ from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.model_calls import ModelCalls, model_batchings, program_number
-from shardserve.worker.rank_table import load_rank_table
+from shardserve.worker.placement import ranks_and_files
 from shardserve.worker.registry import HostHandle, Registry
 from shardserve.worker.requests import Requests
 from shardserve.worker.scheduler import Scheduler
@@ -40,17 +40,17 @@ class Worker:
         self._incarnation = serve.incarnation
         self._counter = 0
         self._servable = load_servable(serve.servable_directory, serve.servable_name)
+        self._table, model_files = ranks_and_files(self._servable, serve)
         model = self._servable.model
         assert model is not None
         self._model = model
-        self._table = load_rank_table(serve.rank_table_json_file, model.rank_size, model.stage_size)
         window = model.stage_size + WINDOW_AHEAD if model.enable_pipeline_infer else 1
         self._groups = [
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
         self._scheduler = Scheduler(self._groups, settings)
-        self._registry = Registry(self._servable, self._table, self._groups, self._models_came)
+        self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
         self._python_stages = StagePool(

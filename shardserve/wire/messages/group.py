@@ -46,7 +46,7 @@ class Roster(Message, frozen=True):
 
 class Enlist(Message, frozen=True):
     """From a supervisor. hosts: those of the roster that are addresses of its host; agent_ip and rank_start replace them
-    where the rank table knows none. count: how many model files it was given."""
+    where the rank table knows none. count: for how many ranks it was given model files."""
 
     hosts: tuple[str, ...]
     agent_ip: str | None
@@ -56,13 +56,14 @@ class Enlist(Message, frozen=True):
 
 class Enlisted(Message, frozen=True):
     """To a supervisor: the ranks of its host, the devices they take by the rank table, and the address that the table has
-    for the host."""
+    for the host. model_files: what each rank loads, if the servable is not distributed."""
 
     ranks: tuple[int, ...]
     devices: tuple[str, ...]
     host: str
     rank_size: int
     stage_size: int
+    model_files: tuple[str, ...] = ()
 
 
 class HostReady(Message, frozen=True):

@@ -148,8 +148,8 @@ class Host:
     def __init__(self, worker_port, model_files, start_port, configs=None, agent_ip=None, rank_start=None, **settings):
         options = HostOptions(
             distributed_address=f"{HOST}:{worker_port}",
-            model_files=tuple(map(str, model_files)),
-            group_config_files=tuple(configs or [None] * len(model_files)),
+            model_files=tuple((str(file),) for file in model_files),
+            group_config_files=tuple((config,) for config in configs or [None] * len(model_files)),
             agent_start_port=start_port,
             agent_ip=agent_ip,
             rank_start=rank_start,
