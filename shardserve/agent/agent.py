@@ -22,6 +22,7 @@ from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
+from shardserve.wire.security import Door, Security, enter, is_loopback
 from shardserve.wire.sockets import Address, connect_within, listen_abstract, listen_tcp, parse_address, twin_name
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Agent:
             Program.load(model, config, request.device, weights)
             for model, config in zip(request.model_files, request.config_files, strict=True)
         ]
+        self._security = Security.load(request.security)
         self._stage_address = Address(request.host, request.stage_port)
         self._listeners = self._listen()
         self._incarnation = 0
@@ -74,8 +76,13 @@ class Agent:
     def _listen(self) -> Sequence[socket.socket]:
         if self._programs[0].config.stage == 0:
             return ()
+        twin = listen_abstract(twin_name(self._stage_address))
+        guarded = self._security.guards or self._request.security.insecure
+        if not guarded and not is_loopback(self._request.host):
+            # The Worker is on loopback, so all agents are on this host, whatever address the table has for it.
+            return (twin,)
         what = f"rank {self._request.rank}: agent_start_port gives it"
-        return (listen_tcp(self._stage_address, what), listen_abstract(twin_name(self._stage_address)))
+        return (listen_tcp(self._stage_address, what), twin)
 
     def serve(self) -> None:
         """Works for one Worker after the other until told to leave; Unavailable if none comes for reconnect_timeout."""
@@ -83,11 +90,22 @@ class Agent:
         while True:
             address = parse_address(self._request.worker_address, "distributed_address")
             connected = connect_within(
-                address, settings.reconnect_timeout, settings.connect_retry_interval, threading.Event()
+                address,
+                settings.reconnect_timeout,
+                settings.connect_retry_interval,
+                threading.Event(),
+                settings.peer_timeout,
             )
             if connected is None:
                 raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")
-            connection: Connection = FrameSocket(connected, group.ToAgent)
+            try:
+                door = Door(self._security, "Worker", settings.join_timeout, address)
+                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent)
+            except OSError as error:
+                logger.warning("rank %d: %s; trying again", self._request.rank, error)
+                # Not at once: something may take each connection only to end it.
+                threading.Event().wait(settings.reconnect_delay)
+                continue
             if self._work(connection):
                 return
 
@@ -148,6 +166,7 @@ class Agent:
                 self._listeners,
                 self._shared_memory,
                 self._settings,
+                self._security,
             )
         except GenerationEnded:
             return None

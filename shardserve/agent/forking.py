@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from shardserve.errors import StartError
+from shardserve.wire.messages.launch import SecurityFiles
 
 MESSAGE_LIMIT = 1 << 20
 
@@ -24,7 +25,7 @@ class ForkRequest(msgspec.Struct, frozen=True):
     """All that an agent needs to know; the descriptor of its group's shared memory travels beside it.
 
     host: the address by which other ranks reach it. stage_port: where it listens for the link of the previous pipeline
-    stage. threads: for torch's operators.
+    stage. threads: for torch's operators. security: files that each agent reads for itself.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class ForkRequest(msgspec.Struct, frozen=True):
     threads: int
     model_files: tuple[str, ...]
     config_files: tuple[str | None, ...]
+    security: SecurityFiles = SecurityFiles()
 
 
 class ForkReply(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
+from shardserve.wire.security import Security
 from shardserve.wire.sockets import parse_address
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Membership:
         listeners: Sequence[socket.socket],
         shared_memory: int | None,
         settings: Settings,
+        security: Security,
     ) -> None:
         self.lifetime = lifetime
         self._programs = programs
@@ -60,9 +62,9 @@ class Membership:
         # Connect first, accept then: a connection waits in the other's backlog, so no order of ranks can deadlock.
         if form.next_address is not None:
             address = parse_address(form.next_address, "stage link")
-            self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout)
+            self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout, settings, security)
         if not self._first:
-            self._incoming = IncomingLink(listeners, lifetime, timeout)
+            self._incoming = IncomingLink(listeners, lifetime, timeout, settings, security)
 
     def _make_collective(self, kind: str, host: str, shared_memory: int | None, settings: Settings) -> Collective:
         config = self._programs[0].config
@@ -72,7 +74,7 @@ class Membership:
         if kind == "gloo":
             timeout = settings.form_timeout
             store = WorkerStore(self._connection.send, self.lifetime, f"stage{config.stage}/", timeout)
-            return GlooCollective(store, rank, size, host, self.lifetime, timeout, settings.step_timeout)
+            return GlooCollective(store, rank, size, host, self.lifetime, settings)
         if shared_memory is None:
             raise CollectiveBroken("the group's ranks are not all agents of one startup_agents, so share no memory")
         return SharedMemoryCollective(

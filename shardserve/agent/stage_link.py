@@ -6,6 +6,8 @@ Worker's window of steps; a frame carries no metadata, its shapes follow from th
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import selectors
 import socket
@@ -18,12 +20,20 @@ from torch import Tensor
 
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.tensors import buffers_of
+from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
+from shardserve.wire.security import JOIN_LIMIT, Door, Entrance, Security, enter
 from shardserve.wire.sockets import Address, connect, same_user, tune
+from shardserve.wire.tls import TLSSocket
+
+logger = logging.getLogger(__name__)
 
 Frames = FrameSocket[group.StageHello | group.Transfer]
+PURPOSE = "stage link"
+DEFAULTS = Settings()
+OPEN = Security()
 
 
 class Link(Protocol):
@@ -46,9 +56,26 @@ class LinkBroken(Exception):
 class OutgoingLink:
     """To the next pipeline stage."""
 
-    def __init__(self, address: Address, rank: int, lifetime: Lifetime, timeout: float) -> None:
+    def __init__(
+        self,
+        address: Address,
+        rank: int,
+        lifetime: Lifetime,
+        timeout: float,
+        settings: Settings = DEFAULTS,
+        security: Security = OPEN,
+    ) -> None:
         self._lifetime = lifetime
-        self._frames: Frames = FrameSocket(connect(address, timeout), group.OnStageLink)
+        connection = connect(address, timeout, settings.peer_timeout)
+        # So that the end of the generation ends this, too; the connection itself may not stand yet.
+        lifetime.on_end(lambda: shut(connection))
+        try:
+            entered = enter(connection, Door(security, PURPOSE, settings.join_timeout, address))
+        except OSError:
+            if lifetime.ended:
+                raise GenerationEnded from None
+            raise
+        self._frames: Frames = FrameSocket(entered, group.OnStageLink)
         self._queue: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
         lifetime.on_end(self.abort)
@@ -77,10 +104,17 @@ class OutgoingLink:
 class IncomingLink:
     """From the previous pipeline stage, taken on this agent's listeners."""
 
-    def __init__(self, listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float) -> None:
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        lifetime: Lifetime,
+        timeout: float,
+        settings: Settings = DEFAULTS,
+        security: Security = OPEN,
+    ) -> None:
         self._lifetime = lifetime
         self._queue: queue.SimpleQueue[tuple[int, Payload] | str | None] = queue.SimpleQueue()
-        self._frames = _accept(listeners, lifetime, timeout)
+        self._frames = _accept(listeners, lifetime, timeout, settings, security)
         lifetime.on_end(self.abort)
         threading.Thread(target=self._work, name="stage-receive", daemon=True).start()
 
@@ -110,53 +144,114 @@ class IncomingLink:
         self._frames.close()
 
 
-def _accept(listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float) -> Frames:
+def _accept(
+    listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float, settings: Settings, security: Security
+) -> Frames:
     """The connection whose hello is of this generation; others are closed, who says nothing keeps nobody out."""
     deadline = time.monotonic() + timeout
+    door = Door(security, PURPOSE, settings.join_timeout)
     wake, waker = socket.socketpair()
     lifetime.on_end(waker.close)
-    silent: set[Frames] = set()
-    try:
-        with wake, selectors.DefaultSelector() as selector:
-            for source in (wake, *listeners):
-                selector.register(source, selectors.EVENT_READ)
-            while True:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if lifetime.ended:
-                    raise GenerationEnded
-                if not ready:
-                    raise LinkBroken(f"the previous pipeline stage did not connect within {timeout} s")
-                for key, _ in ready:
+    # In the order in which they came.
+    newcomers: dict[Newcomer, None] = {}
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(_close_all, newcomers)
+        leaving.enter_context(wake)
+        selector = leaving.enter_context(selectors.DefaultSelector())
+        for source in (wake, *listeners):
+            selector.register(source, selectors.EVENT_READ)
+        while True:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if lifetime.ended:
+                raise GenerationEnded
+            if not ready:
+                raise LinkBroken(f"the previous pipeline stage did not connect within {timeout} s")
+            for key, _ in ready:
+                newcomer: Newcomer | None = key.data
+                if newcomer is None:
                     assert isinstance(key.fileobj, socket.socket)
-                    frames: Frames | None = key.data
-                    if frames is None:
-                        connection, _ = key.fileobj.accept()
-                        frames = _newcomer(connection)
-                        silent.add(frames)
-                        selector.register(connection, selectors.EVENT_READ, frames)
+                    if len(newcomers) >= settings.max_joining:
+                        _dismiss(next(iter(newcomers)), newcomers, selector)
+                    newcomer = Newcomer(key.fileobj.accept()[0], door, settings.peer_timeout)
+                    newcomers[newcomer] = None
+                    selector.register(newcomer.connection, selectors.EVENT_READ, newcomer)
+                elif newcomer in newcomers:
+                    hello = newcomer.progress()
+                    if hello is None and not newcomer.gone:
                         continue
-                    try:
-                        message, _ = frames.receive()
-                    except BlockingIOError:
-                        continue
-                    except (OSError, EOFError, FrameError):
-                        message = None
-                    selector.unregister(key.fileobj)
-                    silent.remove(frames)
-                    if isinstance(message, group.StageHello) and message.generation == lifetime.generation:
-                        frames.set_timeout(None)
-                        return frames
-                    frames.close()
-    finally:
-        for frames in silent:
-            frames.close()
+                    if hello is not None and hello.generation == lifetime.generation:
+                        del newcomers[newcomer]
+                        return newcomer.taken()
+                    _dismiss(newcomer, newcomers, selector)
 
 
-def _newcomer(connection: socket.socket) -> Frames:
-    """Reads without waiting. That of another user of this host is at its end at once."""
-    frames: Frames = FrameSocket(connection, group.OnStageLink)
-    frames.set_timeout(0)
-    if connection.family == socket.AF_UNIX and not same_user(connection):
+def _close_all(newcomers: dict[Newcomer, None]) -> None:
+    for newcomer in newcomers:
+        newcomer.close()
+
+
+def _dismiss(newcomer: Newcomer, newcomers: dict[Newcomer, None], selector: selectors.BaseSelector) -> None:
+    selector.unregister(newcomer.connection)
+    del newcomers[newcomer]
+    newcomer.close()
+
+
+class Newcomer:
+    """A connection that hasn't said yet who it is; nobody waits for it. `gone` when it can be closed."""
+
+    def __init__(self, connection: socket.socket, door: Door, peer_timeout: float) -> None:
+        self.connection = connection
+        self.gone = connection.family == socket.AF_UNIX and not same_user(connection)
+        connection.setblocking(False)
+        tune(connection, peer_timeout)
+        self._entrance = door.entrance(connection)
+        self._frames: Frames | None = None
+        if self._entrance is None:
+            self._frames = FrameSocket(connection, group.OnStageLink)
+
+    def progress(self) -> group.StageHello | None:
+        """Takes what is there; the hello when it is complete."""
+        if self.gone:
+            return None
+        try:
+            if self._entrance is not None:
+                self._enter(self._entrance)
+            if self._frames is not None:
+                message, _ = self._frames.receive()
+                self.gone = not isinstance(message, group.StageHello)
+                return message if isinstance(message, group.StageHello) else None
+        except BlockingIOError:
+            pass
+        except (OSError, EOFError, FrameError):
+            self.gone = True
+        return None
+
+    def _enter(self, entrance: Entrance) -> None:
+        data = self.connection.recv(JOIN_LIMIT)
+        if not data:
+            raise EOFError
+        # A few hundred bytes on a new connection: the kernel takes them.
+        self.connection.send(entrance.received(memoryview(data)))
+        if entrance.refused is not None:
+            logger.warning("stage link: refused %s", entrance.refused)
+            self.gone = True
+        elif entrance.done:
+            self._entrance = None
+            tls = entrance.tls
+            self._frames = FrameSocket(
+                self.connection if tls is None else TLSSocket(self.connection, tls), group.OnStageLink
+            )
+
+    def taken(self) -> Frames:
+        assert self._frames is not None
+        self._frames.set_timeout(None)
+        return self._frames
+
+    def close(self) -> None:
+        shut(self.connection)
+        self.connection.close()
+
+
+def shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    tune(connection)
-    return frames

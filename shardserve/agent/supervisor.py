@@ -24,6 +24,7 @@ from shardserve.errors import (
     CLASSES,
     ConfigError,
     InternalError,
+    JoinRefused,
     ServableError,
     ShardserveError,
     StartError,
@@ -34,6 +35,8 @@ from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
+from shardserve.wire.messages.launch import UNGUARDED, SecurityFiles
+from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import connect_within, is_local, parse_address
 from shardserve.wire.stream import FrameStream
 
@@ -53,6 +56,7 @@ class HostOptions:
     agent_ip: str | None
     rank_start: int | None
     device_type: str | None
+    security: SecurityFiles = UNGUARDED
 
 
 @dataclass(eq=False)
@@ -138,10 +142,19 @@ class Supervisor:
             if not self._stopping.is_set():
                 self._fail(StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"))
             return
-        stream: FrameStream[group.ToSupervisor] = FrameStream(group.ToSupervisor, self._frame, self._lost)
-        await self._loop.create_connection(lambda: stream, sock=connected)
+        stream: FrameStream[group.ToSupervisor] = FrameStream(
+            group.ToSupervisor,
+            self._frame,
+            self._lost,
+            door=Door(Security.load(self._options.security), "Worker", self._settings.join_timeout, self._address),
+            on_admitted=self._admitted,
+        )
         self._stream = stream
-        stream.send(group.Introduce(os.getpid()))
+        await self._loop.create_connection(lambda: stream, sock=connected)
+
+    def _admitted(self) -> None:
+        assert self._stream is not None
+        self._stream.send(group.Introduce(os.getpid()))
 
     async def _connect(self, seconds: float) -> socket.socket | None:
         """`connect_within` on a thread of its own: executors take no work once the script's last line has run."""
@@ -149,7 +162,8 @@ class Supervisor:
 
         def work() -> None:
             interval = self._settings.connect_retry_interval
-            connected = connect_within(self._address, seconds, interval, self._stopping)
+            peer_timeout = self._settings.peer_timeout
+            connected = connect_within(self._address, seconds, interval, self._stopping, peer_timeout)
             # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(done.set_result, connected)
@@ -159,9 +173,19 @@ class Supervisor:
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None
+        if self._stopping.is_set() or self._ended.is_set():
+            return
+        if isinstance(reason, JoinRefused):
+            self._fail(reason)
+            return
+        logger.warning("the Worker at %s is gone (%s); waiting for it to come back", self._address, reason or "it left")
+        # Not at once: something may take each connection only to end it.
+        self._loop.call_later(self._settings.reconnect_delay, self._rejoin)
+
+    def _rejoin(self) -> None:
         if not self._stopping.is_set() and not self._ended.is_set():
-            logger.warning("the Worker at %s is gone; waiting for it to come back", self._address)
-            self._spawn(lambda: self._join(self._settings.reconnect_timeout))
+            # None of this host's agents is there yet: their Worker may still be on its way.
+            self._spawn(lambda: self._join(self._settings.reconnect_timeout if self._slots else None))
 
     def _frame(self, message: group.ToSupervisor, payload: Payload) -> None:
         match message:
@@ -227,6 +251,7 @@ class Supervisor:
                 threads=threads,
                 model_files=model_files[i],
                 config_files=config_files[i],
+                security=options.security,
             )
             slots.append(AgentSlot(request, memories.get(rank // per_stage)))
         return slots

@@ -10,12 +10,14 @@ from concurrent.futures import Future
 from shardserve.agent.supervisor import HostOptions, Supervisor
 from shardserve.errors import ConfigError
 from shardserve.servable import declare_distributed as declare_servable
-from shardserve.server.front import launcher
+from shardserve.server.front import SSLConfig, launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
 from shardserve.server.runtime import current_runtime
 from shardserve.settings import Settings
-from shardserve.wire.sockets import parse_address
+from shardserve.wire.messages.launch import SecurityFiles
+from shardserve.wire.security import Security, check_guarded
+from shardserve.wire.sockets import Address, is_local, parse_address
 
 __all__ = ["declare_servable", "start_servable", "startup_agents"]
 
@@ -29,11 +31,16 @@ def start_servable(
     version_number: int = 1,
     distributed_address: str = "127.0.0.1:6200",
     wait_agents_time_in_seconds: float = 0,
+    join_secret_file: str | None = None,
+    ssl_config: SSLConfig | None = None,
+    insecure: bool = False,
 ) -> None:
     """Starts the Distributed Worker of a servable and returns when every agent is ready.
 
     Relative paths are taken from the running script's directory. With wait_agents_time_in_seconds 0 it waits for ever,
-    else a StartError says how many of how many agents came and which ranks are missing.
+    else a StartError says how many of how many agents came and which ranks are missing. Beyond loopback it needs a
+    join_secret_file (or SHARDSERVE_JOIN_SECRET_FILE) or an ssl_config that its agents have, too, unless `insecure`;
+    with the custom_ca of an ssl_config agents need a certificate of that CA.
     """
     begin_servable(
         servable_directory,
@@ -42,6 +49,9 @@ def start_servable(
         version_number,
         distributed_address,
         wait_agents_time_in_seconds,
+        join_secret_file,
+        ssl_config,
+        insecure,
     ).result()
 
 
@@ -52,19 +62,24 @@ def begin_servable(
     version_number: int = 1,
     distributed_address: str = "127.0.0.1:6200",
     wait_agents_time_in_seconds: float = 0,
+    join_secret_file: str | None = None,
+    ssl_config: SSLConfig | None = None,
+    insecure: bool = False,
 ) -> Future[None]:
     """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready."""
     if not isinstance(version_number, int) or isinstance(version_number, bool) or version_number < 1:
         raise ConfigError(f"version_number={version_number!r} is not an integer of at least 1")
     if wait_agents_time_in_seconds < 0:
         raise ConfigError(f"wait_agents_time_in_seconds={wait_agents_time_in_seconds!r} is negative")
+    address = parse_address(distributed_address, "distributed_address")
     options = ServableOptions(
         servable_directory=resolve(servable_directory),
         servable_name=servable_name,
         version_number=version_number,
         rank_table_json_file=resolve(rank_table_json_file),
-        distributed_address=parse_address(distributed_address, "distributed_address"),
+        distributed_address=address,
         wait_agents_time_in_seconds=wait_agents_time_in_seconds,
+        security=_security(address, join_secret_file, ssl_config, insecure),
     )
     current = launcher()
     service = current_runtime().call(current.open_servable(options))
@@ -79,16 +94,30 @@ def startup_agents(
     agent_ip: str | None = None,
     rank_start: int | None = None,
     device_type: str | None = None,
+    join_secret_file: str | None = None,
+    ssl_config: SSLConfig | None = None,
+    insecure: bool = False,
 ) -> None:
     """Starts all agents of this host, returns once all are registered, and keeps them alive in the background.
 
     May be called before or after the server is there. model_files: per rank of this host, in rank order, a graph file
     or a list of them (its subgraphs); group_config_files: the same for the configs, by default the group_config.json
     beside each graph file. Agent i listens on agent_start_port + i. agent_ip and rank_start, both or neither, say who
-    this host is where the rank table has none of its addresses. Errors name the file, rank or count that is wrong.
+    this host is where the rank table has none of its addresses. join_secret_file,
+    ssl_config, insecure: as in start_servable; a certificate is for this host's address in the table (or agent_ip).
+    Errors name the file, rank or count that is wrong.
     """
     begin_agents(
-        distributed_address, model_files, group_config_files, agent_start_port, agent_ip, rank_start, device_type
+        distributed_address,
+        model_files,
+        group_config_files,
+        agent_start_port,
+        agent_ip,
+        rank_start,
+        device_type,
+        join_secret_file,
+        ssl_config,
+        insecure,
     ).result()
 
 
@@ -100,21 +129,28 @@ def begin_agents(
     agent_ip: str | None = None,
     rank_start: int | None = None,
     device_type: str | None = None,
+    join_secret_file: str | None = None,
+    ssl_config: SSLConfig | None = None,
+    insecure: bool = False,
 ) -> Future[None]:
     """As `startup_agents`, but returns at once; the future is done when all agents are registered."""
+    address = parse_address(distributed_address, "distributed_address")
     options = HostOptions(
-        distributed_address=str(parse_address(distributed_address, "distributed_address")),
+        distributed_address=str(address),
         model_files=_paths("model_files", model_files),
         group_config_files=_configs(model_files, group_config_files),
         agent_start_port=agent_start_port,
         agent_ip=agent_ip,
         rank_start=rank_start,
         device_type=device_type,
+        security=_security(address, join_secret_file, ssl_config, insecure),
     )
     if not 0 < agent_start_port <= LAST_PORT - len(model_files):
         raise ConfigError(f"agent_start_port={agent_start_port!r} leaves no room for {len(model_files)} ports")
     if (agent_ip is None) != (rank_start is None):
         raise ConfigError("agent_ip and rank_start: give both or neither")
+    if agent_ip is not None and not is_local(agent_ip):
+        raise ConfigError(f"agent_ip={agent_ip!r} is not an address of this host")
     if device_type not in (None, "cpu", "cuda"):
         raise ConfigError(f"device_type={device_type!r} is none of None, 'cpu', 'cuda'")
     for path in itertools.chain.from_iterable(options.model_files or ()):
@@ -131,6 +167,20 @@ def begin_agents(
 
     current_runtime().settle(lambda: Supervisor(options, settings, on_ready))
     return ready
+
+
+def _security(
+    address: Address, join_secret_file: str | None, ssl_config: SSLConfig | None, insecure: bool
+) -> SecurityFiles:
+    """What of it there is, checked; ConfigError or StartError names the argument or file that is missing or wrong."""
+    secret_file = join_secret_file or Settings.from_environment().join_secret_file
+    files = SecurityFiles(
+        resolve(secret_file) if secret_file else None, ssl_config.files() if ssl_config is not None else None, insecure
+    )
+    check_guarded(address.host, files, "distributed_address")
+    # The Worker and each agent read them for themselves; here a mistake is told before anything is started.
+    Security.load(files)
+    return files
 
 
 def _paths(name: str, given: Sequence[str | Sequence[str]]) -> tuple[tuple[str, ...], ...]:

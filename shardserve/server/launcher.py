@@ -22,6 +22,7 @@ from shardserve.errors import ConfigError, ShardserveError
 from shardserve.server.children import Child
 from shardserve.settings import Settings
 from shardserve.wire.messages import launch
+from shardserve.wire.messages.launch import UNGUARDED, SecurityFiles
 from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ServableOptions:
     wait_agents_time_in_seconds: float
     num_parallel_workers: int = 1
     devices: tuple[int, ...] | None = None
+    security: SecurityFiles = UNGUARDED
 
 
 @dataclass(eq=False)
@@ -151,6 +153,7 @@ class Launcher:
             wait_agents_time_in_seconds=options.wait_agents_time_in_seconds,
             num_parallel_workers=options.num_parallel_workers,
             devices=options.devices,
+            security=options.security,
         )
         await worker.order(order, None)
 

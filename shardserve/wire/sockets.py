@@ -78,8 +78,8 @@ PROBES = 3
 
 
 def tune(connection: socket.socket, peer_timeout: float = Settings.peer_timeout) -> None:
-    """No waiting for more to send; and a host that is gone without a word ends the connection after peer_timeout, whether
-    data is under way (TCP_USER_TIMEOUT) or not (keepalive), see tcp(7)."""
+    """No waiting for more to send; and a host that is gone without a word ends the connection after peer_timeout,
+    whether data is under way (TCP_USER_TIMEOUT) or not (keepalive), see tcp(7)."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

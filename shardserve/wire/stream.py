@@ -25,8 +25,8 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
 
     A frame that doesn't parse ends the connection, as an exception of `on_frame` does; both reach `on_lost`.
     `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
-    `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what the
-    kernel hasn't taken yet, in bytes: callers bound their queues with it.
+    `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
+    the kernel hasn't taken yet, in bytes: callers bound their queues with it.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def listening_context(files: TLSFiles) -> ssl.SSLContext:
 
 
 def connecting_context(files: TLSFiles) -> ssl.SSLContext:
-    """For the side that connects; checks the other's certificate, with its names, against custom_ca or the system's CAs."""
+    """For the side that connects; checks the other's certificate and its names against custom_ca or the system's CAs."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     _load(context, files)
@@ -93,8 +93,8 @@ def chunks(pieces: Iterable[bytes | bytearray | memoryview]) -> Iterator[memoryv
 
 
 class TLSSession:
-    """One side of one connection, between ciphertext and plaintext. Raises ssl.SSLError; whatever `outgoing` then holds is
-    the alert for the other side. peer: the name or address that was connected to; None on the listening side."""
+    """One side of one connection, between ciphertext and plaintext. Raises ssl.SSLError; whatever `outgoing` then holds
+    is the alert for the other side. peer: the name or address that was connected to; None on the listening side."""
 
     def __init__(self, context: ssl.SSLContext, peer: str | None) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

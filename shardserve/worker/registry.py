@@ -99,8 +99,11 @@ class Registry:
             raise ConfigError(
                 f"{message.count} model_files for {len(ranks)} ranks: the rank table gives this host rank {listed}"
             )
-        for other in self.hosts:
+        for other in list(self.hosts):
             both = set(other.ranks) & set(ranks)
+            if both and other is not host and other.pid == host.pid:
+                self._forget(other)
+                continue
             if both and other is not host:
                 raise JoinRefused(f"rank {min(both)} is already kept by another startup_agents (pid {other.pid})")
         host.ranks = ranks
@@ -117,11 +120,21 @@ class Registry:
         )
         self.tell_ready()
 
+    def _forget(self, host: HostHandle) -> None:
+        """The same supervisor came again: it has lost its connection, and this side hasn't noticed yet."""
+        host.stream.abort()
+        host.ranks = ()
+
     def register(self, stream: Stream, message: group.Register, incarnation: int) -> tuple[ReplicaGroup, AgentHandle]:
         """JoinRefused, ShardError or ConfigError says what doesn't fit; else the agent is in its group."""
         if not 0 <= message.rank < len(self._table.entries):
             raise JoinRefused(f"rank {message.rank}: the rank table has ranks 0 to {len(self._table.entries) - 1}")
         there = self.agent(message.rank)
+        if there is not None and there.pid == message.pid:
+            # It has lost its connection, as when its host was cut off, and this side hasn't noticed yet.
+            there.stream.abort()
+            self._groups[message.rank // self._model.rank_size].lost(there)
+            there = None
         if there is not None:
             raise JoinRefused(f"rank {message.rank} is already there (pid {there.pid} on {there.host})")
         replica, local = divmod(message.rank, self._model.rank_size)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from shardserve.errors import ShardserveError, StartError
+from shardserve.errors import JoinRefused, ShardserveError, StartError
 from shardserve.servable import ModelStage, load_servable
 from shardserve.settings import Settings
 from shardserve.shards.config import Signature
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import Generation, front, group, launch
+from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import same_user, tune
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
@@ -67,12 +68,15 @@ class Worker:
         self._mains: list[FrameStream[front.ToWorker]] = []
         self._servers: list[asyncio.Server] = []
         self._connections: set[FrameStream[group.FromGroup]] = set()
+        self._joining: dict[FrameStream[group.FromGroup], None] = {}
         self._all_left = asyncio.Event()
         self._ready_order: int | None = serve.order
 
     async def start(self, distributed: socket.socket, local: socket.socket, front_listener: socket.socket) -> None:
         """Takes agents on the first two listeners (TCP and its local twin), Main on the third."""
         loop = asyncio.get_running_loop()
+        # Read by each Worker anew: certificates are renewed while a server runs.
+        self.door = Door(Security.load(self._serve.security), "Worker", self._settings.join_timeout)
         for listener in (distributed, local):
             self._servers.append(await loop.create_server(lambda: GroupConnection(self).stream, sock=listener))
         self._servers.append(await loop.create_server(lambda: FrontConnection(self).stream, sock=front_listener))
@@ -199,11 +203,20 @@ class Worker:
         self._set_state("failed", reason)
         self._refuse_start(StartError(reason))
 
-    def joined(self, stream: FrameStream[group.FromGroup]) -> None:
+    def came(self, stream: FrameStream[group.FromGroup], connection: socket.socket) -> None:
+        """Whoever it is, it hasn't proved it yet; too many such can keep nobody out but each other."""
+        tune(connection, self._settings.peer_timeout)
+        if len(self._joining) >= self._settings.max_joining:
+            next(iter(self._joining)).abort()
+        self._joining[stream] = None
+
+    def admitted(self, stream: FrameStream[group.FromGroup]) -> None:
+        self._joining.pop(stream, None)
         self._connections.add(stream)
         self._all_left.clear()
 
     def left(self, stream: FrameStream[group.FromGroup], host: HostHandle | None) -> None:
+        self._joining.pop(stream, None)
         self._connections.discard(stream)
         if host is not None:
             self._registry.hosts.remove(host)
@@ -279,8 +292,19 @@ class GroupConnection:
         self._agent: AgentHandle | None = None
         self._group: ReplicaGroup | None = None
         self.stream: FrameStream[group.FromGroup] = FrameStream(
-            group.FromGroup, self._frame, self._lost, on_made=_checked(lambda: worker.joined(self.stream))
+            group.FromGroup,
+            self._frame,
+            self._lost,
+            on_made=self._made,
+            door=worker.door,
+            on_admitted=lambda: worker.admitted(self.stream),
         )
+
+    def _made(self, connection: socket.socket) -> bool:
+        if not _may_connect(connection):
+            return False
+        self._worker.came(self.stream, connection)
+        return True
 
     def _frame(self, message: group.FromGroup, payload: Payload) -> None:
         if self._agent is not None and self._group is not None:
@@ -288,6 +312,10 @@ class GroupConnection:
             return
         try:
             match message:
+                case group.Join():
+                    raise JoinRefused(
+                        "this Worker was given no join secret; whoever comes with one is at the wrong one"
+                    )
                 case group.Introduce() if self._host is None:
                     self._host = self._worker.introduced(self.stream, message)
                 case group.Enlist() if self._host is not None:
@@ -304,7 +332,9 @@ class GroupConnection:
             self.stream.close()
 
     def _lost(self, reason: Exception | None) -> None:
-        if isinstance(reason, FrameError):
+        if isinstance(reason, (JoinRefused, TimeoutError)):
+            logger.warning("refused %s", reason)
+        elif isinstance(reason, FrameError):
             logger.warning("a connection on the distributed address ends: %s", reason)
         self._worker.left(self.stream, self._host)
         if self._agent is not None and self._group is not None:
@@ -318,7 +348,7 @@ class FrontConnection:
         self._worker = worker
         self._requests: Requests | None = None
         self.stream: FrameStream[front.ToWorker] = FrameStream(
-            front.ToWorker, self._frame, self._lost, on_made=_checked(self._made)
+            front.ToWorker, self._frame, self._lost, on_made=_may_connect, on_admitted=self._made
         )
 
     def _made(self) -> None:
@@ -338,15 +368,9 @@ class FrontConnection:
             self._worker.main_left(self.stream)
 
 
-def _checked(then: Callable[[], None]) -> Callable[[socket.socket], bool]:
-    """Takes a new connection unless it comes from another user of this host."""
-
-    def made(connection: socket.socket) -> bool:
-        if connection.family == socket.AF_UNIX and not same_user(connection):
-            logger.warning("refused a local connection of another user")
-            return False
-        tune(connection)
-        then()
-        return True
-
-    return made
+def _may_connect(connection: socket.socket) -> bool:
+    """Not from another user of this host."""
+    if connection.family == socket.AF_UNIX and not same_user(connection):
+        logger.warning("refused a local connection of another user")
+        return False
+    return True

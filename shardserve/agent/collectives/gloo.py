@@ -6,6 +6,9 @@ and is killed and forked anew. What gloo sends is plaintext.
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,6 +19,9 @@ from torch import Tensor
 
 from shardserve.agent.collectives.errors import CollectiveBroken
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
+from shardserve.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # torch's stubs know neither the store nor what a gloo group is made of.
 dist: Any = torch.distributed
@@ -40,29 +46,48 @@ class GlooCollective:
         size: int,
         host: str,
         lifetime: Lifetime,
-        form_timeout: float,
-        timeout: float,
+        settings: Settings,
     ) -> None:
         self.rank = rank
         self.size = size
         self._lifetime = lifetime
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
-        options._timeout = timedelta(seconds=form_timeout)
+        options._timeout = timedelta(seconds=settings.form_timeout)
+        self._abort_timeout = settings.abort_timeout
+        self._blocked = True
+        lifetime.on_end(self._leave_in_time)
         try:
             self._group = dist.ProcessGroupGloo(store, rank, size, options)
         except (RuntimeError, GenerationEnded) as error:
             raise self._broken("could not connect its ranks", error) from error
-        self._group._set_default_timeout(timedelta(seconds=timeout))
+        finally:
+            self._blocked = False
+        self._group._set_default_timeout(timedelta(seconds=settings.step_timeout))
+
+    def _leave_in_time(self) -> None:
+        """Nothing else ends a wait inside gloo, and the Worker that would have this agent killed may be out of reach."""
+
+        def check() -> None:
+            if self._blocked:
+                logger.warning("an agent ends: it is blocked in gloo after the end of its generation")
+                os._exit(1)
+
+        timer = threading.Timer(self._abort_timeout, check)
+        timer.daemon = True
+        timer.start()
 
     def _broken(self, what: str, error: Exception) -> Exception:
         return GenerationEnded() if self._lifetime.ended else CollectiveBroken(f"gloo {what}: {error}")
 
     def _wait(self, work: Any) -> None:
+        self._blocked = True
         try:
             work.wait()
         except RuntimeError as error:
             raise self._broken("failed", error) from error
+        finally:
+            self._blocked = False
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         # gloo has no bool: 0 and 1 as bytes give the same result for every operation but sum, which is "any".

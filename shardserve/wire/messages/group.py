@@ -12,8 +12,8 @@ from shardserve.wire.messages import Generation, Message
 
 
 class Join(Message, frozen=True):
-    """Before all others, where there is TLS or a join secret (wire/security.py has the exchange), on the distributed address
-    and on stage links. nonce: 32 random bytes, or none from a side that has no secret."""
+    """Before all others, where there is TLS or a join secret (wire/security.py has the exchange), on the distributed
+    address and on stage links. nonce: 32 random bytes, or none from a side that has no secret."""
 
     nonce: bytes
 

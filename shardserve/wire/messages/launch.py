@@ -30,11 +30,14 @@ class TLSFiles(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SecurityFiles(msgspec.Struct, frozen=True, array_like=True):
-    """What guards the distributed address and stage links. Beyond loopback it is one of the first two, unless `insecure`."""
+    """What guards the distributed address and stage links: beyond loopback one of the first two, unless `insecure`."""
 
     join_secret_file: str | None = None
     tls: TLSFiles | None = None
     insecure: bool = False
+
+
+UNGUARDED = SecurityFiles()
 
 
 class Attach(Message, frozen=True):

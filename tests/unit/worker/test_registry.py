@@ -54,10 +54,10 @@ class Setting:
         self.models = []
         self.registry = Registry(declared, table, self.groups, self.models.append)
 
-    def register(self, rank, shard=None, device="cpu", **fields):
+    def register(self, rank, shard=None, device="cpu", pid=None):
         stream = Stream()
         shards = [shard or config(rank % 2)]
-        message = group.Register(rank, 100 + rank, device, 0, f"a:{7000 + rank}", shards)
+        message = group.Register(rank, pid or 100 + rank, device, 0, f"a:{7000 + rank}", shards)
         return stream, self.registry.register(stream, message, 7)
 
     def supervisor(self, pid=50):
@@ -114,8 +114,23 @@ async def test_agent_that_does_not_fit(rank, shard, kind, said):
     s = Setting()
     s.register(0)
     with pytest.raises(kind, match=rf"^{said}"):
-        s.register(rank, shard)
+        s.register(rank, shard, pid=7)
     assert s.registry.missing == [1, 2, 3]
+
+
+@asynchronous
+async def test_an_agent_or_supervisor_that_comes_again_before_its_old_connection_ended_replaces_it():
+    s = Setting()
+    first, _ = s.register(0)
+    second, (replica, agent) = s.register(0)
+    assert first.aborted
+    assert not second.aborted
+    assert replica.agents[0] is agent
+    _, host = s.enlist(("b",), pid=51)
+    _, again = s.enlist(("b",), pid=51)
+    assert host.stream.aborted
+    assert not host.ranks
+    assert again.ranks
 
 
 @asynchronous

@@ -87,11 +87,11 @@ class Scene:
         self.peers.append(peer)
         return peer
 
-    async def agent(self, rank, shard=None, incarnation=0, device="cpu"):
+    async def agent(self, rank, shard=None, incarnation=0, device="cpu", pid=None):
         """Registers and forms whatever it is told to form."""
         agent = await self.peer(group.ToAgent, twin_name(self.address))
         shards = [shard or config(rank % 2)]
-        agent.send(group.Register(rank, 1000 + rank, device, incarnation, f"127.0.0.1:{7000 + rank}", shards))
+        agent.send(group.Register(rank, pid or 1000 + rank, device, incarnation, f"127.0.0.1:{7000 + rank}", shards))
         return agent
 
     async def agents(self, *ranks):
@@ -234,7 +234,7 @@ async def test_an_output_of_the_wrong_size_ends_the_leader_not_the_request(tmp_p
     [
         ({"rank": 2}, "JoinRefused", "rank 2: the rank table has ranks 0 to 1"),
         ({"rank": 1, "shard": config(0)}, "ShardError", "rank 1: needs the shard device1, was given device0"),
-        ({"rank": 0}, "JoinRefused", "rank 0 is already there (pid 1000 on 127.0.0.1)"),
+        ({"rank": 0, "pid": 7}, "JoinRefused", "rank 0 is already there (pid 1000 on 127.0.0.1)"),
         ({"rank": 1, "device": "cuda:1"}, "JoinRefused", "rank 1: runs on cuda:1, rank 0 on cpu"),
     ],
 )
