@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
-.PHONY: help demo test unit e2e lint format stubs bench-smoke clean
+.PHONY: help system-packages demo test unit e2e lint format stubs bench-smoke clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ unit: $(VENV)/.installed-dev ## the tests of single modules
 
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
 	$(BIN)/python -m pytest tests/e2e tests/chaos
+
+system-packages: ## what tests of several hosts need of the system (iproute2, openssl), where apt-get and root are there
+	@command -v ip >/dev/null && command -v openssl >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2 openssl; }
 
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

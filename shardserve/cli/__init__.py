@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import shardserve
-from shardserve.cli import export, infer, inspect, rank_table, status, up
+from shardserve.cli import agents, export, infer, inspect, rank_table, serve, status, up
 from shardserve.errors import ShardserveError
 
 
@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="shardserve", description=shardserve.__doc__)
     top.add_argument("--version", action="version", version=f"shardserve {shardserve.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (export, inspect, rank_table, up, status, infer):
+    for command in (export, inspect, rank_table, up, serve, agents, status, infer):
         command.add_parser(subparsers)
     return top
 

@@ -46,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     configure_logging("up")
     directory: Path = args.directory.resolve()
-    name = args.servable or _only_servable(directory)
+    name = args.servable or only_servable(directory)
     model_dir: Path = (args.model_dir or directory / "model").resolve()
     shards = _shards(model_dir)
     if args.rank_table is None:
@@ -79,7 +79,7 @@ def _start(args: argparse.Namespace, directory: str, name: str, table: str, file
         done.result()
 
 
-def _only_servable(directory: Path) -> str:
+def only_servable(directory: Path) -> str:
     found = sorted(path.parent.name for path in directory.glob("*/servable_config.py"))
     if len(found) != 1:
         what = f"{len(found)} servables ({', '.join(found)}): say which with --servable" if found else "no servable"
