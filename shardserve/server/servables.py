@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardserve.agent.supervisor import HostOptions, Supervisor
-from shardserve.errors import ConfigError, Unavailable
+from shardserve.errors import ConfigError, ShardserveError, Unavailable
 from shardserve.server.front import launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
@@ -122,7 +122,7 @@ class _Start:
             device_type=DEVICE_TYPES[config.device_kind],
         )
         settings = Settings.from_environment()
-        runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))
+        self._supervisor = runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))
 
     def _agents_ready(self, error: Exception | None) -> None:
         # Unavailable: the Worker has told them to leave, and says itself why.
@@ -131,12 +131,18 @@ class _Start:
             self._served.cancel()
 
     def wait(self) -> None:
-        """Returns when the servable is ready; raises why it can't be."""
+        """Returns when the servable is ready; raises why it can't be, and then its agents end, too."""
         try:
             self._served.result()
         except CancelledError:
             assert self._agents_error is not None
             raise self._agents_error from None
+        except ShardserveError:
+            current_runtime().call(self._stop_agents())
+            raise
+
+    async def _stop_agents(self) -> None:
+        self._supervisor.stop()
 
 
 def _latest(folder: Path) -> int:

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from shardserve.errors import ConfigError
-from shardserve.servable import Model, declare_distributed, declaring, load_servable, register_method
+from shardserve.servable import Model, declare_distributed, declare_model, declaring, load_servable, register_method
 
 GOOD = """
 from shardserve.server import distributed, register
@@ -105,3 +105,38 @@ def test_config_that_changes_the_path(tmp_path):
     before = list(sys.path)
     assert load_servable(directory, "net").name == "net"
     assert sys.path == before
+
+
+def test_models_that_are_not_distributed():
+    with declaring("s") as loaded:
+        one = declare_model("a.graph.json", "shardserve")
+        two = declare_model(["b.graph.json", "c.graph.json"], "shardserve", without_batch_dim_inputs=1)
+    assert [loaded.number(one), loaded.number(two)] == [0, 1]
+    assert (one.files, two.files) == (("a.graph.json",), ("b.graph.json", "c.graph.json"))
+    assert (two.rank_size, two.stage_size, two.without_batch_dim_inputs) == (1, 1, (1,))
+    with pytest.raises(ConfigError, match="the model of another servable"):
+        loaded.number(Model(rank_size=1, stage_size=1))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "said"),
+    [
+        (("a", "pt2"), {}, "model_format='pt2' is not supported; export the model with `shardserve export`"),
+        (("a", None), {}, "model_format=None is not supported"),
+        (([], "shardserve"), {}, r"model_file=\[\] is neither a path nor a list of paths"),
+        ((["a", 3], "shardserve"), {}, "model_file=.* is neither a path nor a list of paths"),
+        (("a", "shardserve"), {"with_batch_dim": 1}, "with_batch_dim=1 is not a bool"),
+        (("a", "shardserve"), {"options": 1}, "options is for MindSpore's own runtime and is not supported"),
+        (("a", "shardserve"), {"config_file": "c"}, "config_file is for MindSpore's own runtime"),
+    ],
+)
+def test_wrong_model_that_is_not_distributed(args, options, said):
+    with declaring("s"), pytest.raises(ConfigError, match=f"^declare_model: {said}"):
+        declare_model(*args, **options)
+
+
+def test_both_kinds_of_models_in_one_servable():
+    with declaring("s"):
+        declare_distributed(1, 1)
+        with pytest.raises(ConfigError, match="declare_model and declare_servable are not for one servable"):
+            declare_model("a", "shardserve")

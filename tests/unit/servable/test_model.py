@@ -30,3 +30,37 @@ from shardserve.servable import Model
 def test_wrong_declaration(options, text):
     with pytest.raises(ConfigError, match=rf"^declare_servable: {text}"):
         Model(**{"rank_size": 4, "stage_size": 2, **options})
+
+
+def test_call_works_inside_a_stage_only():
+    with pytest.raises(ConfigError, match=r"^Model.call: works inside a Python stage only"):
+        Model(rank_size=1, stage_size=1).call(1)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "text"),
+    [
+        ((), {}, "is given no inputs"),
+        ((1,), {"subgraph": -1}, "subgraph=-1 is not an integer of at least 0"),
+        ((1,), {"subgraph": "0"}, "subgraph='0' is not an integer"),
+        (([1],), {}, "instance 0 is a int; each is a tuple of that instance's inputs"),
+    ],
+)
+def test_wrong_call(args, options, text):
+    with pytest.raises(ConfigError, match=f"^Model.call: {text}"):
+        Model(rank_size=1, stage_size=1).call(*args, **options)
+
+
+def test_call_of_an_instance_and_of_instances(monkeypatch):
+    model = Model(rank_size=1, stage_size=1)
+
+    def caller(called, subgraph, instances):
+        """As many outputs as an instance has inputs, each with the subgraph added."""
+        assert called is model
+        return [tuple(value + subgraph for value in instance) for instance in instances]
+
+    monkeypatch.setattr("shardserve.servable.model._caller", caller)
+    assert model.call(5) == 5
+    assert model.call(5, 6, subgraph=2) == (7, 8)
+    assert model.call([(5, 6), [7]], subgraph=3) == [(8, 9), (10,)]
+    assert model.call([]) == []

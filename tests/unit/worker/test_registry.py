@@ -261,3 +261,31 @@ async def test_kill_goes_to_the_ranks_supervisor():
     assert mine.take(group.Kill) == [group.Kill(1, 101, "did not leave")]
     assert other.take(group.Kill) == []
     assert stream.aborted
+
+
+@asynchronous
+async def test_the_ranks_have_the_same_subgraphs():
+    s = Setting()
+
+    def register(rank, *exports):
+        shards = [config(rank % 2, export_id=export) for export in exports]
+        message = group.Register(rank, 100 + rank, "cpu", 0, f"a:{7000 + rank}", shards)
+        return s.registry.register(Stream(), message, 7)
+
+    register(0, "e1", "e2")
+    assert [len(signatures) for signatures in s.models] == [2]
+    with pytest.raises(ShardError, match="rank 1: brings 1 subgraphs, rank 0 brought 2"):
+        register(1, "e1")
+    with pytest.raises(ShardError, match="rank 1, subgraph 1: its shard is of export e1, that of rank 0 of export e2"):
+        register(1, "e1", "e1")
+    register(1, "e1", "e2")
+
+
+@asynchronous
+async def test_agents_of_a_servable_that_is_not_distributed_are_told_what_to_load():
+    s = Setting()
+    s.registry._model_files = ("/m/net.graph.json",)
+    stream, _ = s.enlist(hosts=["a"], count=0)
+    assert stream.take(group.Enlisted)[0].model_files == ("/m/net.graph.json",)
+    with pytest.raises(ConfigError, match="'net' is not distributed: start_servables starts its agents"):
+        s.enlist(hosts=["b"], count=2, pid=51)

@@ -1,0 +1,163 @@
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, Unavailable
+from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.worker.model_calls import ModelCalls
+
+from .harness import Cluster, asynchronous, quick
+
+
+def servable():
+    with declaring("net") as declared:
+        model = declare_distributed(1, 1, stateful=True)
+
+        @register_method("y")
+        def predict(x):
+            return add_stage(model, x, outputs_count=1)
+
+    return declared
+
+
+class Setting(Cluster):
+    """A stateful servable's method calls; a session's calls are made one after the other, as a function makes them."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        declared = servable()
+        self.models = ModelCalls(declared, self.scheduler)
+        self.model = declared.model
+
+    def begin(self, session, value, deadline=None):
+        x = np.array([value], np.float32)
+        return asyncio.ensure_future(self.models.run(self.model, 0, (x,), deadline, session))
+
+
+async def turn():
+    """Lets the tasks that can run do so."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@asynchronous
+async def test_a_method_call_holds_its_group_unbatched_until_its_end():
+    s = Setting()
+    first, second = s.models.session(), s.models.session()
+    one = s.begin(first, 1)
+    other = s.begin(second, 2)
+    await turn()
+    assert s.steps() == [(0, [1])]
+    s.output(0, [10])
+    assert (await one)[0].tolist() == [10]
+    assert s.steps() == []
+    again = s.begin(first, 3)
+    await turn()
+    assert s.steps() == [(1, [3])]
+    s.output(1, [30])
+    assert (await again)[0].tolist() == [30]
+    s.models.end(first)
+    assert s.steps() == [(2, [2])]
+    s.output(2, [20])
+    assert (await other)[0].tolist() == [20]
+
+
+@asynchronous
+async def test_instances_of_one_call_take_a_step_each():
+    s = Setting()
+    session = s.models.session()
+    calls = [s.begin(session, value) for value in (1, 2)]
+    await turn()
+    assert s.steps() == [(0, [1])]
+    s.output(0, [1])
+    assert s.steps() == [(1, [2])]
+    s.output(1, [2])
+    assert [outputs[0].tolist() for outputs in await asyncio.gather(*calls)] == [[1], [2]]
+
+
+@asynchronous
+async def test_each_replica_has_a_holder_of_its_own():
+    s = Setting(replicas=2)
+    calls = [s.begin(s.models.session(), value) for value in (1, 2, 3)]
+    await turn()
+    assert [s.steps(0), s.steps(1)] in ([[(0, [1])], [(0, [2])]], [[(0, [2])], [(0, [1])]])
+    assert not any(call.done() for call in calls)
+    for call in calls:
+        call.cancel()
+
+
+@asynchronous
+async def test_the_end_of_a_generation_voids_the_state_of_its_holder_alone():
+    s = Setting()
+    first, second = s.models.session(), s.models.session()
+    running = s.begin(first, 1)
+    waiting = s.begin(second, 2)
+    await turn()
+    s.lose()
+    with pytest.raises(Aborted, match="and with it the state of this method call"):
+        await running
+    assert s.steps()[-1] == (0, [2])
+    with pytest.raises(Aborted):
+        await s.begin(first, 3)
+    with pytest.raises(Aborted):
+        first.check()
+    s.output(0, [20])
+    assert (await waiting)[0].tolist() == [20]
+    second.check()
+
+
+@asynchronous
+async def test_a_generation_that_ended_between_two_steps_voids_it_too():
+    s = Setting()
+    session = s.models.session()
+    one = s.begin(session, 1)
+    await turn()
+    s.output(0, [1])
+    await one
+    s.lose()
+    with pytest.raises(Aborted, match="generation"):
+        await s.begin(session, 2)
+
+
+@asynchronous
+async def test_a_holder_that_leaves_during_its_step_frees_the_group_when_the_step_has_ended():
+    s = Setting()
+    first, second = s.models.session(), s.models.session()
+    one, _ = s.begin(first, 1), s.begin(second, 2)
+    await turn()
+    one.cancel()
+    s.models.end(first)
+    await turn()
+    assert s.steps() == [(0, [1])]
+    s.output(0, [1])
+    assert s.steps() == [(1, [2])]
+
+
+@asynchronous
+async def test_those_that_wait_are_bounded_have_deadlines_and_hear_of_the_end():
+    s = Setting(settings=quick(queue_limit=2))
+    holder = s.begin(s.models.session(), 1)
+    late = s.begin(s.models.session(), 2, deadline=time.monotonic() + 0.01)
+    waiting = s.begin(s.models.session(), 3)
+    with pytest.raises(Overloaded, match=r"2 method calls wait for a group already \(queue_limit\)"):
+        await s.begin(s.models.session(), 4)
+    await asyncio.sleep(0.02)
+    held = next(iter(s.scheduler._sessions._holding))
+    s.output(0, [1])
+    await holder
+    s.models.end(held)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    s.scheduler.close("stopped")
+    with pytest.raises(Unavailable, match="stopped"):
+        await s.begin(s.models.session(), 5)
+    waiting.cancel()
+
+
+@asynchronous
+async def test_a_servable_without_state_has_no_sessions():
+    with declaring("net") as declared:
+        declare_distributed(1, 1)
+    assert ModelCalls(declared, Cluster().scheduler).session() is None
