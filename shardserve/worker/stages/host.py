@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shardserve.errors import DeadlineExceeded, InvalidInput, ShardserveError, StageError, from_wire
+from shardserve.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    ShardserveError,
+    StageError,
+    from_wire,
+)
 from shardserve.servable import PythonStage
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, Payload
@@ -253,6 +260,9 @@ class StageHost:
                 # The function gets an error, and with it its end, instead of an answer that nobody needs.
                 gone = DeadlineExceeded("nobody waits for this request's answer any more")
                 outcomes = [gone] * len(instances)
+            except Exception:
+                logger.exception("%s: Model.call failed", running.calls[0].where)
+                outcomes = [InternalError("an internal error; the server's log has more")] * len(instances)
             results, buffers = as_results(
                 [out if isinstance(out, ShardserveError) else encode_values(out, "output") for out in outcomes]
             )

@@ -112,16 +112,22 @@ class StagePool:
                 host.run(calls)
 
     def _take(self) -> list[StageCall]:
-        """The first call and those that may share its run."""
-        self._queue = deque(call for call in self._queue if not _is_over(call))
-        if not self._queue:
-            return []
-        first = self._queue[0]
-        limit = self._limit(first)
-        calls = [call for call in self._queue if call is first or (limit > 1 and _may_share(call, first))][:limit]
-        taken = set(map(id, calls))
-        self._queue = deque(call for call in self._queue if id(call) not in taken)
-        return calls
+        """The first call and those behind it that may share its run."""
+        while self._queue:
+            first = self._queue.popleft()
+            if _is_over(first):
+                continue
+            limit = self._limit(first)
+            calls, others = [first], deque[StageCall]()
+            while len(calls) < limit and self._queue:
+                call = self._queue.popleft()
+                if not _may_share(call, first):
+                    others.append(call)
+                elif not _is_over(call):
+                    calls.append(call)
+            self._queue.extendleft(reversed(others))
+            return calls
+        return []
 
     def _limit(self, call: StageCall) -> int:
         if call.alone or call.session is not None or call.stage.batch_size is None:
