@@ -10,7 +10,6 @@ import socket
 import threading
 from collections.abc import Sequence
 
-import msgspec
 import torch
 
 from shardserve.agent.forking import ForkRequest, LastWords
@@ -41,11 +40,11 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
         signal.setitimer(signal.ITIMER_REAL, 0)
         with torch.inference_mode():
             agent.serve()
-        os.write(last_words, msgspec.msgpack.encode(LastWords("", "told to leave")))
+        LastWords("", "told to leave").write(last_words)
         return 0
     except ShardserveError as error:
         text = str(error) if isinstance(error, ServableError) else f"rank {request.rank}: {error}"
-        os.write(last_words, msgspec.msgpack.encode(LastWords(type(error).__name__, text)))
+        LastWords(type(error).__name__, text).write(last_words)
         return 1
     except Exception:
         logger.exception("rank %d ends", request.rank)
@@ -71,6 +70,7 @@ class Agent:
         self._stage_address = Address(request.host, request.stage_port)
         self._listeners = self._listen()
         self._incarnation = 0
+        self._registered = False
         self._dropped = 0
 
     def _listen(self) -> Sequence[socket.socket]:
@@ -87,27 +87,26 @@ class Agent:
     def serve(self) -> None:
         """Works for one Worker after the other until told to leave; Unavailable if none comes for reconnect_timeout."""
         settings = self._settings
+        never = threading.Event()
         while True:
             address = parse_address(self._request.worker_address, "distributed_address")
             connected = connect_within(
-                address,
-                settings.reconnect_timeout,
-                settings.connect_retry_interval,
-                threading.Event(),
-                settings.peer_timeout,
+                address, settings.reconnect_timeout, settings.connect_retry_interval, never, settings.peer_timeout
             )
             if connected is None:
                 raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")
+            self._registered = False
             try:
                 door = Door(self._security, "Worker", settings.join_timeout, address)
                 connection: Connection = FrameSocket(enter(connected, door), group.ToAgent)
             except OSError as error:
                 logger.warning("rank %d: %s; trying again", self._request.rank, error)
-                # Not at once: something may take each connection only to end it.
-                threading.Event().wait(settings.reconnect_delay)
-                continue
-            if self._work(connection):
-                return
+            else:
+                if self._work(connection):
+                    return
+            if not self._registered:
+                # A Worker that ends connections without a word may do so for ever.
+                never.wait(settings.connect_retry_interval)
 
     def _work(self, connection: Connection) -> bool:
         """Registers and follows orders; True when told to leave, False when the Worker is gone."""
@@ -115,6 +114,7 @@ class Agent:
         reader = OrderReader(connection, orders)
         thread = threading.Thread(target=reader.read, name="orders", daemon=True)
         membership: Membership | None = None
+        self._registered = False
         try:
             thread.start()
             connection.send(self._registration())
@@ -131,6 +131,7 @@ class Agent:
                         connection.send(group.Parked(generation))
                     case group.Registered(incarnation=incarnation):
                         self._incarnation = incarnation
+                        self._registered = True
                     case group.Refuse(error=error, message=text):
                         raise from_wire(error, text)
                     case group.Exit():
@@ -186,7 +187,7 @@ class Agent:
         except GenerationEnded:
             self._dropped += 1
         except BROKEN as error:
-            logger.exception("step %d", step.step)
+            logger.warning("rank %d: step %d: %s", self._request.rank, step.step, error)
             # Nothing more is run in a broken generation: its steps are no longer the same everywhere.
             membership.lifetime.end()
             connection.send(group.Broken(step.generation, f"{type(error).__name__}: {error}"))

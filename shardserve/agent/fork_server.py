@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import selectors
 import signal
 import socket
 import sys
+from typing import NoReturn
 
 # Before numpy is imported: its thread pool would not survive the fork, and torch has its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -44,28 +46,50 @@ def serve(control: socket.socket) -> None:
 
 
 def fork(control: socket.socket, request: ForkRequest, shared_memory: int | None, own: tuple[int, ...]) -> None:
+    """Forks an agent and replies; without memory or descriptors for one, replies why and lives on for the others."""
     parent = os.getpid()
-    words_read, words_write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
+    with contextlib.ExitStack() as stack:
+        if shared_memory is not None:
+            stack.callback(os.close, shared_memory)
         try:
-            die_with_parent(parent)
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            control.close()
-            for fd in (*own, words_read):
-                os.close(fd)
-            code = run_agent(request, shared_memory, words_write)
-        finally:
-            # Not sys.exit: the fork server's stack and its exit handlers are not the agent's.
-            sys.stderr.flush()
-            os._exit(code)
-    # Nobody reaps the child before this loop turns again, so the pid is still its own.
-    pidfd = os.pidfd_open(pid)
-    socket.send_fds(control, [msgspec.msgpack.encode(ForkReply(pid))], [pidfd, words_read])
-    for fd in (pidfd, words_read, words_write, *([] if shared_memory is None else [shared_memory])):
-        os.close(fd)
+            words_read, words_write = os.pipe()
+            stack.callback(os.close, words_read)
+            stack.callback(os.close, words_write)
+            pid = os.fork()
+        except OSError as error:
+            control.send(msgspec.msgpack.encode(ForkReply(0, str(error))))
+            return
+        if pid == 0:
+            # Leaves by os._exit: the stack's callbacks are the fork server's.
+            live(parent, control, request, shared_memory, words_write, (*own, words_read))
+        # Nobody reaps the child before this loop turns again, so the pid is still its own.
+        pidfd = os.pidfd_open(pid)
+        stack.callback(os.close, pidfd)
+        socket.send_fds(control, [msgspec.msgpack.encode(ForkReply(pid))], [pidfd, words_read])
+
+
+def live(
+    parent: int,
+    control: socket.socket,
+    request: ForkRequest,
+    shared_memory: int | None,
+    last_words: int,
+    own: tuple[int, ...],
+) -> NoReturn:
+    """The whole life of a forked agent."""
+    code = 1
+    try:
+        die_with_parent(parent)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        control.close()
+        for fd in own:
+            os.close(fd)
+        code = run_agent(request, shared_memory, last_words)
+    finally:
+        # Not sys.exit: the fork server's stack and its exit handlers are not the agent's.
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def reap() -> None:

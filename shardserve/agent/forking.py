@@ -40,9 +40,14 @@ class ForkRequest(msgspec.Struct, frozen=True):
 
 
 class ForkReply(msgspec.Struct, frozen=True):
-    """pid of the child; its pidfd and the reading end of its last words are attached."""
+    """pid of the child; its pidfd and the reading end of its last words are attached. error: why there is none."""
 
     pid: int
+    error: str = ""
+
+
+# Of last words: a pipe holds 64 KiB that nobody reads before the death, so longer ones would keep the agent alive.
+LAST_WORDS_LENGTH = 4000
 
 
 class LastWords(msgspec.Struct, frozen=True):
@@ -50,6 +55,11 @@ class LastWords(msgspec.Struct, frozen=True):
 
     error: str
     message: str
+
+    def write(self, pipe: int) -> None:
+        """Says them, as far as they fit."""
+        words = LastWords(self.error, self.message[:LAST_WORDS_LENGTH])
+        os.write(pipe, msgspec.msgpack.encode(words))
 
 
 class AgentProcess(NamedTuple):
@@ -60,8 +70,12 @@ class AgentProcess(NamedTuple):
     last_words: int
 
     def read_last_words(self) -> LastWords | None:
+        """None too where a process was killed while it spoke."""
         data = os.read(self.last_words, MESSAGE_LIMIT)
-        return msgspec.msgpack.decode(data, type=LastWords) if data else None
+        try:
+            return msgspec.msgpack.decode(data, type=LastWords) if data else None
+        except msgspec.DecodeError:
+            return None
 
     def close(self) -> None:
         os.close(self.pidfd)
@@ -78,19 +92,25 @@ class ForkServer:
                 [sys.executable, "-m", "shardserve.agent.fork_server", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                # A terminal's Ctrl-C is for the supervisor, which ends its agents in order.
+                start_new_session=True,
             )
         ours.setblocking(False)
         self._socket = ours
         self._turn = asyncio.Lock()
         self.pidfd = os.pidfd_open(self._process.pid)
         self.has_forked = False
+        self._closed = False
+        self._readable: asyncio.Future[None] | None = None
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     async def fork(self, request: ForkRequest, shared_memory: int | None, timeout: float) -> AgentProcess:
-        """A new agent. ConnectionError if the fork server ended, StartError if it is silent for `timeout` seconds."""
+        """A new agent. ConnectionError if the fork server ended, StartError if it can't fork or is silent for `timeout`
+        seconds.
+        """
         async with self._turn:
             try:
                 return await asyncio.wait_for(self._fork(request, shared_memory), timeout)
@@ -98,26 +118,33 @@ class ForkServer:
                 raise StartError(f"the fork server (pid {self.pid}) forked no agent within {timeout} s") from None
 
     async def _fork(self, request: ForkRequest, shared_memory: int | None) -> AgentProcess:
+        if self._closed:
+            raise ConnectionResetError("the fork server ended")
         loop = asyncio.get_running_loop()
-        data = msgspec.msgpack.encode(request)
-        socket.send_fds(self._socket, [data], [] if shared_memory is None else [shared_memory])
-        readable = loop.create_future()
-
-        def on_readable() -> None:
-            loop.remove_reader(self._socket)
-            if not readable.done():
-                readable.set_result(None)
-
-        loop.add_reader(self._socket, on_readable)
-        await readable
+        fds = [] if shared_memory is None else [shared_memory]
+        socket.send_fds(self._socket, [msgspec.msgpack.encode(request)], fds)
+        self._readable = readable = loop.create_future()
+        loop.add_reader(self._socket, lambda: None if readable.done() else readable.set_result(None))
+        try:
+            await readable
+        finally:
+            if not self._closed:
+                loop.remove_reader(self._socket)
         data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, 2)
         if not data:
             raise ConnectionResetError("the fork server ended")
+        reply = msgspec.msgpack.decode(data, type=ForkReply)
+        if reply.error:
+            raise StartError(f"the fork server (pid {self.pid}) could not fork: {reply.error}")
         self.has_forked = True
-        return AgentProcess(msgspec.msgpack.decode(data, type=ForkReply).pid, *fds)
+        return AgentProcess(reply.pid, *fds)
 
     def close(self) -> None:
-        """Ends the fork server, and with it whatever agent is left."""
+        """Ends the fork server, and with it whatever agent is left; a fork under way fails with ConnectionError."""
+        self._closed = True
+        if self._readable is not None and not self._readable.done():
+            self._readable.get_loop().remove_reader(self._socket)
+            self._readable.set_exception(ConnectionResetError("the fork server ended"))
         self._socket.close()
         self._process.kill()
         self._process.wait()

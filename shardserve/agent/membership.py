@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
-from shardserve.wire.messages import group
+from shardserve.wire.messages import Generation, group
 from shardserve.wire.security import Security
 from shardserve.wire.sockets import parse_address
 
@@ -62,7 +64,9 @@ class Membership:
         # Connect first, accept then: a connection waits in the other's backlog, so no order of ranks can deadlock.
         if form.next_address is not None:
             address = parse_address(form.next_address, "stage link")
-            self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout, settings, security)
+            # Not a method of this object: a cycle of references would keep its shared memory mapped.
+            on_failure = partial(_say_broken, connection, lifetime.generation)
+            self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout, on_failure, settings, security)
         if not self._first:
             self._incoming = IncomingLink(listeners, lifetime, timeout, settings, security)
 
@@ -84,23 +88,27 @@ class Membership:
     def run(self, step: group.Step, payload: Payload) -> None:
         """One step, from its inputs to what it sends. GenerationEnded when it was cut short."""
         program = self._programs[step.subgraph]
-        config = program.config
         if self._incoming is not None:
             payload = self._incoming.receive(step.step)
-        inputs = tensors_of(payload, config.receives, config.signature, step.dims, program.device)
-        outputs = self._execute(program, step, inputs)
+        if isinstance(self._collective, SharedMemoryCollective):
+            self._collective.begin(step.step)
+        outputs = self._execute(program, step, payload)
         if self._outgoing is not None:
             self._outgoing.send(step.step, outputs)
         elif self._answers:
             self._connection.send(group.Output(step.generation, step.step), buffers_of(outputs))
 
-    def _execute(self, program: Program, step: group.Step, inputs: list[Tensor]) -> list[Tensor]:
+    def _execute(self, program: Program, step: group.Step, payload: Payload) -> list[Tensor]:
+        config = program.config
+        program.begin()
         try:
+            inputs = tensors_of(payload, config.receives, config.signature, step.dims, program.device)
             return program.run(step.dims, inputs, self._collective)
         except (GenerationEnded, *BROKEN):
             raise
         except Exception as error:
-            logger.exception("step %d raised", step.step)
+            # On the other ranks of the stage it is mostly the same exception again.
+            logger.warning("step %d raised %r", step.step, error, exc_info=config.coordinate == 0)
             self._report(step, f"{type(error).__name__}: {error}")
             return program.drain(step.dims, self._collective)
 
@@ -110,3 +118,9 @@ class Membership:
         answer = self.lifetime.await_answer()
         assert isinstance(answer, group.FailureNoted)
         assert answer.step == step.step
+
+
+def _say_broken(connection: Connection, generation: Generation, text: str) -> None:
+    # A Worker that is gone is noticed by the thread that reads its connection.
+    with contextlib.suppress(OSError):
+        connection.send(group.Broken(generation, text))

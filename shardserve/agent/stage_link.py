@@ -13,8 +13,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -36,25 +35,12 @@ DEFAULTS = Settings()
 OPEN = Security()
 
 
-class Link(Protocol):
-    """One direction between two ranks of neighbouring stages, for one generation."""
-
-    def send(self, step: int, tensors: Sequence[Tensor]) -> None:
-        """Queues the tensors of a step; they must not change until the step ends."""
-
-    def receive(self, step: int) -> Payload:
-        """The payload of this step; GenerationEnded when the generation ends meanwhile."""
-
-    def abort(self) -> None:
-        """Ends both at once, from any thread."""
-
-
 class LinkBroken(Exception):
     """The other side closed the link, or is at another step, while the generation lives."""
 
 
 class OutgoingLink:
-    """To the next pipeline stage."""
+    """To the next pipeline stage. `on_failure` is called once, by the sending thread, if it can't go on."""
 
     def __init__(
         self,
@@ -62,10 +48,12 @@ class OutgoingLink:
         rank: int,
         lifetime: Lifetime,
         timeout: float,
+        on_failure: Callable[[str], None],
         settings: Settings = DEFAULTS,
         security: Security = OPEN,
     ) -> None:
         self._lifetime = lifetime
+        self._on_failure = on_failure
         connection = connect(address, timeout, settings.peer_timeout)
         # So that the end of the generation ends this, too; the connection itself may not stand yet.
         lifetime.on_end(lambda: shut(connection))
@@ -77,14 +65,11 @@ class OutgoingLink:
             raise
         self._frames: Frames = FrameSocket(entered, group.OnStageLink)
         self._queue: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
-        self._failure: OSError | None = None
         lifetime.on_end(self.abort)
         self._frames.send(group.StageHello(lifetime.generation, rank))
         threading.Thread(target=self._work, name="stage-send", daemon=True).start()
 
     def send(self, step: int, tensors: Sequence[Tensor]) -> None:
-        if self._failure is not None and not self._lifetime.ended:
-            raise LinkBroken(f"the link to the next pipeline stage broke: {self._failure}")
         self._queue.put((step, tensors))
 
     def _work(self) -> None:
@@ -92,8 +77,11 @@ class OutgoingLink:
             step, tensors = item
             try:
                 self._frames.send(group.Transfer(self._lifetime.generation, step), buffers_of(tensors))
-            except OSError as error:
-                self._failure = error
+            except Exception as error:  # noqa: BLE001
+                # Also what a device raises while the tensors are copied from it; the next stage would wait for ever.
+                if not self._lifetime.ended:
+                    logger.warning("the link to the next pipeline stage broke: %r", error)
+                    self._on_failure(f"the link to the next pipeline stage broke: {error}")
                 return
 
     def abort(self) -> None:

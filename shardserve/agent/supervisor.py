@@ -13,10 +13,8 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shardserve.agent.collectives.memory import create_memory, slot_size
 from shardserve.agent.forking import AgentProcess, ForkRequest, ForkServer
@@ -31,6 +29,7 @@ from shardserve.errors import (
     Unavailable,
     from_wire,
 )
+from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.wire.frames import FrameError, Payload
@@ -65,8 +64,8 @@ class AgentSlot:
 
     request: ForkRequest
     shared_memory: int | None
+    restarts: RestartBudget
     process: AgentProcess | None = None
-    deaths: deque[float] = field(default_factory=deque)
     given_up: str | None = None
 
 
@@ -74,6 +73,7 @@ class Supervisor:
     """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not."""
 
     needs_others = False
+    failure: ShardserveError | None = None
 
     def __init__(self, options: HostOptions, settings: Settings, ready: Callable[[Exception | None], None]) -> None:
         self._options = options
@@ -82,6 +82,9 @@ class Supervisor:
         self._address = parse_address(options.distributed_address, "distributed_address")
         self._slots: list[AgentSlot] = []
         self._fork_server: ForkServer | None = None
+        self._fork_server_restarts = RestartBudget(settings)
+        # Whether the Worker has said anything on the connection that stands, or stood last.
+        self._spoken = False
         self._stream: FrameStream[group.ToSupervisor] | None = None
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
@@ -96,8 +99,9 @@ class Supervisor:
             self._start_fork_server()
             await self._join(None)
             await self._ended.wait()
-        except ShardserveError as error:
-            self._report(error)
+        except Exception as error:
+            logger.debug("the supervisor ends", exc_info=error)
+            self._fail(_named(error))
         finally:
             self._stopping.set()
             await self._end_agents()
@@ -116,6 +120,12 @@ class Supervisor:
             logger.error("%s", error)
 
     def _fail(self, error: ShardserveError) -> None:
+        """Ends this supervisor, and tells the Worker that none of its ranks will come back."""
+        if self._stream is not None:
+            for slot in self._slots:
+                self._stream.send(group.GaveUp(slot.request.rank, str(error)))
+        if not self._stopping.is_set():
+            self.failure = error
         self._report(error)
         self._ended.set()
 
@@ -123,11 +133,9 @@ class Supervisor:
         async def guarded() -> None:
             try:
                 await work()  # type: ignore[misc]
-            except ShardserveError as error:
-                self._fail(error)
             except Exception as error:
-                logger.exception("the supervisor can't go on")
-                self._fail(InternalError(f"{type(error).__name__}: {error}"))
+                logger.debug("the supervisor ends", exc_info=error)
+                self._fail(_named(error))
 
         task = self._loop.create_task(guarded())
         self._tasks.add(task)
@@ -150,6 +158,7 @@ class Supervisor:
             on_admitted=self._admitted,
         )
         self._stream = stream
+        self._spoken = False
         await self._loop.create_connection(lambda: stream, sock=connected)
 
     def _admitted(self) -> None:
@@ -173,21 +182,17 @@ class Supervisor:
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None
-        if self._stopping.is_set() or self._ended.is_set():
-            return
         if isinstance(reason, JoinRefused):
             self._fail(reason)
-            return
-        logger.warning("the Worker at %s is gone (%s); waiting for it to come back", self._address, reason or "it left")
-        # Not at once: something may take each connection only to end it.
-        self._loop.call_later(self._settings.reconnect_delay, self._rejoin)
-
-    def _rejoin(self) -> None:
-        if not self._stopping.is_set() and not self._ended.is_set():
-            # None of this host's agents is there yet: their Worker may still be on its way.
-            self._spawn(lambda: self._join(self._settings.reconnect_timeout if self._slots else None))
+        elif not self._stopping.is_set() and not self._ended.is_set():
+            gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
+            logger.warning("%s; waiting for it to come back", gone)
+            # One that ends connections without a word may do so for ever.
+            pause = 0.0 if self._spoken else self._settings.connect_retry_interval
+            self._loop.call_later(pause, self._spawn, lambda: self._join(self._settings.reconnect_timeout))
 
     def _frame(self, message: group.ToSupervisor, payload: Payload) -> None:
+        self._spoken = True
         match message:
             case group.Roster(hosts=hosts):
                 self._enlist(hosts)
@@ -197,6 +202,10 @@ class Supervisor:
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):
                 self._kill(rank, pid, reason)
+            case group.Forgive(rank=rank):
+                for slot in self._slots:
+                    if slot.request.rank == rank:
+                        slot.restarts.forgive()
             case group.Refuse(error=error, message=text):
                 self._fail(from_wire(error, text))
             case group.Exit():
@@ -253,7 +262,7 @@ class Supervisor:
                 config_files=config_files[i],
                 security=options.security,
             )
-            slots.append(AgentSlot(request, memories.get(rank // per_stage)))
+            slots.append(AgentSlot(request, memories.get(rank // per_stage), RestartBudget(self._settings)))
         return slots
 
     def _start_fork_server(self) -> None:
@@ -270,11 +279,17 @@ class Supervisor:
         self._fork_server = None
         if self._stopping.is_set():
             return
-        if not server.has_forked:
+        if self._ready is not None and not server.has_forked:
             self._fail(StartError(f"the fork server (pid {server.pid}) could not start; its output says why"))
             return
+        if not self._fork_server_restarts.spend():
+            self._fail(StartError(f"the fork server died {self._fork_server_restarts}"))
+            return
         logger.error("the fork server (pid %d) died; starting another", server.pid)
-        self._start_fork_server()
+        try:
+            self._start_fork_server()
+        except OSError as error:
+            self._fail(_named(error))
 
     async def _fork(self, slot: AgentSlot) -> None:
         while (server := self._fork_server) is not None:
@@ -283,6 +298,9 @@ class Supervisor:
                 break
             except ConnectionError:
                 self._fork_server_died(server)
+            except StartError as error:
+                self._restart(slot, str(error))
+                return
         else:
             return
         slot.process = process
@@ -295,7 +313,6 @@ class Supervisor:
         words = process.read_last_words()
         process.close()
         slot.process = None
-        rank = slot.request.rank
         if self._stopping.is_set() or self._ended.is_set():
             if not any(other.process for other in self._slots):
                 self._all_dead.set()
@@ -306,16 +323,15 @@ class Supervisor:
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))
             return
-        logger.warning("rank %d (pid %d) died; it is forked anew", rank, process.pid)
-        now = time.monotonic()
-        slot.deaths.append(now)
-        while slot.deaths[0] < now - self._settings.restart_window:
-            slot.deaths.popleft()
-        if len(slot.deaths) > self._settings.max_restarts:
-            window = self._settings.restart_window
-            self._give_up(slot, StartError(f"rank {rank}: died {len(slot.deaths)} times within {window} s"))
+        self._restart(slot, f"pid {process.pid} died")
+
+    def _restart(self, slot: AgentSlot, reason: str) -> None:
+        rank = slot.request.rank
+        if not slot.restarts.spend():
+            self._give_up(slot, StartError(f"rank {rank}: died {slot.restarts}; the last time: {reason}"))
             return
-        self._spawn(lambda: self._fork(slot))
+        logger.warning("rank %d is forked anew: %s", rank, reason)
+        self._loop.call_later(slot.restarts.pause, self._spawn, lambda: self._fork(slot))
 
     def _give_up(self, slot: AgentSlot, error: ShardserveError) -> None:
         slot.given_up = str(error)
@@ -350,6 +366,14 @@ class Supervisor:
                 slot.process.close()
         for memory in {slot.shared_memory for slot in self._slots if slot.shared_memory is not None}:
             os.close(memory)
+
+
+def _named(error: Exception) -> ShardserveError:
+    """What a user is told of it; what nobody foresaw is a bug, whose traceback goes to the log."""
+    if isinstance(error, ShardserveError):
+        return error
+    logger.error("the supervisor can't go on", exc_info=error)
+    return InternalError(f"the supervisor can't go on: {type(error).__name__}: {error}")
 
 
 def _group_memories(ranks: tuple[int, ...], per_stage: int, slot_bytes: int) -> dict[int, int]:

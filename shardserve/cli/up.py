@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -62,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
     except ShardserveError:
         stop()
         raise
+    runtime = current_runtime()
     print(f"ready: {name} of {count} ranks; gRPC on {args.grpc_address}, REST on {args.rest_address}", flush=True)
-    current_runtime().join()
+    # What a ready server is asked to do by a signal, it has done.
+    with contextlib.suppress(SystemExit):
+        runtime.join()
     return 0
 
 

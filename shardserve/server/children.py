@@ -39,6 +39,8 @@ class Child:
                 [sys.executable, "-m", module, *map(str, inherited)],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
+                # A terminal's Ctrl-C is for the launcher, which ends its children in order.
+                start_new_session=True,
             )
         self._module = module
         self._pidfd = os.pidfd_open(self._process.pid)
@@ -105,6 +107,9 @@ class Child:
 
     def _ended_error(self) -> StartError:
         return StartError(f"{self._module} (pid {self.pid}) ended with code {self._process.returncode}")
+
+    def kill(self) -> None:
+        self._process.kill()
 
     async def end(self, message: msgspec.Struct, timeout: float) -> None:
         """Sends the stop order and waits for the process's end; kills it after `timeout` seconds."""

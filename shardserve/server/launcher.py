@@ -12,13 +12,14 @@ import logging
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
-from shardserve.errors import ConfigError, ShardserveError
+from shardserve.errors import ConfigError, ShardserveError, StartError
+from shardserve.restarts import RestartBudget
 from shardserve.server.children import Child
 from shardserve.settings import Settings
 from shardserve.wire.messages import launch
@@ -55,8 +56,8 @@ class Service:
     listeners: tuple[socket.socket, ...]
     front_name: str
     incarnation: int
+    restarts: RestartBudget
     worker: Child | None = None
-    deaths: deque[float] = field(default_factory=deque)
     ready: bool = False
     stopping: bool = False
 
@@ -65,11 +66,12 @@ class Launcher:
     """A resident of the runtime; one for the process."""
 
     needs_others = True
+    failure: ShardserveError | None = None
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._main: Child | None = None
-        self._main_deaths: deque[float] = deque()
+        self._main_restarts = RestartBudget(settings)
         self._main_lock = asyncio.Lock()
         self._fronts: list[Callable[[int], msgspec.Struct]] = []
         self._services: dict[tuple[str, int], Service] = {}
@@ -112,7 +114,7 @@ class Launcher:
             )
             options = replace(options, distributed_address=address)
             # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
-            service = Service(options, listeners, front_name, incarnation=int(time.time()))
+            service = Service(options, listeners, front_name, int(time.time()), RestartBudget(self._settings))
             self._services[key] = service
             stack.callback(self._services.pop, key)
             await main.order(launch.Attach(main.number(), *key, front_name), self._settings.start_timeout)
@@ -165,13 +167,24 @@ class Launcher:
         # Before it was ready, whoever starts it hears of its death by the order's error.
         if self._services.get(key) is not service or not service.ready:
             return
-        if self._too_often(service.deaths, f"the Worker of {key[0]!r}"):
+        if not service.restarts.spend():
+            self._fail(f"the Worker of {key[0]!r} ended {service.restarts}: stopping")
             return
-        logger.error("the Worker of %r (pid %d) died; it is respawned", key[0], child.pid)
+        logger.error("the Worker of %r (pid %d) ended; it is respawned", key[0], child.pid)
         service.incarnation += 1
         # Agents that stay away are waited for as long as it takes: they were all there before.
         service.options = replace(service.options, wait_agents_time_in_seconds=0)
-        self._in_background(self._spawn_worker(service))
+        self._in_background(self._respawn_worker(service))
+
+    async def _respawn_worker(self, service: Service) -> None:
+        await asyncio.sleep(service.restarts.pause)
+        try:
+            await self._spawn_worker(service)
+        except ShardserveError as error:
+            logger.error("the respawned Worker of %r: %s", service.options.servable_name, error)
+            # What is wrong may be mended; until then each try spends of the restarts, as a death does.
+            if service.worker is not None:
+                service.worker.kill()
 
     async def _end(self, service: Service) -> None:
         service.stopping = True
@@ -190,37 +203,41 @@ class Launcher:
 
     def _main_died(self, child: Child) -> None:
         self._main = None
-        if self._stop.is_set() or self._too_often(self._main_deaths, "Main"):
+        if self._stop.is_set():
+            return
+        if not self._main_restarts.spend():
+            self._fail(f"Main died {self._main_restarts}: stopping")
             return
         logger.error("Main (pid %d) died; it is respawned", child.pid)
         self._in_background(self._restore_main())
 
     async def _restore_main(self) -> None:
+        await asyncio.sleep(self._main_restarts.pause)
         main = await self._ensure_main()
         timeout = self._settings.start_timeout
-        for (name, version), service in self._services.items():
-            await main.order(launch.Attach(main.number(), name, version, service.front_name), timeout)
-        for order in self._fronts:
-            await main.order(order(main.number()), timeout)
+        try:
+            for (name, version), service in list(self._services.items()):
+                await main.order(launch.Attach(main.number(), name, version, service.front_name), timeout)
+            for order in list(self._fronts):
+                await main.order(order(main.number()), timeout)
+        except ShardserveError as error:
+            # A port that somebody has taken may become free; each try spends of the restarts, as a death does.
+            logger.error("Main could not be restored: %s", error)
+            main.kill()
 
-    def _too_often(self, deaths: deque[float], what: str) -> bool:
-        now = time.monotonic()
-        deaths.append(now)
-        while deaths[0] < now - self._settings.restart_window:
-            deaths.popleft()
-        if len(deaths) <= self._settings.max_restarts:
-            return False
-        logger.critical("%s died %d times within %s s: stopping", what, len(deaths), self._settings.restart_window)
+    def _fail(self, reason: str) -> None:
+        """Ends the server, and the script with an error."""
+        logger.critical("%s", reason)
+        self.failure = StartError(reason)
         self.stop()
-        return True
 
-    def _in_background(self, work: object) -> None:
-        async def guarded() -> None:
-            try:
-                await work  # type: ignore[misc]
-            except ShardserveError as error:
-                logger.error("%s", error)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("the launcher can't go on", exc_info=error)
+                self._fail(f"{type(error).__name__}: {error}")
 
-        task = asyncio.ensure_future(guarded())
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(done)

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeVar
 
-from shardserve.errors import StartError
+from shardserve.errors import ShardserveError, StartError
 
 T = TypeVar("T")
 
@@ -24,10 +24,12 @@ T = TypeVar("T")
 class Resident(Protocol):
     """Something that lives in the thread: `run` is its life, `stop` asks for its end.
 
-    needs_others: it ends before those that it needs are asked to (a server's last requests need the agents).
+    needs_others: it ends before those that it needs are asked to (a server's last requests need the agents). failure:
+    why it ended, if nobody asked it to.
     """
 
     needs_others: bool
+    failure: ShardserveError | None
 
     async def run(self) -> None: ...
     def stop(self) -> None: ...
@@ -44,6 +46,7 @@ class Runtime:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shardserve")
         self._stopping = False
+        self.failure: ShardserveError | None = None
         self._signals = 0
         self._thread.start()
         self._started.wait()
@@ -57,6 +60,10 @@ class Runtime:
             asyncio.run(self._main())
         finally:
             self._done.set()
+        if self.failure is not None and not threading.main_thread().is_alive():
+            # The script's last line has run, so this is the only way left to say that its service failed.
+            sys.stderr.flush()
+            os._exit(1)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -91,6 +98,7 @@ class Runtime:
         try:
             await resident.run()
         finally:
+            self.failure = self.failure or resident.failure
             self._residents.remove(resident)
             if not self._residents:
                 self._idle.set()
@@ -125,7 +133,15 @@ class Runtime:
             resident.stop()
 
     def join(self) -> None:
-        """Waits until the last resident has ended."""
+        """Waits until the last resident has ended; raises why, if nobody asked it to."""
+        self.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self) -> None:
+        """Waits until the last resident has ended; not in the thread where they live."""
+        if threading.current_thread() is self._thread:
+            return
         # Not Thread.join: up to Python 3.12 one that a signal handler's exception interrupts takes the thread for ended
         # (bpo-45274), and the interpreter would no longer wait for it.
         self._done.wait()
@@ -138,7 +154,7 @@ class Runtime:
         self.request_stop()
         # After the script's last line its main thread only waits for ours to end.
         if threading.main_thread().is_alive():
-            raise SystemExit(0)
+            raise SystemExit(128 + number)
 
 
 _runtime: Runtime | None = None
@@ -158,8 +174,7 @@ def stop() -> None:
     """Stops all servers and agents that this process started: requests under way get stop_grace, then all ends."""
     if _runtime is not None:
         _runtime.request_stop()
-        if threading.current_thread() is not _runtime._thread:
-            _runtime.join()
+        _runtime.wait()
 
 
 def _handle_signals(runtime: Runtime) -> None:

@@ -82,6 +82,10 @@ class Program:
         """How many collectives each step issues; the same on all coordinates of the stage."""
         return len(self._collectives)
 
+    def begin(self) -> None:
+        """A new step: none of its collectives was issued yet. `run` does so too; needed where `run` may not be reached."""
+        self._completed = 0
+
     def run(self, dims: Mapping[str, int], inputs: Sequence[Tensor], collective: Collective) -> list[Tensor]:
         """One step: `inputs`, on this device, in the order of config.receives; the result in that of config.sends.
 

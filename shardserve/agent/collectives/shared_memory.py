@@ -41,7 +41,19 @@ class _Line(ctypes.Structure):
 class _Header(ctypes.Structure):
     """In front of each slot: what was published, so that a reader can tell that it is at the same place."""
 
-    _fields_ = (("kind", ctypes.c_uint64), ("size", ctypes.c_uint64))
+    _fields_ = (
+        ("step", ctypes.c_uint64),
+        ("index", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("size", ctypes.c_uint64),
+    )
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        return self.step, self.index, self.kind, self.size
+
+    def __str__(self) -> str:
+        return f"collective {self.kind} of {self.size} bytes, {self.index} of step {self.step}"
 
 
 class SharedMemoryCollective:
@@ -58,11 +70,17 @@ class SharedMemoryCollective:
         self._lines = [_Line.from_buffer(self._memory, LINE * r) for r in range(size)]
         self._words = [ctypes.addressof(line) for line in self._lines]
         self._turn = 0
+        self._step = 0
+        self._index = 0
         # Acquired and released between data and turn: a fence on machines that reorder stores.
         self._fence = threading.Lock()
         self._lines[rank].aborted = 0
         self._lines[rank].turn = 0
         lifetime.on_end(self._abort)
+
+    def begin(self, step: int) -> None:
+        """What follows is of this step: a rank that is at another, or has missed a collective, is found out."""
+        self._step, self._index = step, 0
 
     def _abort(self) -> None:
         """Ends this rank's own wait, whichever word it sleeps on."""
@@ -147,7 +165,8 @@ class SharedMemoryCollective:
         size = piece.numel() * piece.element_size()
         at = self._slot(self.rank, slot)
         header = _Header.from_buffer(self._memory, at)
-        header.kind, header.size = kind, size
+        self._index += 1
+        header.step, header.index, header.kind, header.size = self._step, self._index, kind, size
         if size:
             self._bytes[at + LINE : at + LINE + size] = piece.view(torch.uint8)
         with self._fence:
@@ -161,11 +180,8 @@ class SharedMemoryCollective:
                 self._wait(other)
             at = self._slot(other, slot)
             theirs = _Header.from_buffer(self._memory, at)
-            if (theirs.kind, theirs.size) != (kind, size):
-                raise CollectiveBroken(
-                    f"at turn {self._turn} rank {self.rank} is at collective {kind} of {size} bytes, "
-                    f"rank {other} at {theirs.kind} of {theirs.size}"
-                )
+            if theirs.place != header.place:
+                raise CollectiveBroken(f"rank {self.rank} is at {header}, rank {other} at {theirs}")
             parts.append(self._bytes[at + LINE : at + LINE + size].view(piece.dtype))
         return parts
 

@@ -78,6 +78,12 @@ class Kill(Message, frozen=True):
     reason: str
 
 
+class Forgive(Message, frozen=True):
+    """To a supervisor: a death of this rank was the fault of a request, and doesn't count against its restarts."""
+
+    rank: int
+
+
 class GaveUp(Message, frozen=True):
     """From a supervisor: this rank died too often, or never came up; it is not forked again."""
 
@@ -202,6 +208,6 @@ class Transfer(Message, frozen=True):
 
 
 FromGroup = Join | Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
-ToSupervisor = Roster | Enlisted | HostReady | Kill | Exit | Refuse
+ToSupervisor = Roster | Enlisted | HostReady | Kill | Forgive | Exit | Refuse
 ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply
 OnStageLink = StageHello | Transfer

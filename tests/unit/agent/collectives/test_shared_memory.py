@@ -181,6 +181,9 @@ def mismatch(member, what):
     with pytest.raises(CollectiveBroken) as caught:  # noqa: PT012
         if what == "size":
             collective.all_reduce(torch.ones(4 + member.rank), "sum")
+        elif what == "step":
+            collective.begin(7 + member.rank)
+            collective.all_reduce(torch.ones(4), "sum")
         elif member.rank == 0:
             collective.all_reduce(torch.ones(4), "sum")
         else:
@@ -192,13 +195,16 @@ def mismatch(member, what):
 
 def test_ranks_at_other_places_see_it():
     assert run_ranks(mismatch, 2, "size") == [
-        "at turn 2 rank 0 is at collective 1 of 16 bytes, rank 1 at 1 of 20",
-        "at turn 2 rank 1 is at collective 1 of 20 bytes, rank 0 at 1 of 16",
+        "rank 0 is at collective 1 of 16 bytes, 2 of step 0, rank 1 at collective 1 of 20 bytes, 2 of step 0",
+        "rank 1 is at collective 1 of 20 bytes, 2 of step 0, rank 0 at collective 1 of 16 bytes, 2 of step 0",
     ]
     assert run_ranks(mismatch, 2, "kind") == [
-        "at turn 2 rank 0 is at collective 1 of 16 bytes, rank 1 at 2 of 16",
-        "at turn 2 rank 1 is at collective 2 of 16 bytes, rank 0 at 1 of 16",
+        "rank 0 is at collective 1 of 16 bytes, 2 of step 0, rank 1 at collective 2 of 16 bytes, 2 of step 0",
+        "rank 1 is at collective 2 of 16 bytes, 2 of step 0, rank 0 at collective 1 of 16 bytes, 2 of step 0",
     ]
+    assert run_ranks(mismatch, 2, "step")[0] == (
+        "rank 0 is at collective 1 of 16 bytes, 1 of step 7, rank 1 at collective 1 of 16 bytes, 1 of step 8"
+    )
 
 
 def wrong_splits(member):
