@@ -127,3 +127,15 @@ def test_is_local(host, local):
 
 def test_a_name_that_nobody_has_is_not_local():
     assert is_local("no-such-host.invalid") is False
+
+
+def test_a_host_that_vanishes_is_noticed_within_the_peer_timeout(free_port):
+    address = Address("127.0.0.1", free_port)
+    with listen_tcp(address, "test") as listener, connect(address, 5, peer_timeout=12) as ours, listener.accept()[0]:
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
+        idle, interval, count = (
+            ours.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle + interval * count == 12

@@ -10,6 +10,7 @@ import pytest
 from shardserve.errors import ConfigError, RankTableError
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import Generation, TensorMeta, front, group, launch
+from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.worker import Worker
@@ -34,10 +35,16 @@ FRONT = f"shardserve-test-front-{os.getpid()}"
 class Peer:
     """One side of a connection to the Worker."""
 
-    def __init__(self, union):
+    def __init__(self, union, door=None):
         self.frames = asyncio.Queue()
-        self.lost = asyncio.Event()
-        self.stream = FrameStream(union, lambda *frame: self.frames.put_nowait(frame), lambda _: self.lost.set())
+        self.lost, self.admitted = asyncio.Event(), asyncio.Event()
+        self.stream = FrameStream(
+            union,
+            lambda *frame: self.frames.put_nowait(frame),
+            lambda _: self.lost.set(),
+            door=door,
+            on_admitted=self.admitted.set,
+        )
 
     async def next(self, kind):
         """The next message of this kind; others before it are skipped."""
@@ -53,14 +60,17 @@ class Peer:
 class Scene:
     """A Worker in this process, on real listeners."""
 
-    def __init__(self, directory, port, replicas=1, wait=0.0, incarnation=100, servable=SERVABLE, **settings):
+    def __init__(
+        self, directory, port, replicas=1, wait=0.0, incarnation=100, servable=SERVABLE, secret=None, **settings
+    ):
         (directory / "net").mkdir(exist_ok=True)
         (directory / "net" / "servable_config.py").write_text(servable)
         devices = [{"device_id": str(r), "device_ip": "a", "rank_id": str(r)} for r in range(2 * replicas)]
         table = {"server_count": "1", "server_list": [{"server_id": "127.0.0.1", "device": devices}]}
         (directory / "ranks.json").write_text(json.dumps(table))
         self.launcher = Stream()
-        serve = launch.Serve(1, str(directory), "net", 3, str(directory / "ranks.json"), incarnation, wait)
+        guard = launch.SecurityFiles(secret)
+        serve = launch.Serve(1, str(directory), "net", 3, str(directory / "ranks.json"), incarnation, wait, guard)
         self.address = Address("127.0.0.1", port)
         self.worker = Worker(serve, quick(**settings), self.launcher)
         self.peers = []
@@ -81,8 +91,8 @@ class Scene:
         while self.worker._connections or self.worker._mains:
             await asyncio.sleep(0.01)
 
-    async def peer(self, union, name):
-        peer = Peer(union)
+    async def peer(self, union, name, door=None):
+        peer = Peer(union, door)
         await asyncio.get_running_loop().create_unix_connection(lambda: peer.stream, "\0" + name)
         self.peers.append(peer)
         return peer
@@ -430,3 +440,30 @@ def test_peer_may_be_a_blocking_socket(tmp_path, free_port):
             assert await asyncio.to_thread(ask, scene.address) == group.Registered(100)
 
     asyncio.run(body())
+
+
+@asynchronous
+async def test_an_agent_with_a_secret_at_a_worker_without_one(tmp_path, free_port):
+    async with Scene(tmp_path, free_port) as scene:
+        agent = await scene.peer(group.ToAgent, twin_name(scene.address))
+        agent.send(group.Join(bytes(32)))
+        answer = await agent.next(group.Refuse)
+        assert answer.error == "JoinRefused"
+        assert "this Worker was given no join secret" in answer.message
+        await agent.lost.wait()
+
+
+@asynchronous
+async def test_only_so_many_that_have_proved_nothing(tmp_path, free_port):
+    secret = tmp_path / "secret"
+    secret.touch(0o600)
+    secret.write_text("a secret")
+    async with Scene(tmp_path, free_port, secret=str(secret), max_joining=2) as scene:
+        silent = [await scene.peer(group.ToAgent, twin_name(scene.address)) for _ in range(3)]
+        await silent[0].lost.wait()
+        assert not silent[2].lost.is_set()
+        door = Door(Security(b"a secret"), "Worker", 20, scene.address)
+        agent = await scene.peer(group.ToAgent, twin_name(scene.address), door)
+        await agent.admitted.wait()
+        agent.send(group.Register(0, 1, "cpu", 0, "127.0.0.1:7000", [config(0)]))
+        await agent.next(group.Registered)
