@@ -92,7 +92,8 @@ class Registry:
             )
         if self._model_files and message.count:
             raise ConfigError(
-                f"servable {self._servable.name!r} is not distributed: start_servables starts its agents, no startup_agents"
+                f"servable {self._servable.name!r} is not distributed: start_servables starts its agents, "
+                "not startup_agents"
             )
         if not self._model_files and message.count != len(ranks):
             listed = ", ".join(map(str, ranks))

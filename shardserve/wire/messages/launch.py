@@ -85,8 +85,8 @@ class Stop(Message, frozen=True):
 class Serve(Message, frozen=True):
     """To a Worker, its first message: all that it needs to know.
 
-    num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each replica;
-    there is no rank table then."""
+    num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each
+    replica; there is no rank table then."""
 
     order: int
     servable_directory: str

@@ -30,6 +30,17 @@ class Small(nn.Module):
         return torch.clamp(self.linear(x), max=float("inf"))
 
 
+def test_programs_that_are_given_the_same_weights_share_them(exported: tuple[Path, nn.Module]) -> None:
+    folder, _ = exported
+    weights: dict[str, dict[str, Tensor]] = {}
+    one, two, alone = (Program.load(folder / "small.graph.json", weights=given) for given in (weights, weights, None))
+    pointers = [[tensor.data_ptr() for tensor in program._parameters] for program in (one, two, alone)]
+    assert pointers[0] == pointers[1]
+    assert not set(pointers[0]) & set(pointers[2])
+    x = torch.ones(1, 4)
+    assert torch.equal(one.run({"batch": 1}, [x], SingleRank())[0], alone.run({"batch": 1}, [x], SingleRank())[0])
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     torch.manual_seed(0)
