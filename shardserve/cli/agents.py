@@ -23,8 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "agents",
         help="serve a model whose ranks are on several hosts: the agents of this host",
         description="Starts the agents of all ranks that the server's rank table has on this host, keeps them "
-        "alive and stays in the foreground. Prints one line that begins with 'ready' when all are registered; SIGINT, SIGTERM or "
-        "the end of the servable ends them.",
+        "alive and stays in the foreground. Prints one line that begins with 'ready' when all are registered; SIGINT, "
+        "SIGTERM or the end of the servable ends them.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

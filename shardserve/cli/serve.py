@@ -23,8 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="serve a model whose ranks are on several hosts: the server",
         description="Starts the server of a model whose agents `shardserve agents` starts, on each host of the rank "
-        "table, before or after it, and stays in the foreground. Prints one line that begins with 'ready' when the first "
-        "request can be answered; SIGINT or SIGTERM ends the server and its agents.",
+        "table, before or after it, and stays in the foreground. Prints one line that begins with 'ready' when the "
+        "first request can be answered; SIGINT or SIGTERM ends the server and its agents.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

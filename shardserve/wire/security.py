@@ -8,8 +8,8 @@ What is sent before any other frame, if either is set (the steps 2 and 3 only wi
 4. listening side   `Admitted(HMAC-SHA256(secret, label, "listens", purpose, both nonces))`, or `Refuse`
 
 The side that connects proves itself first: whoever can reach a port gets nothing from it to guess the secret by. TLS is
-for TCP alone; the secret is asked for on local sockets as well, so that one rule holds whichever way a peer came. Until a
-peer is admitted it can make us hold no more than JOIN_LIMIT bytes of frames, and has `join_timeout`.
+for TCP alone; the secret is asked for on local sockets as well, so that one rule holds whichever way a peer came. Until
+a peer is admitted it can make us hold no more than JOIN_LIMIT bytes of frames, and has `join_timeout`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Addresses, listeners and blocking connections. Nothing here listens wider than the address that it was given.
 
-Each TCP listener of ours has a twin on the same host: an abstract Unix socket named after the address, which spares local
-peers TCP, has no file to leave behind, and checks that both sides run as the same user.
+Each TCP listener of ours has a twin on the same host: an abstract Unix socket named after the address, which spares
+local peers TCP, has no file to leave behind, and checks that both sides run as the same user.
 """
 
 from __future__ import annotations

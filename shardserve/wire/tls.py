@@ -39,7 +39,7 @@ def listening_context(files: TLSFiles) -> ssl.SSLContext:
 
 
 def connecting_context(files: TLSFiles) -> ssl.SSLContext:
-    """For the side that connects; checks the other's certificate and its names against custom_ca or the system's CAs."""
+    """For the side that connects; checks the other's certificate and names against custom_ca or the system's CAs."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     _load(context, files)

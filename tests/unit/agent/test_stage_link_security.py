@@ -54,7 +54,7 @@ class Stage:
         return Running(IncomingLink, [self.listener], lifetime, timeout, self.settings, self.security)
 
     def outgoing(self, lifetime, security=None):
-        return OutgoingLink(self.address, 1, lifetime, 20.0, self.settings, security or self.security)
+        return OutgoingLink(self.address, 1, lifetime, 20.0, pytest.fail, self.settings, security or self.security)
 
     def hello(self, generation):
         """A peer that is admitted and says this hello."""
