@@ -284,3 +284,20 @@ async def test_late_answers_of_an_ended_generation_are_dropped():
     assert not call.answer.done()
     cluster.output(0, [8])
     assert value(call) == 8
+
+
+@asynchronous
+async def test_a_batch_never_mixes_subgraphs():
+    cluster = Cluster(window=1)
+    cluster.scheduler.set_models([cluster.batching, cluster.batching])
+    for number, subgraph in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 0)):
+        call = cluster.call(number)
+        call.subgraph = subgraph
+        cluster.scheduler.submit(call)
+    ran = []
+    for step in range(4):
+        [sent] = cluster.agents[0].stream.take(group.Step)
+        [(_, values)] = cluster.steps()
+        ran.append((sent.subgraph, values))
+        cluster.output(step, values)
+    assert ran == [(0, [1]), (0, [2]), (1, [3, 4]), (0, [5])]
