@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import ml_dtypes
@@ -43,6 +43,7 @@ class Call:
     subgraph: int = 0
     session: Session | None = None
     endings: int = 0
+    casualties: list[int] = field(default_factory=list)
     alone: bool = False
 
     def fail(self, error: ShardserveError) -> None:
@@ -76,6 +77,8 @@ class Batching:
         )
         self._dim: str | None = None
         self._size: int | None = None
+        self._largest = 1
+        self._instance: Signature | None = None
         self.max_size = 1
         if model.with_batch_dim:
             self._find_batch_dim()
@@ -98,17 +101,33 @@ class Batching:
                 raise ConfigError(f"with_batch_dim=True, but the batch dim is the expression {front}, not a dim")
             self._dim = front
             largest = self._signature.dims[front].max or UNBOUNDED_BATCH
-            self._check_outputs(front)
+        self._largest = largest
         self.max_size = min(self._model.max_batch_size or largest, largest)
+        if self.max_size > 1:
+            self._check_outputs(front)
+        self._instance = self._instance_signature(front)
 
-    def _check_outputs(self, dim: str) -> None:
+    def _instance_signature(self, front: int | str) -> Signature | None:
+        """The inputs as clients know them, without the batch dim: errors then speak of what was sent."""
+        inputs = tuple(
+            TensorSpec(spec.name, spec.dtype, spec.shape[1:]) if batched else spec
+            for spec, batched in zip(self._signature.inputs, self._batched, strict=True)
+        )
+        dims = {name: bounds for name, bounds in self._signature.dims.items() if name != front}
+        if any(spec.names - dims.keys() for spec in inputs):
+            return None
+        return Signature(dims, inputs, ())
+
+    def _check_outputs(self, dim: int | str) -> None:
         """No part of an output may be of several instances: each would get what was computed for the others."""
         for spec in self._signature.outputs:
-            rest = spec.shape[1:] if spec.shape[:1] == (dim,) else spec.shape
-            if any(isinstance(size, str) and dim in parse(size).names for size in rest):
+            rest = spec.shape[1:]
+            mixed = any(isinstance(size, str) and dim in parse(size).names for size in rest)
+            if spec.shape[:1] != (dim,) or mixed:
                 raise ConfigError(
                     f"with_batch_dim=True, but output {spec.name}{describe(spec.shape)} can't be split into instances: "
-                    f"the batch dim {dim} may only be its first"
+                    f"the batch dim {dim} has to be its first, and only that; a model that mixes the instances of a "
+                    "batch is declared with_batch_dim=False"
                 )
 
     def check_count(self, given: int) -> None:
@@ -126,6 +145,10 @@ class Batching:
         return self._key(cast(Sequence[Array], arrays))
 
     def _key(self, arrays: Sequence[Array]) -> Key:
+        if self._instance is not None:
+            specs = self._instance.inputs
+            shapes = {spec.name: array.shape for spec, array in zip(specs, arrays, strict=True)}
+            self._instance.bind(shapes, {spec.name: a.dtype.name for spec, a in zip(specs, arrays, strict=True)})
         smallest = self._size or (self._signature.dims[self._dim].min if self._dim else 1)
         self._padded_size(arrays, smallest)
         shared = (a.tobytes() for a, batched in zip(arrays, self._batched, strict=True) if not batched)
@@ -135,7 +158,7 @@ class Batching:
         """The smallest batch size of at least `count` that the export takes, and the dims with it."""
         dtypes = {spec.name: a.dtype.name for spec, a in zip(self._signature.inputs, arrays, strict=True)}
         refused: InvalidInput | None = None
-        for size in range(count, max(self.max_size, count) + 1):
+        for size in range(count, max(self._largest, count) + 1):
             shapes = {
                 spec.name: (size, *a.shape) if batched else a.shape
                 for spec, a, batched in zip(self._signature.inputs, arrays, self._batched, strict=True)

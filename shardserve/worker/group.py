@@ -1,7 +1,7 @@
 """One replica's group of agents and its generations: forms them, numbers and sends steps, ends and re-forms.
 
 States: waiting (agents are missing) -> forming -> serving -> ending (survivors leave their waits) -> waiting …
-A group whose agents are all there and can't form, max_formings times in a row, is failed until one of them is replaced.
+A group whose agents are all there and that could not form max_formings times in a row has a `failure`, and tries on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from shardserve.worker.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 
+# Of form_backoff, while a group can't form: the longest pause is 256 times the first.
+BACKOFF_DOUBLINGS = 8
+
 
 class Owner(Protocol):
     """What a group needs of the Worker around it."""
@@ -31,8 +34,7 @@ class Owner(Protocol):
     def step_ended(self) -> None: ...
     def answered(self, batch: Batch, payload: Payload) -> None: ...
     def failed(self, batch: Batch, message: str) -> None: ...
-    def interrupted(self, batches: list[Batch]) -> None: ...
-    def group_failed(self, reason: str) -> None: ...
+    def interrupted(self, batches: list[Batch], casualty: int | None) -> None: ...
     def kill(self, agent: AgentHandle, reason: str) -> None: ...
 
 
@@ -109,12 +111,9 @@ class ReplicaGroup:
             return
         del self.agents[agent.local]
         if self.state in ("forming", "serving"):
-            self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone")
+            self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone", agent.rank)
         elif self.state == "ending":
             self._left(agent.local)
-        elif self.state == "failed":
-            self.state = "waiting"
-            self._failed_formings.clear()
         self._owner.group_changed()
 
     def _form_if_complete(self) -> None:
@@ -154,7 +153,7 @@ class ReplicaGroup:
         self._failed_formings.append(reason)
         self.end(reason)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, casualty: int | None = None) -> None:
         """Ends the generation for all; its unanswered batches go back to the owner."""
         assert self.state in ("forming", "serving")
         logger.warning("replica %d: generation %s ends: %s", self.replica, self.generation, reason)
@@ -167,7 +166,7 @@ class ReplicaGroup:
         for agent in self.agents.values():
             agent.stream.send(group.End(self.generation))
         self._start_timer(self._settings.abort_timeout, self._abort_timed_out)
-        self._owner.interrupted([step.batch for step in steps if not step.failed])
+        self._owner.interrupted([step.batch for step in steps if not step.failed], casualty)
         self._finish_ending()
         self._owner.group_changed()
 
@@ -184,17 +183,20 @@ class ReplicaGroup:
         if self.state == "ending" and not self._pending:
             self._cancel_timer()
             failures = len(self._failed_formings)
-            if failures >= self._settings.max_formings:
-                self.state = "failed"
-                self._owner.group_failed(
-                    f"replica {self.replica} could not form, {failures} times in a row: {self._failed_formings[-1]}"
-                )
-                return
             self.state = "waiting"
             if failures:
-                self._start_timer(self._settings.form_backoff * 2 ** (failures - 1), self._form_if_complete)
+                pause = self._settings.form_backoff * 2 ** min(failures - 1, BACKOFF_DOUBLINGS)
+                self._start_timer(pause, self._form_if_complete)
             else:
                 self._form_if_complete()
+
+    @property
+    def failure(self) -> str | None:
+        """Why an operator has to look after this replica; it tries on all the same."""
+        failures = len(self._failed_formings)
+        if failures < self._settings.max_formings:
+            return None
+        return f"replica {self.replica} could not form, {failures} times in a row: {self._failed_formings[-1]}"
 
     def send_step(self, batch: Batch) -> None:
         """Runs the batch as the next step; needs `has_room`."""

@@ -53,6 +53,7 @@ class Registry:
         self._model_files = model_files
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
+        self._given_up: dict[int, str] = {}
 
     def agent(self, rank: int) -> AgentHandle | None:
         replica, local = divmod(rank, self._model.rank_size)
@@ -162,6 +163,7 @@ class Registry:
             stage_address=message.stage_address,
             stream=stream,
         )
+        self._given_up.pop(message.rank, None)
         stream.send(group.Registered(incarnation))
         self._groups[replica].add(agent)
         self.tell_ready()
@@ -226,6 +228,24 @@ class Registry:
             if host.ranks and not host.ready and all(self.agent(rank) is not None for rank in host.ranks):
                 host.ready = True
                 host.stream.send(group.HostReady())
+
+    def give_up(self, rank: int, reason: str) -> None:
+        """Its host doesn't fork this rank again."""
+        prefix = f"rank {rank}: "
+        self._given_up[rank] = prefix + reason.removeprefix(prefix)
+
+    def given_up(self, replica: int) -> str | None:
+        """Why a replica will not be complete before an operator has done something."""
+        for rank, reason in self._given_up.items():
+            if rank // self._model.rank_size == replica:
+                return reason
+        return None
+
+    def forgive(self, rank: int) -> None:
+        """A death of this rank was a request's fault."""
+        for host in self.hosts:
+            if rank in host.ranks:
+                host.stream.send(group.Forgive(rank))
 
     def kill(self, agent: AgentHandle, reason: str) -> None:
         """Has the agent's supervisor end it; its connection ends at once, so that nobody waits for it."""

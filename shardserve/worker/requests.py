@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import islice
 from typing import Any
 
 from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError, StageError
@@ -51,16 +52,13 @@ class Requests:
             method = self._servable.methods.get(message.method)
             if method is None:
                 raise NotFound(f"servable {self._servable.name!r} has no method {message.method!r}")
-            parts = split(payload, [meta.nbytes for instance in message.instances for meta in instance.values()])
-            runs = []
-            for i, instance in enumerate(message.instances):
-                own, parts = parts[: len(instance)], parts[len(instance) :]
-                runs.append(self._run(method, instance, own, f"instance {i}", message.deadline))
+            parts = iter(split(payload, [meta.nbytes for instance in message.instances for meta in instance.values()]))
+            runs = [
+                self._outcome(method, instance, list(islice(parts, len(instance))), f"instance {i}", message.deadline)
+                for i, instance in enumerate(message.instances)
+            ]
             # One instance needs no task of its own.
-            if len(runs) == 1:
-                results = [await _outcome(runs[0])]
-            else:
-                results = await asyncio.gather(*(_outcome(run) for run in runs))
+            results = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
             self._reply(stream, message.request, results)
         except ShardserveError as error:
             stream.send(front.Failed(message.request, type(error).__name__, str(error)))
@@ -83,6 +81,14 @@ class Requests:
                 outcomes.append(front.InstanceOutputs(metas))
                 buffers += parts
         stream.send(front.Reply(request, outcomes), buffers)
+
+    async def _outcome(
+        self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
+    ) -> dict[str, Any] | ShardserveError:
+        try:
+            return await self._run(method, metas, parts, where, deadline)
+        except ShardserveError as error:
+            return error
 
     async def _run(
         self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
@@ -130,11 +136,3 @@ class Requests:
             # Not the client's fault alone: a stage made what the model doesn't take.
             gave = f"{', '.join(dict.fromkeys(makers))} gave what {stage.tag!r} doesn't take"
             raise StageError(f"method {method.name!r}, stage {gave}: {error}") from error
-
-
-async def _outcome(run: Any) -> dict[str, Any] | ShardserveError:
-    try:
-        result: dict[str, Any] = await run
-    except ShardserveError as error:
-        return error
-    return result

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from shardserve.errors import (
     Aborted,
     DeadlineExceeded,
+    InternalError,
     InvalidInput,
     Overloaded,
     StepError,
@@ -33,15 +34,20 @@ class Scheduler:
 
     While a group has room, it gets the calls at the front that may share a batch; while none has, they collect. A call
     that was under way when a generation ended is a suspect: it goes back to the front and runs alone in its group.
+    `forgive(rank)` is told of deaths that were a request's fault.
     Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
 
-    def __init__(self, groups: list[ReplicaGroup], settings: Settings) -> None:
+    def __init__(
+        self, groups: list[ReplicaGroup], settings: Settings, forgive: Callable[[int], None] = lambda rank: None
+    ) -> None:
         self._batchings: Sequence[Batching] | None = None
         self._models_known = asyncio.Event()
         self._groups = groups
         self._settings = settings
-        self._queue: deque[Call] = deque()
+        self._forgive = forgive
+        # Ordered, and quick to remove from: a call whose client has left must not hold memory until its turn.
+        self._queue: OrderedDict[Call, None] = OrderedDict()
         self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
         self._closed: str | None = None
 
@@ -51,8 +57,9 @@ class Scheduler:
         """
         self._batchings = batchings
         self._models_known.set()
-        waiting, self._queue = self._queue, deque()
-        self._queue.extend(call for call in waiting if self._still_fits(call))
+        for call in list(self._queue):
+            if not self._still_fits(call):
+                del self._queue[call]
         self._sessions.keep(self._still_fits)
 
     def _still_fits(self, call: Call) -> bool:
@@ -90,7 +97,8 @@ class Scheduler:
             return
         if len(self._queue) >= self._settings.queue_limit:
             raise Overloaded(f"{len(self._queue)} instances wait already (queue_limit)")
-        self._queue.append(call)
+        self._queue[call] = None
+        call.answer.add_done_callback(lambda _: self._queue.pop(call, None))
         self.pump()
 
     def pump(self) -> None:
@@ -106,7 +114,15 @@ class Scheduler:
             self._send(group, calls)
 
     def _send(self, group: ReplicaGroup, calls: list[Call]) -> None:
-        group.send_step(self._batching(calls[0].subgraph).make_batch(calls))
+        try:
+            batch = self._batching(calls[0].subgraph).make_batch(calls)
+        except Exception as error:
+            # These calls are out of the queue: whatever it is, it is theirs, and not that of whoever has called `pump`.
+            logger.exception("a batch could not be made")
+            for call in calls:
+                call.fail(InternalError(f"a batch could not be made: {type(error).__name__}"))
+            return
+        group.send_step(batch)
 
     def release(self, session: Session) -> None:
         """The method call has ended; the next one may have its group."""
@@ -121,17 +137,18 @@ class Scheduler:
         """The next batch's calls; none if the first must wait until this group is empty."""
         calls: list[Call] = []
         while self._queue:
-            call = self._queue[0]
+            call = next(iter(self._queue))
             if self._is_over(call):
-                self._queue.popleft()
+                del self._queue[call]
                 continue
-            if call.alone:
-                if not calls and group.in_flight == 0:
-                    calls.append(self._queue.popleft())
+            if call.alone and (calls or group.in_flight):
                 return calls
             if calls and not self._may_join(call, calls):
                 return calls
-            calls.append(self._queue.popleft())
+            del self._queue[call]
+            calls.append(call)
+            if call.alone:
+                return calls
         return calls
 
     def _may_join(self, call: Call, calls: list[Call]) -> bool:
@@ -167,8 +184,10 @@ class Scheduler:
             call.alone = True
             self._put_back(call)
 
-    def interrupted(self, batches: list[Batch]) -> None:
-        """A generation ended under these batches: their calls are replayed, alone, in their old order."""
+    def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
+        """A generation ended under these batches: their calls are replayed, alone, in their old order. casualty: the
+        rank whose death has ended it.
+        """
         for batch in reversed(batches):
             for call in reversed(batch.calls):
                 if call.session is not None:
@@ -176,15 +195,22 @@ class Scheduler:
                     continue
                 call.endings += 1
                 call.alone = True
+                if casualty is not None:
+                    call.casualties.append(casualty)
                 if call.endings > ENDINGS_ALLOWED:
                     logger.error("a request is given up: %d generations ended while it ran", call.endings)
                     call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
+                    for rank in call.casualties:
+                        self._forgive(rank)
                 else:
                     self._put_back(call)
 
     def _put_back(self, call: Call) -> None:
+        if call.answer.done():
+            return
         if self._closed is None:
-            self._queue.appendleft(call)
+            self._queue[call] = None
+            self._queue.move_to_end(call, last=False)
         else:
             call.fail(Unavailable(self._closed))
 
@@ -194,7 +220,8 @@ class Scheduler:
         self._models_known.set()
         self._sessions.close(Unavailable(reason))
         while self._queue:
-            self._queue.popleft().fail(Unavailable(reason))
+            call, _ = self._queue.popitem(last=False)
+            call.fail(Unavailable(reason))
 
     def reopen(self) -> None:
         """Takes calls again."""

@@ -50,7 +50,7 @@ class Worker:
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
-        self._scheduler = Scheduler(self._groups, settings)
+        self._scheduler = Scheduler(self._groups, settings, lambda rank: self._registry.forgive(rank))
         self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
@@ -64,6 +64,7 @@ class Worker:
             self._stages_failed,
         )
         self._state = "starting"
+        self._was_ready = False
         self._reason = ""
         self._mains: list[FrameStream[front.ToWorker]] = []
         self._servers: list[asyncio.Server] = []
@@ -130,8 +131,8 @@ class Worker:
     def failed(self, batch: Batch, message: str) -> None:
         self._scheduler.failed(batch, message)
 
-    def interrupted(self, batches: list[Batch]) -> None:
-        self._scheduler.interrupted(batches)
+    def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
+        self._scheduler.interrupted(batches, casualty)
 
     def kill(self, agent: AgentHandle, reason: str) -> None:
         self._registry.kill(agent, reason)
@@ -142,16 +143,27 @@ class Worker:
     def group_changed(self) -> None:
         if self._state == "stopping" or self._python_stages.closed:
             return
-        if any(replica.state == "serving" for replica in self._groups):
-            # Ready means all replicas and stage processes, the first time; afterwards one is enough to answer.
-            complete = all(replica.state == "serving" for replica in self._groups) and self._python_stages.ready
-            if self._state != "starting" or complete:
-                self._scheduler.reopen()
-                self._set_state("ready", "")
-        elif self._state not in ("starting", "failed"):
-            self._set_state("recovering", "the group re-forms")
-        self._announce()
+        state, reason = self._derived_state()
+        if state == "failed" and self._state != "failed":
+            logger.error("%s", reason)
+            self._scheduler.close(reason)
+            self._refuse_start(StartError(reason))
+        elif state != "failed":
+            self._scheduler.reopen()
+        self._set_state(state, reason)
         self._scheduler.pump()
+
+    def _derived_state(self) -> tuple[str, str]:
+        """The servable's state, and the reason for it, from what its replicas are doing."""
+        if any(replica.state == "serving" for replica in self._groups):
+            # Ready means all replicas and stage processes, the first time; afterwards one replica is enough to answer.
+            complete = all(replica.state == "serving" for replica in self._groups) and self._python_stages.ready
+            self._was_ready = self._was_ready or complete
+            return ("ready", "") if self._was_ready else ("starting", "")
+        failures = [self._registry.given_up(replica.replica) or replica.failure for replica in self._groups]
+        if all(failures):
+            return "failed", failures[0] or ""
+        return ("recovering", "the group re-forms") if self._was_ready else ("starting", "")
 
     def _set_state(self, state: str, reason: str) -> None:
         self._state, self._reason = state, reason
@@ -184,21 +196,12 @@ class Worker:
         return self._registry.register(stream, message, self._incarnation)
 
     def gave_up(self, message: group.GaveUp) -> None:
-        prefix = f"rank {message.rank}: "
-        self.group_failed(prefix + message.reason.removeprefix(prefix))
+        self._registry.give_up(message.rank, message.reason)
+        self.group_changed()
 
     def _stages_failed(self, reason: str) -> None:
         """No Python stage can run any more, whatever the groups do."""
         logger.error("%s", reason)
-        self._scheduler.close(reason)
-        self._set_state("failed", reason)
-        self._refuse_start(StartError(reason))
-
-    def group_failed(self, reason: str) -> None:
-        """A replica can't serve until an operator has done something; when it can again, so does the servable."""
-        logger.error("%s", reason)
-        if any(replica.state == "serving" for replica in self._groups):
-            return
         self._scheduler.close(reason)
         self._set_state("failed", reason)
         self._refuse_start(StartError(reason))

@@ -68,6 +68,7 @@ class Owner:
 
     def __init__(self):
         self.said = []
+        self.casualties = []
         self.counter = 0
 
     def next_generation(self):
@@ -86,11 +87,9 @@ class Owner:
     def failed(self, batch, message):
         self.said.append(("failed", batch, message))
 
-    def interrupted(self, batches):
+    def interrupted(self, batches, casualty):
         self.said.append(("interrupted", batches))
-
-    def group_failed(self, reason):
-        self.said.append(("group failed", reason))
+        self.casualties.append(casualty)
 
     def kill(self, agent, reason):
         self.said.append(("kill", agent.rank, reason))
@@ -112,7 +111,7 @@ class Cluster(Owner):
         super().__init__()
         settings = settings or Settings()
         self.groups = [ReplicaGroup(r, 1, 1, window, self, settings) for r in range(replicas)]
-        self.scheduler = Scheduler(self.groups, settings)
+        self.scheduler = Scheduler(self.groups, settings, lambda rank: self.said.append(("forgive", rank)))
         signature = Signature(
             {"batch": DimRange(1, batch), "n": DimRange(1, 9)},
             (TensorSpec("x", "float32", ("batch", "n")),),
@@ -182,8 +181,8 @@ class Cluster(Owner):
     def failed(self, batch, message):
         self.scheduler.failed(batch, message)
 
-    def interrupted(self, batches):
-        self.scheduler.interrupted(batches)
+    def interrupted(self, batches, casualty):
+        self.scheduler.interrupted(batches, casualty)
 
 
 def value(call):

@@ -255,24 +255,20 @@ async def test_broken_ends_the_generation(serving, caplog):
 
 
 @asynchronous
-async def test_a_group_that_can_never_form_fails_with_the_last_reason_until_a_rank_is_replaced():
+async def test_a_group_that_can_not_form_says_why_and_tries_on():
     g = Group(serving=False, form_backoff=0.001, max_formings=3)
     g.join(*range(4))
     for number in range(1, 4):
         await until(lambda: g.group.state == "forming")
         assert g.group.generation == Generation(5, number)
+        assert g.group.failure is None
         g.say(group.Broken, 1, message=f"no route {number}")
         g.say(group.Parked, *range(4))
-    assert g.group.state == "failed"
-    assert g.owner.take("group failed") == [
-        ("replica 0 could not form, 3 times in a row: rank 1: no route 3",),
-    ]
-    g.lose(2)
-    assert g.group.state == "waiting"
-    g.join(2)
-    assert g.group.state == "forming"
+    assert g.group.failure == "replica 0 could not form, 3 times in a row: rank 1: no route 3"
+    # It tries on, since what is wrong may be mended.
+    await until(lambda: g.group.state == "forming")
     g.say(group.Formed, *range(4))
-    assert g.group.state == "serving"
+    assert (g.group.state, g.group.failure) == ("serving", None)
 
 
 @asynchronous

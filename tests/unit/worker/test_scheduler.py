@@ -1,5 +1,6 @@
 import asyncio
 import time
+import weakref
 
 import pytest
 
@@ -301,3 +302,51 @@ async def test_a_batch_never_mixes_subgraphs():
         ran.append((sent.subgraph, values))
         cluster.output(step, values)
     assert ran == [(0, [1]), (0, [2]), (1, [3, 4]), (0, [5])]
+
+
+@asynchronous
+async def test_a_call_whose_client_has_left_holds_no_memory_until_its_turn():
+    c = Cluster(window=1, batch=1)
+    c.submit(0)
+    left = [c.submit(i) for i in range(1, 5)]
+    stays = c.submit(5)
+    for call in left:
+        call.answer.cancel()
+    arrays = [weakref.ref(call.arrays[0]) for call in left]
+    del left, call
+    await asyncio.sleep(0)
+    assert [reference() for reference in arrays] == [None] * 4
+    c.steps()
+    c.output(0, [0])
+    assert c.steps() == [(1, [5.0])]
+    assert not stays.answer.done()
+
+
+@asynchronous
+async def test_deaths_under_a_request_that_is_given_up_are_forgiven():
+    c = Cluster()
+    call = c.submit(1)
+    for _ in range(2):
+        c.lose()
+    assert isinstance(call.answer.exception(), Aborted)
+    assert c.take("forgive") == [(0,), (0,)]
+
+
+@asynchronous
+async def test_a_batch_that_can_not_be_made_fails_its_own_calls(monkeypatch, caplog):
+    c = Cluster(window=1)
+    c.submit(0)
+    call = c.submit(1)
+
+    def out_of_memory(calls):
+        raise MemoryError
+
+    monkeypatch.setattr(c.batching, "make_batch", out_of_memory)
+    c.steps()
+    c.output(0, [0])
+    assert "MemoryError" in str(call.answer.exception())
+    monkeypatch.undo()
+    after = c.submit(2)
+    [(number, values)] = c.steps()
+    c.output(number, values)
+    assert after.answer.result()[0].tolist() == [2]

@@ -365,7 +365,7 @@ async def test_requests_that_fail(tmp_path, free_port):
 
         cases = [
             (infer(2, ids=TensorMeta("float32", (3,), 12)), "input 'x' is missing; predict takes x"),
-            (infer(3, np.zeros(4, np.float32)), "input 'x' must have size 3 at axis 1, got 4"),
+            (infer(3, np.zeros(4, np.float32)), "input 'x' must have size 3 at axis 0, got 4"),
             (infer(4, TEXT, x=TensorMeta("str", (1,), 12, (12,))), "input 'x' must have dtype float32, got str"),
         ]
         for request, said in cases:
