@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -62,6 +63,7 @@ class Hosts:
         return f"{PREFIX}.{host + 1}"
 
     def __enter__(self) -> Hosts:
+        _remove_orphans()
         try:
             ip("netns", "add", self._switch)
             ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
@@ -95,6 +97,15 @@ class Hosts:
 
     def mend(self, host: int) -> None:
         ip("-n", self._switch, "link", "set", f"p{host}", "master", "bridge")
+
+
+def _remove_orphans() -> None:
+    """Namespaces of test runs that were killed before they could remove theirs."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for name in [line.split()[0] for line in listed.splitlines() if line.strip()]:
+        made = re.fullmatch(r"ss([0-9]+)-[0-9]+-(?:sw|h[0-9]+)", name)
+        if made is not None and not Path(f"/proc/{made[1]}").exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 class OnHosts(Processes):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,20 @@ def test_agents_behind_an_address_that_the_table_does_not_know(scene, tmp_path):
         scene.start(on_hosts, PIPELINE, options, addresses={2: "192.0.2.7"})
         with on_hosts.client("transformer", raise_errors=True) as client:
             scene.check(client)
+        stop(on_hosts)
+
+
+def test_on_one_host_nothing_listens_beyond_loopback_whatever_the_table_calls_the_host(scene, tmp_path):
+    with OnHosts(scene.hosts, tmp_path / "run") as on_hosts:
+        on_hosts.distributed = "127.0.0.1:6200"
+        scene.start(on_hosts, {0: [0, 1, 2, 3]}, lambda host: ())
+        with on_hosts.client("transformer", raise_errors=True) as client:
+            scene.check(client)
+        lines = Path(f"/proc/{on_hosts.started[0].pid}/net/tcp").read_text().splitlines()[1:]
+        listening = [fields[1] for fields in map(str.split, lines) if fields[3] == "0A"]
+        assert listening
+        # 127.0.0.1, as the kernel writes it on a little-endian machine.
+        assert {address.partition(":")[0] for address in listening} == {"0100007F"}
         stop(on_hosts)
 
 
