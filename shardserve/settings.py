@@ -60,6 +60,8 @@ class Settings:
     restart_window: float = 60.0
     max_requests: int = 4096
     """Requests of one servable in Main that have no answer yet; over it, Overloaded."""
+    max_instances: int = 4096
+    """Of one request; over it, MessageTooLarge."""
     max_request_bytes: int = 2 << 30
     """Inputs of those requests, which Main keeps until they are answered."""
     max_unsent_bytes: int = 1 << 30

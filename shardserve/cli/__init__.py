@@ -12,6 +12,9 @@ import shardserve
 from shardserve.cli import agents, export, infer, inspect, rank_table, serve, status, up
 from shardserve.errors import ShardserveError
 
+# What shells give for a program that SIGINT has ended: 128 + its number.
+INTERRUPTED = 130
+
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command, with all of its subcommands."""
@@ -38,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShardserveError as error:
         print(f"shardserve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("shardserve: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has enough of it; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

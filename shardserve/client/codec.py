@@ -9,6 +9,7 @@ import grpc
 
 from shardserve.errors import (
     CLASSES,
+    ConfigError,
     InternalError,
     InvalidInput,
     MessageTooLarge,
@@ -34,6 +35,14 @@ _BY_CODE: dict[int, type[ShardserveError]] = {
     4: Unavailable,
     5: NotFound,
 }
+
+
+def servable_spec(name: str, method: str, version: int) -> pb.ServableSpec:
+    """ConfigError for what can't be a name or a version."""
+    try:
+        return pb.ServableSpec(name=name, method_name=method, version_number=version)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"servable {name!r}, method {method!r}, version {version!r}: {error}") from None
 
 
 def encode_request(spec: pb.ServableSpec, instances: Instance | Sequence[Instance]) -> pb.PredictRequest:
@@ -70,7 +79,9 @@ def decode_reply(reply: pb.PredictReply, raise_errors: bool) -> Reply:
             outputs.append({"error": str(error)})
         else:
             metas, buffers = proto.from_instance(instance, f"instance {index}")
-            outputs.append(tensors.decode_instance(metas, [bytearray(data) for data in buffers], f"instance {index}"))
+            values = tensors.decode_instance(metas, [bytearray(data) for data in buffers], f"instance {index}")
+            # A protobuf map has no order of its own.
+            outputs.append(dict(sorted(values.items())))
     return outputs
 
 

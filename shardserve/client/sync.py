@@ -10,7 +10,6 @@ import grpc
 
 from shardserve.client import channel, codec
 from shardserve.errors import ShardserveError
-from shardserve.wire.stubs import ms_service_pb2 as pb
 from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceStub
 
 
@@ -61,7 +60,7 @@ class Client:
         ssl_config: channel.SSLConfig | None = None,
         raise_errors: bool = False,
     ) -> None:
-        self._spec = pb.ServableSpec(name=servable_name, method_name=method_name, version_number=version_number)
+        self._spec = codec.servable_spec(servable_name, method_name, version_number)
         self._raise_errors = raise_errors
         target = channel.target(address)
         if ssl_config is None:

@@ -51,6 +51,11 @@ def export(
     """
     started = time.perf_counter()
     _check(name, tensor_parallel, pipeline_parallel, plan)
+    try:
+        # Before the tracing, which takes its time.
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"the shards can't be written to {out}: {error.strerror}") from error
     plan = plan or Plan()
     kwargs = ordered(model, kwargs or {})
     traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)

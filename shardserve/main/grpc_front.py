@@ -45,6 +45,7 @@ class Predict(ms_service_pb2_grpc.MSServiceServicer):
             servable, info = self._router.resolve(spec.name, spec.version_number, spec.method_name)
             left = context.time_remaining()
             deadline = None if left is None else time.monotonic() + left
+            self._router.check_count(len(request.instances))
             instances = [_decode(instance, index) for index, instance in enumerate(request.instances)]
             results = await infer(servable, spec.method_name, info, instances, deadline)
             return _reply(spec, results)

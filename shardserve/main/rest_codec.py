@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -22,14 +22,16 @@ TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 """Other names of dtypes, as MindSpore Serving's clients write them."""
 
 
-def decode_request(body: bytes, dtypes: Mapping[str, str]) -> list[Decoded]:
+def decode_request(
+    body: bytes, dtypes: Mapping[str, str], check_count: Callable[[int], None] = lambda count: None
+) -> list[Decoded]:
     """The instances of a body. dtypes: what JSON numbers become, by input; without one, int32 and float32.
 
     InvalidInput if the body as a whole is wrong; an instance that is wrong is its own InvalidInput.
     """
     try:
         document = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the body isn't JSON: {error}") from None
     except RecursionError:
         raise InvalidInput("the body is nested too deeply") from None
@@ -40,6 +42,7 @@ def decode_request(body: bytes, dtypes: Mapping[str, str]) -> list[Decoded]:
         return [_instance(instances, dtypes, "instances")]
     if not isinstance(instances, list):
         raise InvalidInput("instances is neither an object nor an array of objects")
+    check_count(len(instances))
     return [_instance(instance, dtypes, f"instances[{index}]") for index, instance in enumerate(instances)]
 
 

@@ -28,6 +28,10 @@ TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the client waits for the answer; without it, as long as it keeps the connection."""
 
 
+# Of a version in the path: it is a 64-bit number in the protocol.
+MAX_VERSION_DIGITS = 19
+
+
 class RestFront:
     """One listening HTTP server."""
 
@@ -84,12 +88,12 @@ class RestFront:
     async def _infer(self, request: Request) -> list[Result]:
         parameters = request.path_params
         version = parameters.get("version", "0")
-        if not version.isdecimal():
-            raise NotFound(f"version {version!r} isn't a number")
+        if not version.isdecimal() or len(version) > MAX_VERSION_DIGITS:
+            raise NotFound(f"version {version[:MAX_VERSION_DIGITS]!r} isn't a version number")
         method = parameters["method"]
         servable, info = self._router.resolve(parameters["servable"], int(version), method)
         deadline = _deadline(request)
-        instances = rest_codec.decode_request(await self._body(request), info.dtypes)
+        instances = rest_codec.decode_request(await self._body(request), info.dtypes, self._router.check_count)
         answer = asyncio.ensure_future(infer(servable, method, info, instances, deadline))
         leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
         try:

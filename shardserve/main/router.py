@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from shardserve.errors import InvalidInput, NotFound, ShardserveError, StartError, Unavailable
+from shardserve.errors import InvalidInput, MessageTooLarge, NotFound, ShardserveError, StartError, Unavailable
 from shardserve.main.servable import Result, Servable
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer
@@ -49,6 +49,12 @@ class Router:
             await servable.attach(address)
         finally:
             self._changed()
+
+    def check_count(self, instances: int) -> None:
+        """Before they are decoded, which takes its time. MessageTooLarge for more than `max_instances`."""
+        if instances > self.settings.max_instances:
+            limit = self.settings.max_instances
+            raise MessageTooLarge(f"a request has at most {limit} instances (max_instances), got {instances}")
 
     def detach(self, name: str, version: int) -> None:
         """Forgets a servable version, if it is here; its requests end with Unavailable."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,9 +181,9 @@ def load_servable(directory: str, name: str) -> Servable:
         with declaring(name) as servable:
             runpy.run_path(str(path), run_name="servable_config")
     except ShardserveError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}{_line_in(path, error)}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
     finally:
         sys.path[:] = search_path
     if servable.model is None:
@@ -190,3 +191,9 @@ def load_servable(directory: str, name: str) -> Servable:
     if not servable.methods:
         raise ConfigError(f"{path}: registers no method (register.register_method)")
     return servable
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """Where in this file the error came from, as ", line 7"; nothing if it didn't run that far."""
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""

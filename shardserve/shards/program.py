@@ -156,7 +156,9 @@ def _load_parameters(graph: GraphFile, file: Path, device: torch.device, loaded:
                 if parameter.tensor not in available:
                     raise ShardError(f"{file}: tensor '{parameter.tensor}' is missing")
                 if parameter.tensor not in loaded:
-                    loaded[parameter.tensor] = tensors.get_tensor(parameter.tensor)
+                    # A copy: on the CPU it is a view of the mapped file, which would change under a running model when
+                    # somebody writes to the file.
+                    loaded[parameter.tensor] = tensors.get_tensor(parameter.tensor).clone()
                 tensor = loaded[parameter.tensor]
                 if tuple(tensor.shape) != parameter.shape or dtype_name(tensor.dtype) != parameter.dtype:
                     raise ShardError(

@@ -177,3 +177,8 @@ def test_replies():
             {"error_msg": "id 9 is out of range"},
         ]
     }
+
+
+def test_a_body_that_is_not_utf_8():
+    with pytest.raises(InvalidInput, match="the body isn't JSON"):
+        rest_codec.decode_request(b'{"instances": {"\xe9": 1}}', {})

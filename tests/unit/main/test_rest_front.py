@@ -55,7 +55,7 @@ def test_wrong_requests_have_their_status_and_a_text():
             ("/model/nobody:predict", good, 404, "no servable 'nobody' here"),
             ("/model/echo:nothing", good, 404, "has no method 'nothing'"),
             ("/model/echo/version/7:predict", good, 404, "has no version 7"),
-            ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a number"),
+            ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a version number"),
             ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
             ("/model/echo:predict", {"instances": {"x": [[1], 2]}}, 400, "instances.x[1]: a ragged array"),
             ("/model/echo:predict", {"instances": {"z": 1}}, 400, "missing 'x' and unknown 'z'"),

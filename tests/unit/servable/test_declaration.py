@@ -88,7 +88,7 @@ def test_errors_name_the_file(tmp_path, text, said):
     directory = servable(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_servable(directory, "net")
-    assert str(caught.value).startswith(f"{tmp_path}/net/servable_config.py: ")
+    assert str(caught.value).startswith(f"{tmp_path}/net/servable_config.py")
     assert said in str(caught.value)
     assert sys.path == before
     # Nothing of the failed one is left for the next.

@@ -339,6 +339,6 @@ open(mark, "w").close()
     async with Setting(tmp_path, source=guard + SERVABLE) as s:
         reason = await s.said.get()
         assert reason.startswith("Python stages can't run: ")
-        assert reason.endswith("servable_config.py: OSError: no camera")
+        assert reason.endswith("servable_config.py, line 6: OSError: no camera")
         with pytest.raises(Unavailable, match="no camera"):
             await s.run("one", 1)
