@@ -21,8 +21,8 @@ MAX_PIECES = 1024
 
 
 class FrameSocket(Generic[M]):
-    """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the end
-    of the connection. `close` may be called by any thread and ends both."""
+    """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the
+    end of the connection. `close` may be called by any thread and ends both."""
 
     def __init__(self, connection: socket.socket | TLSSocket, union: Any) -> None:
         self._socket = connection

@@ -70,8 +70,8 @@ def split(payload: Payload, sizes: Sequence[int]) -> list[Payload]:
 class FrameReader(Generic[M]):
     """Turns received bytes into (message, payload) pairs; does no input or output itself.
 
-    `buffer()` is where the next bytes belong, `advance(n)` says that n came. A payload gets memory of its own, into which
-    whatever is not yet here is received directly.
+    `buffer()` is where the next bytes belong, `advance(n)` says that n came. A payload gets memory of its own, into
+    which whatever is not yet here is received directly.
     """
 
     def __init__(self, union: Any, max_payload: int = MAX_PAYLOAD, max_header: int = MAX_HEADER) -> None:

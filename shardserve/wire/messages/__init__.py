@@ -23,8 +23,8 @@ class Generation(NamedTuple):
 
 
 class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
-    """What a payload doesn't say of a tensor. dtype: a numpy name, or "str" or "bytes", whose `lengths` are those of the
-    elements in bytes, in C order; numbers are little-endian, in C order."""
+    """What a payload doesn't say of a tensor. dtype: a numpy name, or "str" or "bytes", whose `lengths` are those of
+    the elements in bytes, in C order; numbers are little-endian, in C order."""
 
     dtype: str
     shape: tuple[int, ...]

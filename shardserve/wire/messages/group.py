@@ -1,9 +1,9 @@
 """Worker, supervisors and agents, on the Worker's distributed address.
 
-The first message says who came: a supervisor (`Introduce`, then `Enlist`), once per host, or an agent (`Register`), once per rank; both are
-answered by their counterpart or by `Refuse`, after which the connection ends. A generation is formed by `Form` to every
-rank, each answered by `Formed` or `Broken`; then `Step`s follow, in the same order to every rank. `End` ends it: a
-rank that has left its waits answers `Parked`. Every message about a generation carries it.
+The first message says who came: a supervisor (`Introduce`, then `Enlist`), once per host, or an agent (`Register`),
+once per rank; both are answered by their counterpart or by `Refuse`, after which the connection ends. A generation is
+formed by `Form` to every rank, each answered by `Formed` or `Broken`; then `Step`s follow, in the same order to every
+rank. `End` ends it: a rank that has left its waits answers `Parked`. Every message about a generation carries it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Roster(Message, frozen=True):
 
 
 class Enlist(Message, frozen=True):
-    """From a supervisor. hosts: those of the roster that are addresses of its host; agent_ip and rank_start replace them
-    where the rank table knows none. count: for how many ranks it was given model files."""
+    """From a supervisor. hosts: those of the roster that are addresses of its host; agent_ip and rank_start replace
+    them where the rank table knows none. count: for how many ranks it was given model files."""
 
     hosts: tuple[str, ...]
     agent_ip: str | None
@@ -55,8 +55,8 @@ class Enlist(Message, frozen=True):
 
 
 class Enlisted(Message, frozen=True):
-    """To a supervisor: the ranks of its host, the devices they take by the rank table, and the address that the table has
-    for the host. model_files: what each rank loads, if the servable is not distributed."""
+    """To a supervisor: the ranks of its host, the devices they take by the rank table, and the address that the table
+    has for the host. model_files: what each rank loads, if the servable is not distributed."""
 
     ranks: tuple[int, ...]
     devices: tuple[str, ...]
@@ -105,8 +105,8 @@ class Refuse(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """From an agent that holds its shard. incarnation: the greatest it has seen. stage_address: where it takes the link of
-    the previous pipeline stage. configs: one group config per subgraph, as in group_config.json."""
+    """From an agent that holds its shard. incarnation: the greatest it has seen. stage_address: where it takes the link
+    of the previous pipeline stage. configs: one group config per subgraph, as in group_config.json."""
 
     rank: int
     pid: int
@@ -149,7 +149,8 @@ class Step(Message, frozen=True):
 
 
 class Output(Message, frozen=True):
-    """From the leader of the last pipeline stage. Payload: the output tensors, whose shapes follow from the step's dims."""
+    """From the leader of the last pipeline stage. Payload: the output tensors, whose shapes follow from the step's
+    dims."""
 
     generation: Generation
     step: int
@@ -178,7 +179,8 @@ class Parked(Message, frozen=True):
 
 
 class StoreCall(Message, frozen=True):
-    """A call of the rendezvous store that gloo and NCCL use while a group forms; `call` numbers it on its connection."""
+    """A call of the rendezvous store that gloo and NCCL use while a group forms; `call` numbers it on its
+    connection."""
 
     generation: Generation
     call: int

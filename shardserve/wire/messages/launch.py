@@ -101,7 +101,8 @@ class Serve(Message, frozen=True):
 
 
 class Incarnation(Message, frozen=True):
-    """From a Worker: agents knew a greater incarnation, the Worker now uses this one; the launcher counts on from it."""
+    """From a Worker: agents knew a greater incarnation, the Worker now uses this one; the launcher counts on from
+    it."""
 
     incarnation: int
 
