@@ -195,5 +195,6 @@ def load_servable(directory: str, name: str) -> Servable:
 
 def _line_in(path: Path, error: BaseException) -> str:
     """Where in this file the error came from, as ", line 7"; nothing if it didn't run that far."""
-    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [number for frame, number in frames if frame.f_code.co_filename == str(path)]
     return f", line {lines[-1]}" if lines else ""

@@ -83,7 +83,7 @@ class Program:
         return len(self._collectives)
 
     def begin(self) -> None:
-        """A new step: none of its collectives was issued yet. `run` does so too; needed where `run` may not be reached."""
+        """A new step, with no collective issued so far. `run` does so too; needed where `run` may not be reached."""
         self._completed = 0
 
     def run(self, dims: Mapping[str, int], inputs: Sequence[Tensor], collective: Collective) -> list[Tensor]:

@@ -66,7 +66,7 @@ class GlooCollective:
         self._group._set_default_timeout(timedelta(seconds=settings.step_timeout))
 
     def _leave_in_time(self) -> None:
-        """Nothing else ends a wait inside gloo, and the Worker that would have this agent killed may be out of reach."""
+        """Nothing else ends a wait inside gloo, and the Worker that would have this agent killed may be unreachable."""
 
         def check() -> None:
             if self._blocked:

@@ -149,8 +149,7 @@ class Step(Message, frozen=True):
 
 
 class Output(Message, frozen=True):
-    """From the leader of the last pipeline stage. Payload: the output tensors, whose shapes follow from the step's
-    dims."""
+    """From the leader of the last pipeline stage. Payload: the outputs, whose shapes follow from the step's dims."""
 
     generation: Generation
     step: int
@@ -179,8 +178,7 @@ class Parked(Message, frozen=True):
 
 
 class StoreCall(Message, frozen=True):
-    """A call of the rendezvous store that gloo and NCCL use while a group forms; `call` numbers it on its
-    connection."""
+    """A call of the rendezvous store that gloo uses while a group forms; `call` numbers it on its connection."""
 
     generation: Generation
     call: int

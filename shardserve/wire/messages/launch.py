@@ -101,8 +101,7 @@ class Serve(Message, frozen=True):
 
 
 class Incarnation(Message, frozen=True):
-    """From a Worker: agents knew a greater incarnation, the Worker now uses this one; the launcher counts on from
-    it."""
+    """From a Worker: agents knew a greater incarnation, it now uses this one; the launcher counts on from it."""
 
     incarnation: int
 
