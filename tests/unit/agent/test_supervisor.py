@@ -50,7 +50,7 @@ async def test_agents_are_registered_watched_and_forked_anew(tmp_path, ports, ca
         [reborn] = await worker.agents(1)
         assert reborn.register.rank == 1
         assert reborn.register.pid != agents[1].register.pid
-        assert f"rank 1 (pid {agents[1].register.pid}) died; it is forked anew" in caplog.text
+        assert f"rank 1 is forked anew: pid {agents[1].register.pid} died" in caplog.text
 
         # Told to, it kills; but only the process that was meant.
         supervisor.send(group.Kill(0, agents[0].register.pid + 1, "did nothing"))
