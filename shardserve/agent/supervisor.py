@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 class HostOptions:
     """What `startup_agents` was asked for. model_files: for each rank of this host, in rank order, the graph files of
     its subgraphs; None where the Worker knows them (servables that are not distributed). group_config_files: as those.
+    vital: a rank that is given up ends them all, where nothing is left to serve without it.
     """
 
     distributed_address: str
@@ -55,6 +56,7 @@ class HostOptions:
     agent_ip: str | None
     rank_start: int | None
     device_type: str | None
+    vital: bool = False
     security: SecurityFiles = UNGUARDED
 
 
@@ -337,7 +339,7 @@ class Supervisor:
         slot.given_up = str(error)
         if self._stream is not None:
             self._stream.send(group.GaveUp(slot.request.rank, str(error)))
-        if self._ready is not None:
+        if self._ready is not None or self._options.vital:
             self._fail(error)
         else:
             logger.error("rank %d is not forked again: %s", slot.request.rank, error)

@@ -78,7 +78,10 @@ def _start(args: argparse.Namespace, directory: str, name: str, table: str, file
     # The port first: agents must not join another server that has it.
     servable = distributed.begin_servable(directory, name, table, args.version, args.distributed_address)
     configs = [str(Path(file).with_name(CONFIG_FILE)) for file in files]
-    agents = distributed.begin_agents(args.distributed_address, files, configs, args.agent_start_port)
+    # Without one of its ranks the only replica can't serve: whoever watches this process should know.
+    agents = distributed.begin_agents(
+        args.distributed_address, files, configs, args.agent_start_port, vital=len(set(files)) == len(files)
+    )
     for done in concurrent.futures.as_completed((servable, agents)):
         done.result()
 

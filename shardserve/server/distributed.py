@@ -132,8 +132,12 @@ def begin_agents(
     join_secret_file: str | None = None,
     ssl_config: SSLConfig | None = None,
     insecure: bool = False,
+    vital: bool = False,
 ) -> Future[None]:
-    """As `startup_agents`, but returns at once; the future is done when all agents are registered."""
+    """As `startup_agents`, but returns at once; the future is done when all agents are registered.
+
+    vital: a rank that dies too often ends all that this process runs, with an error.
+    """
     address = parse_address(distributed_address, "distributed_address")
     options = HostOptions(
         distributed_address=str(address),
@@ -143,10 +147,13 @@ def begin_agents(
         agent_ip=agent_ip,
         rank_start=rank_start,
         device_type=device_type,
+        vital=vital,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
     if not 0 < agent_start_port <= LAST_PORT - len(model_files):
         raise ConfigError(f"agent_start_port={agent_start_port!r} leaves no room for {len(model_files)} ports")
+    if rank_start is not None and (not isinstance(rank_start, int) or isinstance(rank_start, bool) or rank_start < 0):
+        raise ConfigError(f"rank_start={rank_start!r} is not a rank")
     if (agent_ip is None) != (rank_start is None):
         raise ConfigError("agent_ip and rank_start: give both or neither")
     if agent_ip is not None and not is_local(agent_ip):

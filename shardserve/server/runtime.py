@@ -102,7 +102,7 @@ class Runtime:
             self._residents.remove(resident)
             if not self._residents:
                 self._idle.set()
-            elif self._stopping:
+            elif self._stopping or self.failure is not None:
                 self._stop_residents()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:

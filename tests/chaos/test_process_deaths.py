@@ -148,3 +148,39 @@ def wait_until_gone(processes, pids):
             return
         pause.wait(0.01)
     raise AssertionError(f"still alive: {processes.alive()}")
+
+
+def test_the_fork_server_while_it_forks(transformer):
+    """All ranks die at once, and the fork server with them, before it could fork any of them anew."""
+    with transformer.up() as up:
+        with Load(up, transformer.model, clients=2) as load:
+            for _ in range(2):
+                agents = up.pids()
+                server = fork_server(up, agents)
+                for pid in (*agents, server):
+                    if pid in up.alive():
+                        os.kill(pid, signal.SIGKILL)
+                assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+                load.wait(5)
+        assert up.stop() == 0
+
+
+def test_main_dies_too_often(transformer, capfd):
+    with transformer.up(SHARDSERVE_MAX_RESTARTS="1") as up:
+        (first,) = up.of("shardserve.main")
+        os.kill(first, signal.SIGKILL)
+        second = wait_for_another_main(up, first)
+        os.kill(second, signal.SIGKILL)
+        assert up.process.wait(20) == 1
+        up.wait_all_ended(5)
+    assert "Main died 2 times within 60 s" in capfd.readouterr().err
+
+
+def wait_for_another_main(up, pid):
+    pause = threading.Event()
+    for _ in range(500):
+        found = up.of("shardserve.main")
+        if found and found != [pid]:
+            return found[0]
+        pause.wait(0.01)
+    raise AssertionError("Main was not respawned")

@@ -135,3 +135,31 @@ def wait_for_generation_after(up, generation):
             return
         pause.wait(0.02)
     raise AssertionError(f"still {generation}")
+
+
+def test_a_rank_that_dies_too_often_ends_up_with_an_error(transformer, capfd):
+    with transformer.up(SHARDSERVE_MAX_RESTARTS="2") as up:
+        ids = token_ids(1, 6, seed=1)
+        with up.client(raise_errors=True) as client:
+            for _ in range(2):
+                os.kill(up.pids()[1], signal.SIGKILL)
+                client.infer(transformer_instances(ids), timeout=SECONDS_TO_RECOVER)
+            os.kill(up.pids()[1], signal.SIGKILL)
+        assert up.process.wait(20) == 1
+        up.wait_all_ended(2)
+    assert "rank 1: died 3 times within 60 s" in capfd.readouterr().err
+
+
+def test_poisonous_requests_do_not_use_up_the_restarts(slow_model):
+    """Each takes two deaths; with four of them there are more deaths than a rank may have of its own."""
+    with slow_model.up(SHARDSERVE_MAX_RESTARTS="3") as up, up.client() as client:
+        for _ in range(3):
+            poison = client.infer_async({"x": np.ones((60_000, 256), np.float32)}, timeout=120)
+            for _ in range(2):
+                wait_until_computing(up.pids()[0])
+                generation = up.replica()["generation"]
+                os.kill(up.pids()[1], signal.SIGKILL)
+                wait_for_generation_after(up, generation)
+            assert "ABORTED" in poison.result()["error"]
+        assert "y" in client.infer({"x": np.ones((2, 256), np.float32)}, timeout=30)[0]
+        assert up.stop() == 0
