@@ -131,7 +131,7 @@ def test_errors_are_of_their_instances(served):
 
 def test_a_wrong_input_of_the_client_is_the_clients_fault(served):
     answer = ask(served, "twice", {"x": np.ones(3, np.float32)})
-    assert "instance 0: input 'x' must have size 4 at axis 1, got 3" in str(answer)
+    assert "instance 0: input 'x' must have size 4 at axis 0, got 3" in str(answer)
 
 
 def test_a_stage_that_hangs_past_its_deadline_is_replaced(served):
