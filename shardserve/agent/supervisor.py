@@ -126,7 +126,8 @@ class Supervisor:
         if self._stream is not None:
             for slot in self._slots:
                 self._stream.send(group.GaveUp(slot.request.rank, str(error)))
-        if not self._stopping.is_set():
+        # Whoever still waits for the agents is told, and may go on without them.
+        if self._ready is None and not self._stopping.is_set():
             self.failure = error
         self._report(error)
         self._ended.set()

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 import shardserve
 from shardserve.cli import agents, export, infer, inspect, rank_table, serve, status, up
+from shardserve.cli.codes import INTERRUPTED
 from shardserve.errors import ShardserveError
-
-# What shells give for a program that SIGINT has ended: 128 + its number.
-INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:

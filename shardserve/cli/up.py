@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from shardserve.cli.codes import INTERRUPTED
 from shardserve.errors import ConfigError, ShardserveError
 from shardserve.log import configure_logging
 from shardserve.server import distributed, start_grpc_server, start_restful_server, stop
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     except ShardserveError:
         stop()
         raise
+    except SystemExit:
+        # A signal, before anything was ready: what was asked for was not done.
+        return INTERRUPTED
     runtime = current_runtime()
     print(f"ready: {name} of {count} ranks; gRPC on {args.grpc_address}, REST on {args.rest_address}", flush=True)
     # What a ready server is asked to do by a signal, it has done.

@@ -154,7 +154,7 @@ class Runtime:
         self.request_stop()
         # After the script's last line its main thread only waits for ours to end.
         if threading.main_thread().is_alive():
-            raise SystemExit(128 + number)
+            raise SystemExit(0)
 
 
 _runtime: Runtime | None = None
