@@ -59,6 +59,7 @@ class Script:
 
     def end(self, timeout=30):
         """It has to end by itself, with all that it started."""
+        children = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = self.children()
         _, stderr = self.process.communicate(timeout=timeout)

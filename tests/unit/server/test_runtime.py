@@ -170,8 +170,8 @@ def test_the_second_signal_does_not_wait(tmp_path, free_port):
         # Main can't answer the stop, so that the first signal waits for it.
         main.suspend()
         script.process.send_signal(signal.SIGTERM)
-        # As a person does who presses Ctrl-C again and again: of two signals at the very same moment Python may keep the
-        # second for later.
+        # As a person does who presses Ctrl-C again and again: of two signals at the very same moment Python may keep
+        # the second for later.
         for _ in range(10):
             script.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
