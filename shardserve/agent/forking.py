@@ -130,6 +130,10 @@ class ForkServer:
         finally:
             if not self._closed:
                 loop.remove_reader(self._socket)
+                self._readable = None
+        # It may have been closed between the event and this line.
+        if self._closed:
+            raise ConnectionResetError("the fork server ended")
         data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, 2)
         if not data:
             raise ConnectionResetError("the fork server ended")
@@ -141,10 +145,14 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends the fork server, and with it whatever agent is left; a fork under way fails with ConnectionError."""
+        if self._closed:
+            return
         self._closed = True
-        if self._readable is not None and not self._readable.done():
+        if self._readable is not None:
+            # Before its number is free for another socket, which the loop would then take for this one.
             self._readable.get_loop().remove_reader(self._socket)
-            self._readable.set_exception(ConnectionResetError("the fork server ended"))
+            if not self._readable.done():
+                self._readable.set_exception(ConnectionResetError("the fork server ended"))
         self._socket.close()
         self._process.kill()
         self._process.wait()

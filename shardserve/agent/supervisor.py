@@ -360,9 +360,10 @@ class Supervisor:
                 logger.warning("agents did not leave within %s s and are killed", self._settings.exit_timeout)
         if self._stream is not None:
             self._stream.close()
-        if self._fork_server is not None:
-            self._loop.remove_reader(self._fork_server.pidfd)
-            self._fork_server.close()
+        server, self._fork_server = self._fork_server, None
+        if server is not None:
+            self._loop.remove_reader(server.pidfd)
+            server.close()
         for slot in self._slots:
             if slot.process is not None:
                 self._loop.remove_reader(slot.process.pidfd)
