@@ -192,6 +192,17 @@ class Up(Processes):
         return code
 
 
+class Transformer:
+    """The exported example of 2 x 2 ranks, and the unsharded model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model_dir = folder / "model"
+        self.model: torch.nn.Module = export_transformer(self.model_dir, 2, 2)
+
+    def up(self, **environment: str) -> Up:
+        return Up(EXAMPLES / "transformer", self.model_dir, "transformer", **environment)
+
+
 def token_ids(count: int, length: int, seed: int) -> torch.Tensor:
     """int64 [count, length], in the vocabulary."""
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))

@@ -6,22 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from models import slow
-from serving import EXAMPLES, Up, export_transformer, shared_memory_files, write_servable
+from serving import Transformer, Up, shared_memory_files, write_servable
 
 from shardserve.export import Plan, export
-
-
-class Transformer:
-    """The exported example, and the unsharded model."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model_dir = folder / "model"
-        self.model: torch.nn.Module = export_transformer(self.model_dir, 2, 2)
-
-    def up(self, **environment: str) -> Up:
-        return Up(EXAMPLES / "transformer", self.model_dir, "transformer", **environment)
 
 
 @pytest.fixture(scope="session")
