@@ -1,16 +1,22 @@
 """Every timeout and limit of the system, in one place.
 
 A field is set by the environment variable SHARDSERVE_<NAME IN CAPITALS> of the launcher or of `startup_agents`; the
-processes that they start inherit it. Times are in seconds, sizes in bytes.
+processes that they start inherit it. Times are in seconds, sizes in bytes. A variable whose name is nearly one of these
+is an error; others that begin so are left alone: Kubernetes sets some for a service that is called shardserve.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from shardserve.errors import ConfigError
+
+PREFIX = "SHARDSERVE_"
+# As difflib counts it: STEP_TIMEOT and TIMEOUT are meant to be STEP_TIMEOUT; SERVICE_PORT is nothing of ours.
+MISSPELT = 0.7
 
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo"),
@@ -53,6 +59,8 @@ class Settings:
     """For requests under way when the server is told to stop."""
     exit_timeout: float = 5.0
     """For a process that was told to end; then it is killed."""
+    config_timeout: float = 120.0
+    """For a servable_config.py to run, with all that it imports; then its Worker is ended, and its start an error."""
     start_timeout: float = 60.0
     """For Main, a Worker or a fork server to answer its first order, and for a process of Python stages to be ready."""
     max_restarts: int = 10
@@ -94,10 +102,17 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """ConfigError names the variable that isn't a positive number."""
+        """ConfigError names the variable that isn't a positive number, or is misspelt."""
         given: dict[str, float | int | str] = {}
-        for field in fields(cls):
-            name = f"SHARDSERVE_{field.name.upper()}"
+        known = {field.name.upper(): field for field in fields(cls)}
+        for name in sorted(environment):
+            ours = name.removeprefix(PREFIX)
+            if ours == name or ours in known:
+                continue
+            if near := difflib.get_close_matches(ours.upper(), known, 1, MISSPELT):
+                raise ConfigError(f"environment variable {name} is no setting; did you mean {PREFIX}{near[0]}?")
+        for ours, field in known.items():
+            name = PREFIX + ours
             text = environment.get(name)
             if text is None:
                 continue

@@ -47,3 +47,26 @@ def test_count_that_is_none(text):
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({"SHARDSERVE_MAX_RESTARTS": text})
     assert str(caught.value) == f"environment variable SHARDSERVE_MAX_RESTARTS={text!r} is not a positive int"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("STEP_TIMEOT", "STEP_TIMEOUT"),
+        ("TIMEOUT", "STEP_TIMEOUT"),
+        ("MAX_RESTART", "MAX_RESTARTS"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("JOIN_SECRET", "JOIN_SECRET_FILE"),
+        ("step_timeout", "STEP_TIMEOUT"),
+    ],
+)
+def test_a_misspelt_variable_is_named_with_what_was_meant(name, meant):
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_environment({f"SHARDSERVE_{name}": "7"})
+    said = f"environment variable SHARDSERVE_{name} is no setting; did you mean SHARDSERVE_{meant}?"
+    assert str(caught.value) == said
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_alone():
+    names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_5500_TCP", "PORT_5500_TCP_ADDR")
+    assert Settings.from_environment({f"SHARDSERVE_{name}": "x" for name in names}) == Settings()
