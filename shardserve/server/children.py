@@ -29,6 +29,7 @@ class Child:
     ) -> None:
         self._on_death = on_death
         self._on_incarnation = on_incarnation
+        self.on_loaded: Callable[[], None] = lambda: None
         self._orders: dict[int, asyncio.Future[None]] = {}
         self._next_order = 0
         self._loop = asyncio.get_running_loop()
@@ -81,10 +82,16 @@ class Child:
             case launch.Done(order=number):
                 self._settle(number, None)
             case launch.Refused(order=number, error=error, message=text):
-                self._settle(number, from_wire(error, text))
+                self.fail(number, from_wire(error, text))
+            case launch.Loaded():
+                self.on_loaded()
             case launch.Incarnation(incarnation=incarnation):
                 if self._on_incarnation is not None:
                     self._on_incarnation(incarnation)
+
+    def fail(self, number: int, error: Exception) -> None:
+        """The order of this number, if it waits for an answer, raises this."""
+        self._settle(number, error)
 
     def _settle(self, number: int, error: Exception | None) -> None:
         done = self._orders.get(number)

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -157,7 +158,20 @@ class Launcher:
             devices=options.devices,
             security=options.security,
         )
-        await worker.order(order, None)
+        seconds = self._settings.config_timeout
+        watch = asyncio.get_running_loop().call_later(seconds, self._config_timed_out, worker, order)
+        worker.on_loaded = watch.cancel
+        try:
+            await worker.order(order, None)
+        finally:
+            watch.cancel()
+
+    def _config_timed_out(self, worker: Child, order: launch.Serve) -> None:
+        """The Worker runs that file before all else: it can't be asked to end, nor say that it doesn't come to an end."""
+        path = Path(order.servable_directory, order.servable_name, "servable_config.py")
+        seconds = self._settings.config_timeout
+        worker.fail(order.order, ConfigError(f"{path}: did not end within {seconds:g} s (config_timeout)"))
+        worker.kill()
 
     def _worker_died(self, service: Service, child: Child) -> None:
         service.worker = None

@@ -36,6 +36,7 @@ async def run(control: socket.socket, listeners: list[socket.socket]) -> None:
         nonlocal worker
         try:
             worker = Worker(message, Settings.from_environment(), stream)
+            stream.send(launch.Loaded())
             await worker.start(*listeners)
         except ShardserveError as error:
             stream.send(launch.Refused(message.order, type(error).__name__, str(error)))

@@ -106,6 +106,10 @@ class Incarnation(Message, frozen=True):
     incarnation: int
 
 
+class Loaded(Message, frozen=True):
+    """From a Worker: its servable_config.py has run."""
+
+
 ToMain = Attach | Detach | StartGrpc | StartRest | Stop
 ToWorker = Serve | Stop
-ToLauncher = Done | Refused | Incarnation
+ToLauncher = Done | Refused | Incarnation | Loaded

@@ -44,6 +44,29 @@ def test_servable_that_is_wrong(tmp_path, free_port, text, said):
     assert f"{tmp_path}/{said}" in stderr
 
 
+@pytest.mark.parametrize(
+    "text", ["import time\ntime.sleep(1000)\n", "while True:\n    pass\n", "import os\nos.read(os.pipe()[0], 1)\n"]
+)
+def test_a_servable_config_that_never_ends(tmp_path, free_port, text):
+    write_servable(tmp_path, text, name="endless")
+    write_servable(tmp_path)
+    retry = start(free_port, "wait_agents_time_in_seconds=0.1").rstrip()
+    calls = f"""
+        for call in ({start(free_port, name="endless")!r}, {retry!r}):
+            try:
+                exec(call)
+            except Exception as error:
+                print(type(error).__name__, error, flush=True)
+        server.stop()
+    """
+    with Script(tmp_path, calls, SHARDSERVE_CONFIG_TIMEOUT="2") as script:
+        path = f"{tmp_path}/endless/servable_config.py"
+        assert script.line() == f"ConfigError {path}: did not end within 2 s (config_timeout)"
+        # The port is free again, and the next servable is started on it.
+        assert script.line().startswith("StartError servable 'net': 0 of 2 agents came")
+        assert script.end()[0] == 0
+
+
 def test_what_failed_may_be_started_again(tmp_path, free_port):
     """Its port, its name and its processes are free again."""
     write_servable(tmp_path)
