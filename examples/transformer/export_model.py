@@ -5,6 +5,7 @@ python export_model.py [--tp 8] [--pp 2] [--out DIR]
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from net import example
@@ -15,12 +16,12 @@ NAME = "transformer"
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Export the transformer example.")
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks of a stage (default 2)")
     parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default 2)")
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     model, args, options = example()
     report = export(
         model,
