@@ -120,7 +120,10 @@ class Router:
 async def infer(
     servable: Servable, method: str, info: front.MethodInfo, instances: Sequence[Decoded], deadline: float | None
 ) -> list[Result]:
-    """One result per instance: bad ones get their error, the others run. InvalidInput if none is good."""
+    """One result per instance: bad ones get their error in their place, the others run.
+
+    InvalidInput if there is no instance; one that is bad never fails the request, even if all of them are.
+    """
     if not instances:
         raise InvalidInput("a request has at least one instance, got none")
     wanted = set(info.inputs)
@@ -135,12 +138,7 @@ async def infer(
         else:
             good.append(instance[0])
             buffers += instance[1]
-    if not good:
-        raise bad[0]
-    results = await servable.infer(method, good, buffers, deadline)
-    if not bad:
-        return results
-    answered = iter(results)
+    answered = iter(await servable.infer(method, good, buffers, deadline) if good else ())
     return [bad[index] if index in bad else next(answered) for index in range(len(instances))]
 
 

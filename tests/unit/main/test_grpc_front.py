@@ -95,6 +95,18 @@ def test_inputs_that_are_wrong():
     predict(test)
 
 
+def test_instances_that_all_fail_have_their_errors_in_their_places():
+    async def test(launcher, worker, client, address):
+        async with AsyncClient(address, "echo", "predict") as lenient:
+            for instances in ([{}], [{}, {"z": 1}]):
+                results = await lenient.infer(instances)
+                assert [list(result) for result in results] == [["error"]] * len(instances)
+            assert "at least one instance" in (await lenient.infer([]))["error"]
+        assert worker.frames.empty()
+
+    predict(test)
+
+
 def test_errors_of_instances_and_of_requests():
     def script(worker, message, payload):
         first = front.InstanceOutputs(message.instances[0])

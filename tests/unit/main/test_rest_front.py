@@ -57,8 +57,6 @@ def test_wrong_requests_have_their_status_and_a_text():
             ("/model/echo/version/7:predict", good, 404, "has no version 7"),
             ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a version number"),
             ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
-            ("/model/echo:predict", {"instances": {"x": [[1], 2]}}, 400, "instances.x[1]: a ragged array"),
-            ("/model/echo:predict", {"instances": {"z": 1}}, 400, "missing 'x' and unknown 'z'"),
             ("/model/echo:predict", {"instances": []}, 400, "at least one instance"),
             ("/model/echo:predict", {"x": 1}, 400, "instances"),
         ]:
@@ -69,6 +67,23 @@ def test_wrong_requests_have_their_status_and_a_text():
         assert (await http.post("/model/echo:predict", content=b"{")).status_code == 400
         wrong = await http.post("/model/echo:predict", json=good, headers={"x-request-timeout": "soon"})
         assert wrong.status_code == 400
+
+    rest(test)
+
+
+def test_instances_that_all_fail_have_their_errors_in_their_places():
+    async def test(launcher, worker, http):
+        for instances, texts in [
+            ({"x": [[1], 2]}, ["instances.x[1]: a ragged array"]),
+            ({"z": 1}, ["missing 'x' and unknown 'z'"]),
+            ([{"z": 1}, {"x": None}, 3], ["instance 0: missing", "instances[1].x: neither", "instances[2] isn't"]),
+        ]:
+            reply = await http.post("/model/echo:predict", json={"instances": instances})
+            assert reply.status_code == 400
+            results = reply.json()["instances"]
+            for result, text in zip(results, texts, strict=True):
+                assert list(result) == ["error_msg"]
+                assert text in result["error_msg"]
 
     rest(test)
 
