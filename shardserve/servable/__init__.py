@@ -9,13 +9,14 @@ from shardserve.servable.declaration import (
     register_method,
 )
 from shardserve.servable.method import Method, MethodStage, ModelStage, PythonStage, Source, add_stage
-from shardserve.servable.model import Model, set_caller
+from shardserve.servable.model import Model, PadRule, set_caller
 
 __all__ = [
     "Method",
     "MethodStage",
     "Model",
     "ModelStage",
+    "PadRule",
     "PythonStage",
     "Servable",
     "Source",

@@ -6,14 +6,14 @@ import contextlib
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shardserve.errors import ConfigError, ShardserveError
 from shardserve.servable.method import Method, PythonStage, trace_method
-from shardserve.servable.model import Model
+from shardserve.servable.model import Model, pad_rules
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,9 +89,15 @@ def declare_distributed(
     enable_pipeline_infer: bool = True,
     stateful: bool = False,
     max_batch_size: int | None = None,
+    max_batch_delay_ms: float = 0,
+    pad: Mapping[str, Sequence[Any]] | None = None,
 ) -> Model:
     """The model of the servable that is being declared; once in each servable_config.py.
 
+    max_batch_size: instances in one step; None for the greatest that was exported. max_batch_delay_ms: how long an
+    instance waits at most for others to fill its batch, counted from when it came. pad: input → (dim, value) or (dim,
+    value, multiple): instances that differ in this dim (counted without the batch dim) may share a batch; they are
+    filled up with `value`, to a multiple of `multiple`, and each one's outputs are cut back to its own length.
     stateful: a method call holds one group of agents for itself from its first step to its end, unbatched; others
     queue. When that group's generation ends, its state is lost and the holder gets Aborted.
     """
@@ -103,6 +109,8 @@ def declare_distributed(
         enable_pipeline_infer=enable_pipeline_infer,
         stateful=stateful,
         max_batch_size=max_batch_size,
+        max_batch_delay_ms=max_batch_delay_ms,
+        pad=pad_rules(pad, "declare_servable"),
     )
     current().add_model(model)
     return model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from shardserve.errors import ConfigError
 
@@ -20,14 +21,28 @@ def set_caller(caller: Caller) -> None:
     _caller = caller
 
 
+class PadRule(NamedTuple):
+    """How an input is padded so that instances of different size share a batch.
+
+    axis: of an instance, without the batch dim. value: what it is filled up with. multiple: of which the padded size is
+    one.
+    """
+
+    axis: int
+    value: int | float | bool
+    multiple: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A model cut into rank_size shards: stage_size pipeline stages of rank_size / stage_size tensor-parallel ranks.
 
     with_batch_dim: the model's tensors have a batch dim in front that instances don't have: the Worker stacks and
     splits. without_batch_dim_inputs: positions of the inputs that have none nevertheless. enable_pipeline_infer:
-    several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value. stateful: a
-    method call holds one group for itself from its first `call` to its end, unbatched.
+    several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value.
+    max_batch_delay_ms: how long an instance waits for others to fill its batch while the agents could take it. pad: the
+    inputs that are padded. stateful: a method call holds one group for itself from its first `call` to its end,
+    unbatched.
 
     files: of a model that is not distributed the graph files, one a subgraph, relative to the servable's version
     folder; None where `startup_agents` names them. declared_by: the function that made it, for messages.
@@ -39,6 +54,8 @@ class Model:
     without_batch_dim_inputs: tuple[int, ...] = ()
     enable_pipeline_infer: bool = True
     max_batch_size: int | None = None
+    max_batch_delay_ms: float = 0
+    pad: Mapping[str, PadRule] = field(default_factory=dict)
     stateful: bool = False
     files: tuple[str, ...] | None = None
     declared_by: str = "declare_servable"
@@ -62,6 +79,12 @@ class Model:
         size = self.max_batch_size
         if size is not None and not _is_integer(size, least=1):
             raise ConfigError(f"{where}: max_batch_size={size!r} is not an integer of at least 1")
+        delay = self.max_batch_delay_ms
+        if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay < math.inf:
+            raise ConfigError(f"{where}: max_batch_delay_ms={delay!r} is not a number of milliseconds of at least 0")
+        for name, given in (("max_batch_delay_ms", delay), ("pad", self.pad)):
+            if given and (self.stateful or not self.with_batch_dim):
+                raise ConfigError(f"{where}: {name} is for a model with_batch_dim=True that isn't stateful")
 
     def call(self, *args: Any, subgraph: int = 0) -> Any:
         """Runs the model from inside a Python stage and waits for its outputs.
@@ -94,6 +117,27 @@ def _instances(args: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], bool]:
                 f"Model.call: instance {i} is a {type(instance).__name__}; each is a tuple of that instance's inputs"
             )
     return [tuple(instance) for instance in instances], False
+
+
+def pad_rules(pad: Mapping[str, Sequence[Any]] | None, where: str) -> dict[str, PadRule]:
+    """`pad` as declared: input → (dim, value) or (dim, value, multiple). ConfigError begins with `where`."""
+    if pad is None:
+        return {}
+    if not isinstance(pad, Mapping):
+        raise ConfigError(f"{where}: pad={pad!r} is not a dict of input: (dim, value[, multiple])")
+    rules: dict[str, PadRule] = {}
+    for name, given in pad.items():
+        if not isinstance(name, str) or not isinstance(given, list | tuple) or len(given) not in (2, 3):
+            raise ConfigError(f"{where}: pad={{{name!r}: {given!r}}}: expected input: (dim, value[, multiple])")
+        rule = PadRule(*given)
+        if not _is_integer(rule.axis, least=0):
+            raise ConfigError(f"{where}: pad={{{name!r}: …}}: {rule.axis!r} is not a dim of an instance, from 0")
+        if not isinstance(rule.value, int | float):
+            raise ConfigError(f"{where}: pad={{{name!r}: …}}: {rule.value!r} is neither a number nor a bool")
+        if not _is_integer(rule.multiple, least=1):
+            raise ConfigError(f"{where}: pad={{{name!r}: …}}: {rule.multiple!r} is not a multiple of at least 1")
+        rules[name] = rule
+    return rules
 
 
 def _is_integer(value: object, least: int) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import count
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import ml_dtypes
@@ -16,6 +20,7 @@ from shardserve.servable import Model
 from shardserve.shards.config import Signature, TensorSpec, describe
 from shardserve.shards.expressions import parse
 from shardserve.wire.frames import Payload, split
+from shardserve.worker.padding import Lengths, Padding
 
 if TYPE_CHECKING:
     from shardserve.worker.sessions import Session
@@ -26,6 +31,14 @@ Key = tuple[object, ...]
 # Where the exported batch dim has no upper end: a batch has to end somewhere, and queues are bounded per instance.
 UNBOUNDED_BATCH = 256
 
+# A call without a deadline is as urgent as one that has so many seconds: it is overtaken, but not for ever.
+PATIENCE = 60.0
+
+# Calls share a batch if what they are padded to is at most so many times the smallest of them.
+PAD_LIMIT = 2.0
+
+_numbers = count()
+
 
 @dataclass(eq=False)
 class Call:
@@ -33,7 +46,8 @@ class Call:
 
     deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
     of a stateful servable that it belongs to. endings: generations that ended while it was in one of their steps.
-    alone: shares neither its batch nor its group's window with any other call.
+    alone: shares neither its batch nor its group's window with any other call. lengths: its sizes of the dims that are
+    padded. urgency: the smallest goes first. held_until: when it no longer waits for others to share its batch.
     """
 
     arrays: tuple[Array, ...]
@@ -45,6 +59,14 @@ class Call:
     endings: int = 0
     casualties: list[int] = field(default_factory=list)
     alone: bool = False
+    lengths: Lengths = ()
+    arrived: float = field(default_factory=time.monotonic)
+    urgency: tuple[float, int] = field(init=False)
+    held_until: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.urgency = (self.arrived + PATIENCE if self.deadline is None else self.deadline, next(_numbers))
+        self.held_until = self.arrived
 
     def fail(self, error: ShardserveError) -> None:
         if not self.answer.done():
@@ -66,7 +88,8 @@ class Batching:
     """Checks inputs against the signature before they become a step, and joins and cuts along the batch dim.
 
     A batch of a size that the export doesn't take (a static batch dim, or one with conditions) is padded with copies of
-    its last instance, whose outputs are cut off.
+    its last instance, whose outputs are cut off. Where the model declares `pad`, instances of different length share a
+    batch, padded to the greatest of theirs, and each one's outputs are cut back to what its own length gives.
     """
 
     def __init__(self, model: Model, signature: Signature) -> None:
@@ -79,11 +102,17 @@ class Batching:
         self._size: int | None = None
         self._largest = 1
         self._instance: Signature | None = None
+        self._padding: Padding | None = None
         self.max_size = 1
         if model.with_batch_dim:
-            self._find_batch_dim()
+            front = self._find_batch_dim()
+            if model.pad:
+                self._padding = Padding(model.pad, signature, self._batched, front)
+            self._instance = self._instance_signature(front)
+            if self._padding is not None and self._instance is None:
+                raise ConfigError("pad: the inputs' other dims depend on the batch dim")
 
-    def _find_batch_dim(self) -> None:
+    def _find_batch_dim(self) -> int | str:
         positions, count = self._model.without_batch_dim_inputs, len(self._signature.inputs)
         if any(position >= count for position in positions):
             raise ConfigError(f"without_batch_dim_inputs={positions}, but the model takes {count} inputs")
@@ -105,7 +134,7 @@ class Batching:
         self.max_size = min(self._model.max_batch_size or largest, largest)
         if self.max_size > 1:
             self._check_outputs(front)
-        self._instance = self._instance_signature(front)
+        return front
 
     def _instance_signature(self, front: int | str) -> Signature | None:
         """The inputs as clients know them, without the batch dim: errors then speak of what was sent."""
@@ -114,6 +143,9 @@ class Batching:
             for spec, batched in zip(self._signature.inputs, self._batched, strict=True)
         )
         dims = {name: bounds for name, bounds in self._signature.dims.items() if name != front}
+        if self._padding is not None:
+            inputs, padded = self._padding.instance_specs(inputs)
+            dims |= padded
         if any(spec.names - dims.keys() for spec in inputs):
             return None
         return Signature(dims, inputs, ())
@@ -147,24 +179,81 @@ class Batching:
     def _key(self, arrays: Sequence[Array]) -> Key:
         if self._instance is not None:
             specs = self._instance.inputs
-            shapes = {spec.name: array.shape for spec, array in zip(specs, arrays, strict=True)}
-            self._instance.bind(shapes, {spec.name: a.dtype.name for spec, a in zip(specs, arrays, strict=True)})
-        smallest = self._size or (self._signature.dims[self._dim].min if self._dim else 1)
-        self._padded_size(arrays, smallest)
+            given = {spec.name: array.shape for spec, array in zip(specs, arrays, strict=True)}
+            self._instance.bind(given, {spec.name: a.dtype.name for spec, a in zip(specs, arrays, strict=True)})
+        shapes = self._shapes(arrays, self.lengths(arrays))
+        self._padded_size(arrays, shapes, self._smallest)
         shared = (a.tobytes() for a, batched in zip(arrays, self._batched, strict=True) if not batched)
-        return (*(a.shape for a in arrays), *(shared if self._model.with_batch_dim else ()))
+        return (*self._shared_shapes(arrays, shapes), *(shared if self._model.with_batch_dim else ()))
 
-    def _padded_size(self, arrays: Sequence[Array], count: int) -> tuple[int, dict[str, int]]:
-        """The smallest batch size of at least `count` that the export takes, and the dims with it."""
+    def _shared_shapes(self, arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]]) -> Key:
+        """What calls of one batch have in common. Under conditions only what is padded to the same size is known to be
+        taken together."""
+        if self._padding is None or self._signature.conditions:
+            return (*shapes,)
+        return tuple(
+            a.shape if (axis := self._padding.axes.get(i)) is None else a.shape[: axis.axis] + a.shape[axis.axis + 1 :]
+            for i, a in enumerate(arrays)
+        )
+
+    @property
+    def _smallest(self) -> int:
+        return self._size or (self._signature.dims[self._dim].min if self._dim else 1)
+
+    def lengths(self, arrays: Sequence[Array]) -> Lengths:
+        """An instance's sizes of the dims that are padded; none if the model declares none."""
+        return self._padding.lengths(arrays) if self._padding is not None else ()
+
+    def _shapes(self, arrays: Sequence[Array], *lengths: Lengths) -> list[tuple[int, ...]]:
+        """The shapes of an instance's inputs when it shares a batch with others of these lengths."""
+        padding = self._padding
+        if padding is None:
+            return [a.shape for a in arrays]
+        targets = padding.targets(lengths)
+        return [padding.padded_shape(i, a.shape, targets) for i, a in enumerate(arrays)]
+
+    def held_until(self, call: Call) -> float:
+        """How long a call waits for others to share its batch: the model's delay, but at most half of the time that it
+        has."""
+        delay = self._model.max_batch_delay_ms / 1000
+        if call.deadline is not None:
+            delay = min(delay, (call.deadline - call.arrived) / 2)
+        return call.arrived + max(delay, 0.0)
+
+    def choose(self, calls: Sequence[Call]) -> list[Call]:
+        """A batch out of calls that have the same key: the first and, up to `max_size`, those that follow; or, where
+        lengths differ, those that are nearest to it in length."""
+        padding = self._padding
+        if padding is None:
+            return list(calls[: self.max_size])
+        weights = {call: padding.weight(call.lengths) for call in calls}
+        first = calls[0]
+        near = nsmallest(self.max_size, calls, key=lambda call: abs(weights[call] - weights[first]))
+        chosen, least = [first], weights[first]
+        for call in near:
+            if call is first:
+                continue
+            least = min(least, weights[call])
+            greatest = prod(padding.targets([call.lengths, *(other.lengths for other in chosen)]))
+            if greatest > PAD_LIMIT * least:
+                break
+            chosen.append(call)
+        return chosen
+
+    def _padded_size(
+        self, arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]], count: int
+    ) -> tuple[int, dict[str, int]]:
+        """The smallest batch size of at least `count` that the export takes, and the dims with it. shapes: of each
+        instance's inputs."""
         dtypes = {spec.name: a.dtype.name for spec, a in zip(self._signature.inputs, arrays, strict=True)}
         refused: InvalidInput | None = None
         for size in range(count, max(self._largest, count) + 1):
-            shapes = {
-                spec.name: (size, *a.shape) if batched else a.shape
-                for spec, a, batched in zip(self._signature.inputs, arrays, self._batched, strict=True)
+            sizes = {
+                spec.name: (size, *shape) if batched else shape
+                for spec, shape, batched in zip(self._signature.inputs, shapes, self._batched, strict=True)
             }
             try:
-                return size, self._signature.bind(shapes, dtypes)
+                return size, self._signature.bind(sizes, dtypes)
             except InvalidInput as error:
                 refused = refused or error
                 if not self._signature.conditions:
@@ -175,17 +264,22 @@ class Batching:
     def make_batch(self, calls: Sequence[Call]) -> Batch:
         """One batch of calls that have the same key, at most `max_size` of them."""
         first = calls[0].arrays
-        smallest = self._size or (self._signature.dims[self._dim].min if self._dim else 1)
-        size, dims = self._padded_size(first, max(len(calls), smallest))
+        shapes = self._shapes(first, *(call.lengths for call in calls))
+        size, dims = self._padded_size(first, shapes, max(len(calls), self._smallest))
         arrays = []
         for i, batched in enumerate(self._batched):
             if batched:
                 rows = [call.arrays[i] for call in calls]
                 rows += [rows[-1]] * (size - len(rows))
-                arrays.append(np.stack(rows) if size > 1 else np.ascontiguousarray(rows[0])[None])
+                arrays.append(self._stack(i, rows, shapes[i]))
             else:
                 arrays.append(np.ascontiguousarray(first[i]).reshape(first[i].shape))
         return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph)
+
+    def _stack(self, number: int, rows: list[Array], shape: tuple[int, ...]) -> Array:
+        if self._padding is not None and any(row.shape != shape for row in rows):
+            return self._padding.fill(number, rows, shape)
+        return np.stack(rows) if len(rows) > 1 else np.ascontiguousarray(rows[0])[None]
 
     def split_batch(self, batch: Batch, payload: Payload) -> list[tuple[Array, ...]]:
         """Each call's outputs, in the order of the signature's, as views of the payload."""
@@ -200,10 +294,23 @@ class Batching:
             return [tuple(outputs)]
         front = self._dim or self._size
         has_batch = [bool(spec.shape) and spec.shape[0] == front for spec in specs]
-        return [
+        results = [
             tuple(output[i, ...] if batched else output for output, batched in zip(outputs, has_batch, strict=True))
             for i in range(len(batch.calls))
         ]
+        if self._padding is None:
+            return results
+        return [self._cut(result, call, batch.dims) for result, call in zip(results, batch.calls, strict=True)]
+
+    def _cut(self, outputs: tuple[Array, ...], call: Call, dims: dict[str, int]) -> tuple[Array, ...]:
+        """One instance's outputs, in the shapes that they have for its own lengths."""
+        assert self._padding is not None
+        own = {dim.name: length for dim, length in zip(self._padding.dims, call.lengths, strict=True)}
+        cut = []
+        for spec, output in zip(self._signature.outputs, outputs, strict=True):
+            shape = self._signature.resolve(spec, dims | own)[-output.ndim :] if output.ndim else ()
+            cut.append(output[tuple(slice(max(0, size)) for size in shape)] if shape != output.shape else output)
+        return tuple(cut)
 
 
 def dtype_of(spec: TensorSpec) -> np.dtype[np.generic]:

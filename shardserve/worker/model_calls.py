@@ -53,6 +53,9 @@ class ModelCalls:
         batching = batchings[number]
         batching.check_count(len(values))
         arrays = tuple(values)
-        call = Call(arrays, batching.key(arrays), deadline, self._loop.create_future(), number, session)
+        key = batching.key(arrays)
+        call = Call(
+            arrays, key, deadline, self._loop.create_future(), number, session, lengths=batching.lengths(arrays)
+        )
         self._scheduler.submit(call)
         return await call.answer

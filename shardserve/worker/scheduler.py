@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from shardserve.errors import (
     Aborted,
-    DeadlineExceeded,
     InternalError,
     InvalidInput,
     Overloaded,
@@ -21,6 +19,7 @@ from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.worker.batching import Batch, Batching, Call
 from shardserve.worker.group import ReplicaGroup
+from shardserve.worker.queue import CallQueue
 from shardserve.worker.sessions import Session, Sessions
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,11 @@ ENDINGS_ALLOWED = 1
 
 
 class Scheduler:
-    """A first-come queue in front of all groups.
+    """One queue in front of all groups.
 
-    While a group has room, it gets the calls at the front that may share a batch; while none has, they collect. A call
-    that was under way when a generation ended is a suspect: it goes back to the front and runs alone in its group.
+    While a group has room, it gets the most urgent call and those that may share its batch; while none has, they
+    collect. A call that was under way when a generation ended is a suspect: it goes back to the front and runs alone in
+    its group.
     `forgive(rank)` is told of deaths that were a request's fault.
     Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
@@ -46,8 +46,8 @@ class Scheduler:
         self._groups = groups
         self._settings = settings
         self._forgive = forgive
-        # Ordered, and quick to remove from: a call whose client has left must not hold memory until its turn.
-        self._queue: OrderedDict[Call, None] = OrderedDict()
+        self._queue = CallQueue()
+        self._delay_over: asyncio.TimerHandle | None = None
         self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
         self._closed: str | None = None
 
@@ -57,9 +57,9 @@ class Scheduler:
         """
         self._batchings = batchings
         self._models_known.set()
-        for call in list(self._queue):
-            if not self._still_fits(call):
-                del self._queue[call]
+        for call in reversed(self._queue.drain()):
+            if self._still_fits(call):
+                self._queue.add(call)
         self._sessions.keep(self._still_fits)
 
     def _still_fits(self, call: Call) -> bool:
@@ -68,7 +68,7 @@ class Scheduler:
                 raise InvalidInput(f"the model has no subgraph {call.subgraph} any more")
             batching = self._batching(call.subgraph)
             batching.check_count(len(call.arrays))
-            call.key = batching.key(call.arrays)
+            call.key, call.lengths = batching.key(call.arrays), batching.lengths(call.arrays)
         except InvalidInput as error:
             call.fail(error)
             return False
@@ -97,8 +97,10 @@ class Scheduler:
             return
         if len(self._queue) >= self._settings.queue_limit:
             raise Overloaded(f"{len(self._queue)} instances wait already (queue_limit)")
-        self._queue[call] = None
-        call.answer.add_done_callback(lambda _: self._queue.pop(call, None))
+        call.held_until = self._batching(call.subgraph).held_until(call)
+        self._queue.add(call)
+        # A call whose client has left must not hold memory until its turn.
+        call.answer.add_done_callback(lambda _: self._queue.discard(call))
         self.pump()
 
     def pump(self) -> None:
@@ -108,10 +110,20 @@ class Scheduler:
             group = self._free_group()
             if group is None:
                 return
-            calls = self._take(group)
+            calls = self._queue.take(self._batchings or (), idle=not group.in_flight)
             if not calls:
+                self._pump_at(self._queue.ready_at)
                 return
             self._send(group, calls)
+
+    def _pump_at(self, when: float | None) -> None:
+        """Again when a delay is over; what waits for room is sent by whoever ends a step."""
+        if self._delay_over is not None:
+            self._delay_over.cancel()
+            self._delay_over = None
+        if when is not None:
+            pause = max(0.0, when - time.monotonic())
+            self._delay_over = asyncio.get_running_loop().call_later(pause, self.pump)
 
     def _send(self, group: ReplicaGroup, calls: list[Call]) -> None:
         try:
@@ -132,39 +144,6 @@ class Scheduler:
     def _free_group(self) -> ReplicaGroup | None:
         free = [group for group in self._groups if group.has_room and not group.exclusive]
         return min(free, key=lambda group: group.in_flight, default=None)
-
-    def _take(self, group: ReplicaGroup) -> list[Call]:
-        """The next batch's calls; none if the first must wait until this group is empty."""
-        calls: list[Call] = []
-        while self._queue:
-            call = next(iter(self._queue))
-            if self._is_over(call):
-                del self._queue[call]
-                continue
-            if call.alone and (calls or group.in_flight):
-                return calls
-            if calls and not self._may_join(call, calls):
-                return calls
-            del self._queue[call]
-            calls.append(call)
-            if call.alone:
-                return calls
-        return calls
-
-    def _may_join(self, call: Call, calls: list[Call]) -> bool:
-        first = calls[0]
-        if (call.subgraph, call.key) != (first.subgraph, first.key):
-            return False
-        return len(calls) < self._batching(first.subgraph).max_size
-
-    @staticmethod
-    def _is_over(call: Call) -> bool:
-        if call.answer.done():
-            return True
-        if call.deadline is not None and call.deadline <= time.monotonic():
-            call.answer.set_exception(DeadlineExceeded("the deadline passed while the request waited for its step"))
-            return True
-        return False
 
     def answered(self, batch: Batch, payload: Payload) -> None:
         try:
@@ -209,8 +188,7 @@ class Scheduler:
         if call.answer.done():
             return
         if self._closed is None:
-            self._queue[call] = None
-            self._queue.move_to_end(call, last=False)
+            self._queue.add(call)
         else:
             call.fail(Unavailable(self._closed))
 
@@ -219,8 +197,7 @@ class Scheduler:
         self._closed = reason
         self._models_known.set()
         self._sessions.close(Unavailable(reason))
-        while self._queue:
-            call, _ = self._queue.popitem(last=False)
+        for call in self._queue.drain():
             call.fail(Unavailable(reason))
 
     def reopen(self) -> None:

@@ -1,7 +1,8 @@
 import pytest
 
 from shardserve.errors import ConfigError
-from shardserve.servable import Model
+from shardserve.servable import Model, PadRule
+from shardserve.servable.model import pad_rules
 
 
 @pytest.mark.parametrize(
@@ -25,11 +26,39 @@ from shardserve.servable import Model
         ({"max_batch_size": 0}, "max_batch_size=0 is not an integer of at least 1"),
         ({"max_batch_size": "8"}, "max_batch_size='8' is not an integer"),
         ({"max_batch_size": True}, "max_batch_size=True is not an integer"),
+        ({"max_batch_delay_ms": -1}, "max_batch_delay_ms=-1 is not a number of milliseconds of at least 0"),
+        ({"max_batch_delay_ms": "5"}, "max_batch_delay_ms='5' is not a number"),
+        ({"max_batch_delay_ms": float("nan")}, "max_batch_delay_ms=nan is not a number"),
+        ({"max_batch_delay_ms": 5, "with_batch_dim": False}, "max_batch_delay_ms is for a model with_batch_dim=True"),
+        ({"max_batch_delay_ms": 5, "stateful": True}, "max_batch_delay_ms is for a model .* that isn't stateful"),
+        ({"pad": {"ids": PadRule(0, 0)}, "with_batch_dim": False}, "pad is for a model with_batch_dim=True"),
     ],
 )
 def test_wrong_declaration(options, text):
     with pytest.raises(ConfigError, match=rf"^declare_servable: {text}"):
         Model(**{"rank_size": 4, "stage_size": 2, **options})
+
+
+def test_pad_rules():
+    assert pad_rules(None, "x") == {}
+    assert pad_rules({"a": (0, 1), "b": [1, 0.5, 8]}, "x") == {"a": PadRule(0, 1, 1), "b": PadRule(1, 0.5, 8)}
+
+
+@pytest.mark.parametrize(
+    ("pad", "text"),
+    [
+        ([("ids", 0)], r"pad=\[\('ids', 0\)\] is not a dict of input: \(dim, value\[, multiple\]\)"),
+        ({"ids": 0}, r"pad=\{'ids': 0\}: expected input: \(dim, value\[, multiple\]\)"),
+        ({"ids": (0,)}, r"pad=\{'ids': \(0,\)\}: expected"),
+        ({0: (0, 0)}, r"pad=\{0: \(0, 0\)\}: expected"),
+        ({"ids": (-1, 0)}, r"pad=\{'ids': …\}: -1 is not a dim of an instance, from 0"),
+        ({"ids": (0, "0")}, r"pad=\{'ids': …\}: '0' is neither a number nor a bool"),
+        ({"ids": (0, 0, 0)}, r"pad=\{'ids': …\}: 0 is not a multiple of at least 1"),
+    ],
+)
+def test_wrong_pad(pad, text):
+    with pytest.raises(ConfigError, match=f"^declare_servable: {text}"):
+        pad_rules(pad, "declare_servable")
 
 
 def test_call_works_inside_a_stage_only():

@@ -39,8 +39,10 @@ class Stream:
         self.sent = []
         self.payloads = []
         self.aborted = False
+        self.said = asyncio.Event()
 
     def send(self, message, buffers=()):
+        self.said.set()
         self.sent.append(message)
         self.payloads.append(b"".join(buffers))
         return True
@@ -107,7 +109,7 @@ def quick(**settings):
 class Cluster(Owner):
     """Replicas of one rank each, all serving, under a scheduler; x float32 [batch, n] → y float32 [batch, n]."""
 
-    def __init__(self, replicas=1, window=2, batch=4, settings=None):
+    def __init__(self, replicas=1, window=2, batch=4, settings=None, model=None):
         super().__init__()
         settings = settings or Settings()
         self.groups = [ReplicaGroup(r, 1, 1, window, self, settings) for r in range(replicas)]
@@ -117,7 +119,7 @@ class Cluster(Owner):
             (TensorSpec("x", "float32", ("batch", "n")),),
             (TensorSpec("y", "float32", ("batch", "n")),),
         )
-        self.batching = Batching(Model(rank_size=1, stage_size=1), signature)
+        self.batching = Batching(Model(rank_size=1, stage_size=1, **(model or {})), signature)
         self.scheduler.set_models([self.batching])
         self.agents = {}
         for replica in range(replicas):
@@ -132,6 +134,12 @@ class Cluster(Owner):
 
     def say(self, message, replica=0, payload=b""):
         self.groups[replica].handle(self.agents[replica], message, np.frombuffer(bytearray(payload), np.uint8))
+
+    async def sent(self, replica=0):
+        """Returns when the next message is sent to this replica's agent."""
+        stream = self.agents[replica].stream
+        stream.said = asyncio.Event()
+        await stream.said.wait()
 
     def steps(self, replica=0):
         """What was sent and not yet taken: (number, the first element of each of its instances)."""
