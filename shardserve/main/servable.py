@@ -21,6 +21,7 @@ from shardserve.errors import (
     Aborted,
     DeadlineExceeded,
     InternalError,
+    MessageTooLarge,
     Overloaded,
     ShardserveError,
     StartError,
@@ -175,7 +176,10 @@ class Servable:
         waiting.submissions += 1
         self._submitted[waiting.number] = waiting
         infer = front.Infer(waiting.number, waiting.method, waiting.instances, waiting.deadline)
-        self._stream.send(infer, waiting.buffers)
+        try:
+            self._stream.send(infer, waiting.buffers)
+        except MessageTooLarge as error:
+            self._answer(waiting, error)
 
     def _release(self, waiting: _Waiting) -> None:
         if self._waiting.pop(waiting, waiting) is None:
@@ -309,7 +313,7 @@ class Servable:
         self._was_ready = self._was_ready or message.state == "ready"
         if not self._announced:
             self._announced = True
-            for waiting in self._waiting:
+            for waiting in list(self._waiting):
                 self.counters.resubmitted += waiting.submissions > 0
                 self._submit(waiting)
         self.changed()

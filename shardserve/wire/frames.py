@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shardserve.errors import MessageTooLarge
+
 PREFIX = struct.Struct("<IQ")
 ALIGNMENT = 64
 MAX_HEADER = 64 << 20
@@ -39,7 +41,10 @@ def padded(size: int) -> int:
 
 
 def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buffer]:
-    """The pieces of one frame, to be written in order; the buffers themselves are not copied."""
+    """The pieces of one frame, to be written in order; the buffers themselves are not copied.
+
+    MessageTooLarge for one over the limits: the other side would end the connection, and all that is under way on it.
+    """
     pieces: list[Buffer] = [b""]
     payload = 0
     for buffer in buffers:
@@ -51,6 +56,11 @@ def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buff
             pieces.append(_PADDING[:gap])
         payload += size + gap
     header = _encoder.encode(message)
+    if len(header) > MAX_HEADER or payload > MAX_PAYLOAD:
+        raise MessageTooLarge(
+            f"tensors of {payload} bytes, described by {len(header)} bytes of names, shapes and lengths of strings, are "
+            f"more than one message of a connection takes ({MAX_PAYLOAD} and {MAX_HEADER} bytes)"
+        )
     pieces[0] = PREFIX.pack(len(header), payload) + header
     return pieces
 

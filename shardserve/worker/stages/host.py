@@ -17,6 +17,7 @@ from shardserve.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidInput,
+    MessageTooLarge,
     ShardserveError,
     StageError,
     from_wire,
@@ -62,6 +63,7 @@ class Owner(Protocol):
     def load_failed(self, host: StageHost, message: str) -> None: ...
     def finished(self, host: StageHost) -> None: ...
     def died(self, host: StageHost, reason: str, calls: list[StageCall]) -> None: ...
+    def too_large(self, error: MessageTooLarge, calls: list[StageCall]) -> None: ...
     async def call_model(
         self, message: stages.ModelCall, instances: list[tuple[Any, ...]], calls: Sequence[StageCall]
     ) -> list[tuple[Any, ...] | ShardserveError]: ...
@@ -140,7 +142,12 @@ class StageHost:
         buffers: list[Buffer] = [buffer for _, parts in instances for buffer in parts]
         first = sent[0]
         order = stages.Run(self._runs, first.method, first.number, [metas for metas, _ in instances])
-        self._stream.send(order, buffers)
+        try:
+            self._stream.send(order, buffers)
+        except MessageTooLarge as error:
+            self._end_run()
+            self.state = "idle"
+            self._owner.too_large(error, sent)
 
     # What ends a run.
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shardserve.errors import DeadlineExceeded, Overloaded, ShardserveError, StageError, Unavailable
+from shardserve.errors import DeadlineExceeded, MessageTooLarge, Overloaded, ShardserveError, StageError, Unavailable
 from shardserve.servable import PythonStage, Servable
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError
@@ -163,11 +163,21 @@ class StagePool:
         if len(calls) == 1:
             calls[0].fail(StageError(f"{calls[0].where}: its process (pid {host.pid}) {reason}"))
         else:
-            for call in reversed(calls):
-                call.alone = True
-                self._queue.appendleft(call)
+            self._queue_alone(calls)
         self.start()
         self._pump()
+
+    def too_large(self, error: MessageTooLarge, calls: list[StageCall]) -> None:
+        """One run can't carry all of these calls; the host is idle again, and `_pump` goes on with it."""
+        if len(calls) == 1:
+            calls[0].fail(error)
+        else:
+            self._queue_alone(calls)
+
+    def _queue_alone(self, calls: list[StageCall]) -> None:
+        for call in reversed(calls):
+            call.alone = True
+            self._queue.appendleft(call)
 
     async def call_model(
         self, message: stages.ModelCall, instances: list[tuple[Any, ...]], calls: Sequence[StageCall]

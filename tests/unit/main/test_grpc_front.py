@@ -13,7 +13,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from main_harness import Launcher, Worker, announce, attached, echo, keep
 
 from shardserve.client import AsyncClient, status
-from shardserve.errors import Aborted, DeadlineExceeded, InternalError, InvalidInput, NotFound, StepError, Unavailable
+from shardserve.errors import (
+    Aborted,
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    MessageTooLarge,
+    NotFound,
+    StepError,
+    Unavailable,
+)
 from shardserve.wire.messages import TensorMeta, front, launch
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos"
@@ -62,6 +71,29 @@ def test_large_tensors_pass_and_too_large_ones_are_refused():
                 assert len(await client.infer(X)) == 1
 
     asyncio.run(run())
+
+
+def test_a_request_that_no_frame_can_carry_is_refused_alone():
+    name = "x" * 20_000  # 4096 times in the header of one frame, which may have 64 MB.
+
+    async def test(launcher, worker, client, address):
+        methods = {"predict": front.MethodInfo(("x",), ("x",)), "long": front.MethodInfo((name,), (name,))}
+        worker.send(announce(methods=methods))
+        worker.script = keep
+        under_way = client.infer_async(X)
+        kept = await worker.next(front.Infer)
+        async with AsyncClient(address, "echo", "long", raise_errors=True) as long:
+            with pytest.raises(MessageTooLarge, match="RESOURCE_EXHAUSTED: tensors of .* bytes of names"):
+                await long.infer([{name: 1}] * 4096)
+        worker.script = echo
+        assert len(await client.infer(X)) == 1
+        worker.send(front.Reply(kept.request, [front.InstanceOutputs(kept.instances[0])]), [bytes(64)])
+        assert len(await under_way) == 1
+        assert not worker.lost.is_set()
+        report = await asyncio.to_thread(status, address)
+        assert report["servables"][0]["waiting_requests"] == 0
+
+    predict(test)
 
 
 def test_names_that_are_wrong_say_what_there_is():

@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from shardserve.errors import MessageTooLarge
 from shardserve.wire.frames import PREFIX, FrameError, FrameReader, encode, padded, split
 from shardserve.wire.messages import TensorMeta, front
 
@@ -68,6 +69,15 @@ def test_a_payload_is_the_readers_own_memory():
 def test_what_is_no_frame_of_the_link_is_refused(data, text):
     with pytest.raises(FrameError, match=text):
         feed(FrameReader(front.ToWorker, max_payload=1000), data, iter(lambda: 5, None))
+
+
+def test_a_frame_that_the_other_side_would_refuse_is_not_made(monkeypatch):
+    monkeypatch.setattr("shardserve.wire.frames.MAX_HEADER", 1000)
+    monkeypatch.setattr("shardserve.wire.frames.MAX_PAYLOAD", 1000)
+    encode(infer(0, [900], "m" * 900), [bytes(900)])
+    for message, data in [(infer(0, [1], "m" * 1000), b"1"), (infer(0, [1001]), bytes(1001))]:
+        with pytest.raises(MessageTooLarge, match=r"\(1000 and 1000 bytes\)"):
+            encode(message, [data])
 
 
 def test_split_wants_the_payload_filled():

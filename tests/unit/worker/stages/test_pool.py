@@ -7,7 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from shardserve.errors import Aborted, DeadlineExceeded, InvalidInput, Overloaded, StageError, Unavailable
+from shardserve.errors import (
+    Aborted,
+    DeadlineExceeded,
+    InvalidInput,
+    MessageTooLarge,
+    Overloaded,
+    StageError,
+    Unavailable,
+)
 from shardserve.servable import load_servable
 from shardserve.worker.stages.pool import StagePool
 
@@ -216,6 +224,20 @@ async def test_of_a_batch_that_raises_only_the_instance_at_fault_fails(tmp_path)
         bad, good = await s.results("batched", 13, 2)
         assert str(bad) == "method 'batched', stage 'the tag': ValueError: thirteen"
         assert good[0].tolist() == [1, 2]
+
+
+@asynchronous
+async def test_a_run_that_no_frame_can_carry_is_cut_into_smaller_ones(tmp_path, monkeypatch):
+    async with Setting(tmp_path) as s:
+        await s.run("yielding", 1)
+        monkeypatch.setattr("shardserve.wire.frames.MAX_HEADER", 100)
+        long = np.array(["x"] * 100)
+        stage = s.servable.methods["yielding"].stages[0]
+        calls = [s.begin("yielding", value) for value in range(2, 5)]
+        calls.append(asyncio.ensure_future(s.pool.run("yielding", 1, stage, (long,), None, None)))
+        *good, bad = await asyncio.gather(*calls, return_exceptions=True)
+        assert [result[0].tolist() for result in good] == [[20], [30], [40]]
+        assert isinstance(bad, MessageTooLarge)
 
 
 @asynchronous
