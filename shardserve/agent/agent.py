@@ -43,7 +43,8 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
         LastWords("", "told to leave").write(last_words)
         return 0
     except ShardserveError as error:
-        text = str(error) if isinstance(error, ServableError) else f"rank {request.rank}: {error}"
+        prefix = "" if isinstance(error, ServableError) else f"rank {request.rank}: "
+        text = prefix + str(error).removeprefix(prefix)
         LastWords(type(error).__name__, text).write(last_words)
         return 1
     except Exception:
@@ -150,6 +151,7 @@ class Agent:
         return group.Register(
             rank=self._request.rank,
             pid=os.getpid(),
+            supervisor=self._request.supervisor,
             device=self._request.device,
             incarnation=self._incarnation,
             stage_address=str(self._stage_address),

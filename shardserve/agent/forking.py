@@ -25,7 +25,8 @@ class ForkRequest(msgspec.Struct, frozen=True):
     """All that an agent needs to know; the descriptor of its group's shared memory travels beside it.
 
     host: the address by which other ranks reach it. stage_port: where it listens for the link of the previous pipeline
-    stage. threads: for torch's operators. security: files that each agent reads for itself.
+    stage. threads: for torch's operators. security: files that each agent reads for itself. supervisor: the asking
+    one's name.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class ForkRequest(msgspec.Struct, frozen=True):
     model_files: tuple[str, ...]
     config_files: tuple[str | None, ...]
     security: SecurityFiles = SecurityFiles()
+    supervisor: str = ""
 
 
 class ForkReply(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,6 +83,8 @@ class Supervisor:
         self._settings = settings
         self._ready: Callable[[Exception | None], None] | None = ready
         self._address = parse_address(options.distributed_address, "distributed_address")
+        # By which the Worker knows this supervisor and its agents again.
+        self._name = uuid.uuid4().hex
         self._slots: list[AgentSlot] = []
         self._fork_server: ForkServer | None = None
         self._fork_server_restarts = RestartBudget(settings)
@@ -166,7 +169,7 @@ class Supervisor:
 
     def _admitted(self) -> None:
         assert self._stream is not None
-        self._stream.send(group.Introduce(os.getpid()))
+        self._stream.send(group.Introduce(os.getpid(), self._name))
 
     async def _connect(self, seconds: float) -> socket.socket | None:
         """`connect_within` on a thread of its own: executors take no work once the script's last line has run."""
@@ -264,6 +267,7 @@ class Supervisor:
                 model_files=model_files[i],
                 config_files=config_files[i],
                 security=options.security,
+                supervisor=self._name,
             )
             slots.append(AgentSlot(request, memories.get(rank // per_stage), RestartBudget(self._settings)))
         return slots
@@ -326,7 +330,10 @@ class Supervisor:
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))
             return
-        self._restart(slot, f"pid {process.pid} died")
+        self._restart(
+            slot,
+            f"pid {process.pid} died" if words is None else words.message.removeprefix(f"rank {slot.request.rank}: "),
+        )
 
     def _restart(self, slot: AgentSlot, reason: str) -> None:
         rank = slot.request.rank

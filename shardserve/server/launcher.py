@@ -167,7 +167,7 @@ class Launcher:
             watch.cancel()
 
     def _config_timed_out(self, worker: Child, order: launch.Serve) -> None:
-        """The Worker runs that file before all else: it can't be asked to end, nor say that it doesn't come to an end."""
+        """The Worker runs that file before all else, on its loop: it can't be asked to end."""
         path = Path(order.servable_directory, order.servable_name, "servable_config.py")
         seconds = self._settings.config_timeout
         worker.fail(order.order, ConfigError(f"{path}: did not end within {seconds:g} s (config_timeout)"))

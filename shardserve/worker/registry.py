@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shardserve.errors import ConfigError, JoinRefused, ShardError
+from shardserve.errors import ConfigError, JoinRefused, ShardError, Unavailable
 from shardserve.servable import ModelStage, Servable
 from shardserve.shards.config import ShardConfig, Signature
 from shardserve.wire.messages import group
@@ -22,9 +22,10 @@ Stream = FrameStream[group.FromGroup]
 
 @dataclass(eq=False)
 class HostHandle:
-    """A supervisor and the ranks that it keeps."""
+    """A supervisor and the ranks that it keeps. name: a random one, of its own."""
 
     pid: int
+    name: str
     stream: Stream
     ranks: tuple[int, ...] = ()
     ready: bool = False
@@ -54,6 +55,8 @@ class Registry:
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
         self._given_up: dict[int, str] = {}
+        # Of the agents that are there, or were last: the names of their supervisors.
+        self._keepers: dict[int, str] = {}
 
     def agent(self, rank: int) -> AgentHandle | None:
         replica, local = divmod(rank, self._model.rank_size)
@@ -65,7 +68,7 @@ class Registry:
         return [entry.rank for entry in self._table.entries if self.agent(entry.rank) is None]
 
     def introduce(self, stream: Stream, message: group.Introduce) -> HostHandle:
-        host = HostHandle(message.pid, stream)
+        host = HostHandle(message.pid, message.supervisor, stream)
         self.hosts.append(host)
         stream.send(group.Roster(self._table.hosts))
         return host
@@ -103,7 +106,7 @@ class Registry:
             )
         for other in list(self.hosts):
             both = set(other.ranks) & set(ranks)
-            if both and other is not host and other.pid == host.pid:
+            if both and other is not host and other.name == host.name:
                 self._forget(other)
                 continue
             if both and other is not host:
@@ -128,17 +131,17 @@ class Registry:
         host.ranks = ()
 
     def register(self, stream: Stream, message: group.Register, incarnation: int) -> tuple[ReplicaGroup, AgentHandle]:
-        """JoinRefused, ShardError or ConfigError says what doesn't fit; else the agent is in its group."""
+        """JoinRefused, ShardError or ConfigError says what doesn't fit, Unavailable that it may come again; else the
+        agent is in its group."""
         if not 0 <= message.rank < len(self._table.entries):
             raise JoinRefused(f"rank {message.rank}: the rank table has ranks 0 to {len(self._table.entries) - 1}")
         there = self.agent(message.rank)
-        if there is not None and there.pid == message.pid:
-            # It has lost its connection, as when its host was cut off, and this side hasn't noticed yet.
+        if there is not None and not self._replaces(message):
+            # Of supervisors only one is taken, so this one's end is on its way: whoever came is to come again.
+            raise Unavailable(f"rank {message.rank}: is already there (pid {there.pid} on {there.host})")
+        if there is not None:
             there.stream.abort()
             self._groups[message.rank // self._model.rank_size].lost(there)
-            there = None
-        if there is not None:
-            raise JoinRefused(f"rank {message.rank} is already there (pid {there.pid} on {there.host})")
         replica, local = divmod(message.rank, self._model.rank_size)
         if not message.configs:
             raise ShardError(f"rank {message.rank}: brings no group config")
@@ -164,10 +167,17 @@ class Registry:
             stream=stream,
         )
         self._given_up.pop(message.rank, None)
+        self._keepers[message.rank] = message.supervisor
         stream.send(group.Registered(incarnation))
         self._groups[replica].add(agent)
         self.tell_ready()
         return self._groups[replica], agent
+
+    def _replaces(self, message: group.Register) -> bool:
+        """Whether the rank's agent is gone, although its connection hasn't ended yet: it comes again, as when its host
+        was cut off, or its supervisor has forked another, or another supervisor has its ranks now."""
+        keepers = {host.name for host in self.hosts if message.rank in host.ranks}
+        return message.supervisor in {self._keepers.get(message.rank), *keepers}
 
     def _check_shards(self, message: group.Register, configs: Sequence[ShardConfig], local: int) -> None:
         model = self._model

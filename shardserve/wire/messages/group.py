@@ -33,9 +33,11 @@ class Admitted(Message, frozen=True):
 
 
 class Introduce(Message, frozen=True):
-    """From a supervisor: asks which hosts the rank table has."""
+    """From a supervisor: asks which hosts the rank table has. supervisor: a random name that it has for its life: pids
+    of different hosts and containers may be equal."""
 
     pid: int
+    supervisor: str
 
 
 class Roster(Message, frozen=True):
@@ -105,11 +107,13 @@ class Refuse(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """From an agent that holds its shard. incarnation: the greatest it has seen. stage_address: where it takes the link
-    of the previous pipeline stage. configs: one group config per subgraph, as in group_config.json."""
+    """From an agent that holds its shard. supervisor: the name of the one that forked it. incarnation: the greatest it
+    has seen. stage_address: where it takes the link of the previous pipeline stage. configs: one group config per
+    subgraph, as in group_config.json."""
 
     rank: int
     pid: int
+    supervisor: str
     device: str
     incarnation: int
     stage_address: str

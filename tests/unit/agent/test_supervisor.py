@@ -210,6 +210,22 @@ async def test_what_the_worker_refuses(tmp_path, ports):
 
 
 @asynchronous
+async def test_an_agent_that_is_to_come_again_does(tmp_path, ports, caplog):
+    models = write_shards(tmp_path, 1)
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1]) as host:
+        supervisor = await worker.supervisor(0)
+        early = await worker.arrived.get()
+        first = await early.next(group.Register)
+        early.send(group.Refuse("Unavailable", "rank 0: is already there (pid 7 on 127.0.0.1)"))
+        [agent] = await worker.agents(1)
+        # By the supervisor's name the Worker knows whose agents they are.
+        assert agent.register.supervisor == first.supervisor == host.supervisor._name
+        assert "rank 0 is forked anew: is already there (pid 7 on 127.0.0.1)" in caplog.text
+        supervisor.send(group.HostReady())
+        await host.ready
+
+
+@asynchronous
 async def test_who_says_its_address_does_not_look_for_it(tmp_path, ports):
     models = write_shards(tmp_path)
     worker = ScriptedWorker(ports[0], 2)

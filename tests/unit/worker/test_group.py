@@ -281,7 +281,7 @@ async def test_what_is_of_another_generation_is_dropped_and_counted():
         g.say(group.StepFailed, 2, generation=generation, step=0, message="x")
         g.say(group.Broken, 2, generation=generation, message="x")
     g.group.handle(stranger, group.Output(g.generation, 0), NOTHING)
-    g.group.handle(g.agents[0], group.Introduce(1), NOTHING)
+    g.group.handle(g.agents[0], group.Introduce(1, "s"), NOTHING)
     assert (g.group.dropped, g.group.state, g.group.in_flight) == (11, "serving", 1)
     assert g.sent(group.FailureNoted) == [0] * 4
 

@@ -1,6 +1,6 @@
 import pytest
 
-from shardserve.errors import ConfigError, JoinRefused, ShardError
+from shardserve.errors import ConfigError, JoinRefused, ShardError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
 from shardserve.settings import Settings
 from shardserve.wire.messages import group
@@ -54,18 +54,19 @@ class Setting:
         self.models = []
         self.registry = Registry(declared, table, self.groups, self.models.append)
 
-    def register(self, rank, shard=None, device="cpu", pid=None):
+    def register(self, rank, shard=None, device="cpu", pid=None, by="somebody"):
+        """by: the name of the agent's supervisor."""
         stream = Stream()
         shards = [shard or config(rank % 2)]
-        message = group.Register(rank, pid or 100 + rank, device, 0, f"a:{7000 + rank}", shards)
+        message = group.Register(rank, pid or 100 + rank, by, device, 0, f"a:{7000 + rank}", shards)
         return stream, self.registry.register(stream, message, 7)
 
-    def supervisor(self, pid=50):
+    def supervisor(self, pid=50, name=None):
         stream = Stream()
-        return stream, self.registry.introduce(stream, group.Introduce(pid))
+        return stream, self.registry.introduce(stream, group.Introduce(pid, name or f"of {pid}"))
 
-    def enlist(self, hosts=(), count=2, agent_ip=None, rank_start=None, pid=50):
-        stream, host = self.supervisor(pid)
+    def enlist(self, hosts=(), count=2, agent_ip=None, rank_start=None, pid=50, name=None):
+        stream, host = self.supervisor(pid, name)
         self.registry.enlist(host, group.Enlist(tuple(hosts), agent_ip, rank_start, count))
         return stream, host
 
@@ -89,7 +90,7 @@ async def test_an_agent_joins_its_group():
     [
         (4, None, JoinRefused, "rank 4: the rank table has ranks 0 to 3"),
         (-1, None, JoinRefused, "rank -1: the rank table has ranks 0 to 3"),
-        (0, None, JoinRefused, r"rank 0 is already there \(pid 100 on a\)"),
+        (0, None, Unavailable, r"rank 0: is already there \(pid 100 on a\)"),
         (
             1,
             config(1, rank_size=4),
@@ -114,7 +115,7 @@ async def test_agent_that_does_not_fit(rank, shard, kind, said):
     s = Setting()
     s.register(0)
     with pytest.raises(kind, match=rf"^{said}"):
-        s.register(rank, shard, pid=7)
+        s.register(rank, shard, pid=7, by="another")
     assert s.registry.missing == [1, 2, 3]
 
 
@@ -134,10 +135,42 @@ async def test_an_agent_or_supervisor_that_comes_again_before_its_old_connection
 
 
 @asynchronous
+async def test_an_agent_that_its_supervisor_forked_anew_replaces_the_dead_one_whose_connection_has_not_ended():
+    s = Setting()
+    first, (replica, _) = s.register(0, pid=100, by="a supervisor")
+    second, (_, agent) = s.register(0, pid=101, by="a supervisor")
+    assert first.aborted
+    assert not second.aborted
+    assert replica.agents[0] is agent
+
+
+@asynchronous
+async def test_agents_of_the_supervisor_that_keeps_the_ranks_now_replace_those_of_one_that_is_gone():
+    s = Setting()
+    first, _ = s.register(0, by="gone")
+    _, host = s.enlist(("a",), name="came later")
+    with pytest.raises(Unavailable, match="rank 0: is already there"):
+        s.register(0, pid=7, by="a stranger")
+    assert not first.aborted
+    _, (replica, agent) = s.register(0, pid=8, by="came later")
+    assert first.aborted
+    assert replica.agents[0] is agent
+    assert host.ranks == (0, 1)
+
+
+@asynchronous
+async def test_supervisors_of_two_containers_may_have_the_same_pid():
+    s = Setting()
+    s.enlist(("a",), pid=1, name="one")
+    with pytest.raises(JoinRefused, match=r"rank 0 is already kept by another startup_agents \(pid 1\)"):
+        s.enlist(("a",), pid=1, name="two")
+
+
+@asynchronous
 async def test_agent_without_a_shard():
     s = Setting()
     with pytest.raises(ShardError, match=r"rank 0: brings no group config"):
-        s.registry.register(Stream(), group.Register(0, 1, "cpu", 0, "a:1", []), 7)
+        s.registry.register(Stream(), group.Register(0, 1, "s", "cpu", 0, "a:1", []), 7)
 
 
 @asynchronous
@@ -269,7 +302,7 @@ async def test_the_ranks_have_the_same_subgraphs():
 
     def register(rank, *exports):
         shards = [config(rank % 2, export_id=export) for export in exports]
-        message = group.Register(rank, 100 + rank, "cpu", 0, f"a:{7000 + rank}", shards)
+        message = group.Register(rank, 100 + rank, "s", "cpu", 0, f"a:{7000 + rank}", shards)
         return s.registry.register(Stream(), message, 7)
 
     register(0, "e1", "e2")

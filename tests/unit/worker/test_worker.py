@@ -101,7 +101,8 @@ class Scene:
         """Registers and forms whatever it is told to form."""
         agent = await self.peer(group.ToAgent, twin_name(self.address))
         shards = [shard or config(rank % 2)]
-        agent.send(group.Register(rank, pid or 1000 + rank, device, incarnation, f"127.0.0.1:{7000 + rank}", shards))
+        pid, address = pid or 1000 + rank, f"127.0.0.1:{7000 + rank}"
+        agent.send(group.Register(rank, pid, f"of {pid}", device, incarnation, address, shards))
         return agent
 
     async def agents(self, *ranks):
@@ -116,7 +117,7 @@ class Scene:
 
     async def supervisor(self, count=2):
         supervisor = await self.peer(group.ToSupervisor, twin_name(self.address))
-        supervisor.send(group.Introduce(55))
+        supervisor.send(group.Introduce(55, "s"))
         roster = await supervisor.next(group.Roster)
         supervisor.send(group.Enlist(roster.hosts, None, None, count))
         return supervisor
@@ -244,7 +245,7 @@ async def test_an_output_of_the_wrong_size_ends_the_leader_not_the_request(tmp_p
     [
         ({"rank": 2}, "JoinRefused", "rank 2: the rank table has ranks 0 to 1"),
         ({"rank": 1, "shard": config(0)}, "ShardError", "rank 1: needs the shard device1, was given device0"),
-        ({"rank": 0, "pid": 7}, "JoinRefused", "rank 0 is already there (pid 1000 on 127.0.0.1)"),
+        ({"rank": 0, "pid": 7}, "Unavailable", "rank 0: is already there (pid 1000 on 127.0.0.1)"),
         ({"rank": 1, "device": "cuda:1"}, "JoinRefused", "rank 1: runs on cuda:1, rank 0 on cpu"),
     ],
 )
@@ -432,7 +433,7 @@ def test_peer_may_be_a_blocking_socket(tmp_path, free_port):
 
     def ask(address):
         with contextlib.closing(FrameSocket(socket.create_connection(address, 10), group.ToAgent)) as frames:
-            frames.send(group.Register(0, 1, "cpu", 0, "127.0.0.1:7000", [config(0)]))
+            frames.send(group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [config(0)]))
             return frames.receive()[0]
 
     async def body():
@@ -465,5 +466,5 @@ async def test_only_so_many_that_have_proved_nothing(tmp_path, free_port):
         door = Door(Security(b"a secret"), "Worker", 20, scene.address)
         agent = await scene.peer(group.ToAgent, twin_name(scene.address), door)
         await agent.admitted.wait()
-        agent.send(group.Register(0, 1, "cpu", 0, "127.0.0.1:7000", [config(0)]))
+        agent.send(group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [config(0)]))
         await agent.next(group.Registered)
