@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 import threading
 from collections import deque
@@ -22,36 +24,68 @@ MAX_PIECES = 1024
 
 class FrameSocket(Generic[M]):
     """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the
-    end of the connection. `close` may be called by any thread and ends both."""
+    end of the connection. `close` may be called by any thread and ends both; the descriptor is closed by the last of
+    the threads inside, so that none of them ever reads or writes what has taken over its number."""
 
     def __init__(self, connection: socket.socket | TLSSocket, union: Any) -> None:
         self._socket = connection
         self._reader: FrameReader[M] = FrameReader(union)
         self._ready: deque[tuple[M, Payload]] = deque()
         self._sending = threading.Lock()
+        self._state = threading.Lock()
+        self._inside = 0
+        self._closed = False
 
     def receive(self) -> tuple[M, Payload]:
-        while not self._ready:
-            count = self._socket.recv_into(self._reader.buffer())
-            if count == 0:
-                raise EOFError("the connection ended")
-            self._ready.extend(self._reader.advance(count))
-        return self._ready.popleft()
+        self._enter()
+        try:
+            while not self._ready:
+                count = self._socket.recv_into(self._reader.buffer())
+                if count == 0:
+                    raise EOFError("the connection ended")
+                self._ready.extend(self._reader.advance(count))
+            return self._ready.popleft()
+        finally:
+            self._leave()
 
     def send(self, message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> None:
         pieces = [memoryview(piece).cast("B") for piece in encode(message, buffers)]
-        with self._sending:
-            while pieces:
-                sent = self._socket.sendmsg(pieces[:MAX_PIECES])
-                while pieces and sent >= pieces[0].nbytes:
-                    sent -= pieces.pop(0).nbytes
-                if sent:
-                    pieces[0] = pieces[0][sent:]
+        self._enter()
+        try:
+            with self._sending:
+                self._send(pieces)
+        finally:
+            self._leave()
+
+    def _send(self, pieces: list[memoryview]) -> None:
+        while pieces:
+            sent = self._socket.sendmsg(pieces[:MAX_PIECES])
+            while pieces and sent >= pieces[0].nbytes:
+                sent -= pieces.pop(0).nbytes
+            if sent:
+                pieces[0] = pieces[0][sent:]
 
     def set_timeout(self, seconds: float | None) -> None:
         self._socket.settimeout(seconds)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            if not self._inside:
+                self._socket.close()
+
+    def _enter(self) -> None:
+        with self._state:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._state:
+            self._inside -= 1
+            if self._closed and not self._inside:
+                self._socket.close()

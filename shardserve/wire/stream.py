@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     """A connection that calls `on_frame(message, payload)` for each frame and `on_lost(reason)` once at its end.
 
-    A frame that doesn't parse ends the connection, as an exception of `on_frame` does; both reach `on_lost`.
+    A frame that doesn't parse ends the connection at once, as an exception of `on_frame` does; both reach `on_lost`.
     `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
     `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
     the kernel hasn't taken yet, in bytes: callers bound their queues with it.
@@ -126,11 +126,16 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
             for message, payload in self._reader.advance(count):
                 self._on_frame(message, payload)
         except FrameError as error:
-            self._end(error)
+            self._break(error)
         except Exception as error:
             # asyncio would log it and leave a connection that has lost a message.
             logger.exception("a message could not be handled; its connection ends")
-            self._end(error)
+            self._break(error)
+
+    def _break(self, reason: Exception) -> None:
+        """Not `close`: whoever sends junk may never read what it would wait for."""
+        self._reason = reason
+        self.abort()
 
     def _end(self, reason: Exception) -> None:
         self._reason = reason

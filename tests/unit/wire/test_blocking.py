@@ -168,3 +168,35 @@ def test_timeout(pair):
     ours.set_timeout(None)
     theirs.send(group.Transfer(G, 3))
     assert ours.receive()[0].step == 3
+
+
+class Held:
+    """A socket whose `recv_into` returns only when the test lets it."""
+
+    def __init__(self, end):
+        self.end, self.received, self.go = end, threading.Event(), threading.Event()
+
+    def recv_into(self, buffer):
+        count = self.end.recv_into(buffer)
+        self.received.set()
+        self.go.wait(20)
+        return count
+
+    def __getattr__(self, name):
+        return getattr(self.end, name)
+
+
+def test_a_descriptor_stays_with_the_thread_that_is_inside():
+    end, other = socket.socketpair()
+    held = Held(end)
+    frames = FrameSocket(held, group.OnStageLink)
+    receiving = Thread(frames.receive)
+    _waits(receiving)
+    frames.close()
+    assert held.received.wait(20)
+    assert end.fileno() != -1
+    held.go.set()
+    with pytest.raises(EOFError):
+        receiving.join()
+    assert end.fileno() == -1
+    other.close()
