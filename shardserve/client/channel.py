@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from shardserve.errors import ConfigError
+from shardserve.wire.sockets import parse_address
 
 OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -46,12 +47,9 @@ class SSLConfig:
 
 def target(address: str) -> str:
     """The address as gRPC takes it: ip:port, name:port or unix:path; ConfigError for anything else."""
-    if address.startswith("unix:") and len(address) > len("unix:"):
+    if isinstance(address, str) and address.startswith("unix:") and len(address) > len("unix:"):
         return address
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"address {address!r} is neither host:port nor unix:path")
-    return address
+    return str(parse_address(address, "address", "host:port or unix:path"))
 
 
 def _read(path: str | None) -> bytes | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import struct
 import sys
 
 import uvloop
@@ -12,6 +11,7 @@ import uvloop
 from shardserve.log import configure_logging
 from shardserve.main.app import Main
 from shardserve.wire.process import die_with_parent
+from shardserve.wire.sockets import peer_of
 
 
 def main(fd: int) -> None:
@@ -21,8 +21,7 @@ def main(fd: int) -> None:
     configure_logging("main")
     launcher = socket.socket(fileno=fd)
     launcher.setblocking(False)
-    credentials = launcher.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    die_with_parent(struct.unpack("3i", credentials)[0])
+    die_with_parent(peer_of(launcher).pid)
     uvloop.run(_run(launcher))
 
 

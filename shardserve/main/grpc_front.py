@@ -106,7 +106,7 @@ class GrpcFront:
     @classmethod
     async def start(cls, router: Router, order: StartGrpc) -> GrpcFront:
         """Listens as ordered; StartError names the address or the file that is wrong."""
-        address = addresses.check_free(order.address, "gRPC")
+        address = addresses.check_free(order.address, "gRPC address")
         # Replies are not limited: only the servable's author decides how large they are.
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", order.max_msg_mb_size << 20)]
         server = grpc.aio.server(options=options)

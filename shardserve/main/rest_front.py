@@ -61,7 +61,7 @@ class RestFront:
             server_header=False,
             **(tls.uvicorn_options(order.tls) if order.tls is not None else {}),
         )
-        listener = addresses.listen(order.address, "REST")
+        listener = addresses.listen(order.address, "REST address")
         front._server = _Server(config)
         front._serving = asyncio.get_running_loop().create_task(front._server.serve([listener]))
         return front

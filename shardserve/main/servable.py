@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,14 +29,13 @@ from shardserve.errors import (
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, Payload, split
 from shardserve.wire.messages import front
+from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
 
 Result = tuple[front.Instance, list[Payload]] | ShardserveError
 """Outputs of one instance and their bytes, in the order of the keys; or why there are none."""
-
-_PEER = struct.Struct("3i")
 
 
 @dataclass(slots=True, eq=False)
@@ -240,9 +237,8 @@ class Servable:
         sock.setblocking(False)
         try:
             sock.connect("\0" + self._address)  # Never waits: connected, in the backlog, or an error.
-            _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-            if uid != os.getuid():
-                raise StartError(f"{self}: @{self._address} belongs to user {uid}, not to {os.getuid()}")
+            if not same_user(sock):
+                raise StartError(f"{self}: @{self._address} belongs to another user")
             stream: FrameStream[front.ToMain] = FrameStream(
                 front.ToMain, self._on_frame, lambda reason: self._on_lost(stream, reason)
             )

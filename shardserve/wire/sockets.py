@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import struct
 import threading
@@ -19,19 +20,25 @@ from shardserve.errors import ConfigError, StartError
 from shardserve.settings import Settings
 
 
+# A name, an IPv4 address or an IPv6 address, whose brackets may be missing; what holds a slash is a URL.
+HOST = re.compile(r"[^\s/\[\]]+|\[[^\s/\[\]]+\]")
+
+
 class Address(NamedTuple):
     host: str
     port: int
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_address(text: str, what: str) -> Address:
-    """`ip:port` or `name:port`; ConfigError names `what` (an argument) and the text."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{what}: {text!r} is not ip:port")
+def parse_address(text: str, what: str, form: str = "ip:port") -> Address:
+    """`ip:port`, `[ip]:port` or `name:port`, the port from 1 to 65535; ConfigError names `what` (an argument), the text
+    and the form that it should have."""
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    digits = port.isascii() and port.isdecimal() and len(port) <= len("65535")
+    if not colon or not HOST.fullmatch(host) or not digits or not 0 < int(port) < 65536:
+        raise ConfigError(f"{what}: {text!r} is not {form}")
     return Address(host.strip("[]"), int(port))
 
 
@@ -41,12 +48,17 @@ def twin_name(address: Address) -> str:
 
 
 def listen_tcp(address: Address, what: str) -> socket.socket:
-    """StartError says which port is in use, or that the address isn't this host's."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    """StartError says that the port is in use, that nobody knows the name, or that the address isn't this host's."""
+    try:
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise StartError(f"{what} {address}: {getattr(error, 'strerror', error)}") from error
+    # A name may have several addresses, and half of "localhost" is no use to those who try the other one first.
+    family, kind, protocol, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(address)
+        listener.bind(where)
         listener.listen(1024)
     except OSError as error:
         listener.close()
@@ -66,11 +78,25 @@ def listen_abstract(name: str) -> socket.socket:
     return listener
 
 
+class Peer(NamedTuple):
+    """The process that made the other side of a Unix socket."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+_UCRED = struct.Struct("3i")
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """As the kernel knows it (SO_PEERCRED, unix(7))."""
+    return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
 def same_user(connection: socket.socket) -> bool:
-    """Whether the other side of a Unix socket runs as this user or as root (SO_PEERCRED, unix(7))."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (os.getuid(), 0)
+    """Whether the other side of a Unix socket runs as this user or as root."""
+    return peer_of(connection).uid in (os.getuid(), 0)
 
 
 # Probes of a connection on which nothing is under way, in the second half of peer_timeout.

@@ -173,9 +173,15 @@ def test_a_server_that_comes_later_is_found():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("address", ["localhost", ":5500", "localhost:x", "localhost:70000", "unix:", ""])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("localhost", ":5500", "localhost:x", "localhost:0", "localhost:70000", "localhost:-1", "unix:", ""),
+        *("http://localhost:5500", "local host:5500", "[]:5500", "localhost:5500 ", "localhost:٥٥", 5500, None, b"a:1"),
+    ],
+)
 def test_addresses_that_are_none(address):
-    with pytest.raises(ConfigError, match="neither host:port nor unix:path"):
+    with pytest.raises(ConfigError, match=r"^address: .* is not host:port or unix:path$"):
         Client(address, "echo", "predict")
 
 

@@ -359,9 +359,17 @@ def test_a_busy_port_is_an_error_that_names_it(tmp_path):
             unix = f"unix:{tmp_path}/grpc.sock"
             await launcher.order(launch.StartGrpc, unix, 100, None)
             assert "in use" in (await launcher.give(launch.StartGrpc, unix, 100, None)).message
-            for wrong in ("5500", "127.0.0.1:", "127.0.0.1:99999", "unix:", "no-such-host.invalid:5500"):
+            for wrong in ("5500", "127.0.0.1:", "127.0.0.1:99999", "unix:"):
                 refused = await launcher.give(launch.StartGrpc, wrong, 100, None)
-                assert refused.error == "StartError", refused
+                assert refused.error == "ConfigError"
+                assert refused.message == f"gRPC address: {wrong!r} is not ip:port or unix:path"
+                refused = await launcher.give(launch.StartRest, wrong, 100, None)
+                assert refused.message == f"REST address: {wrong!r} is not ip:port"
+            for wrong in ("no-such-host.invalid:5500", "192.0.2.1:5500"):
+                for kind in (launch.StartGrpc, launch.StartRest):
+                    refused = await launcher.give(kind, wrong, 100, None)
+                    assert refused.error == "StartError"
+                    assert wrong in refused.message
             refused = await launcher.give(launch.Attach, "nobody", 1, "shardserve-test-nobody")
             assert "no Worker listens at @shardserve-test-nobody" in refused.message
 

@@ -66,7 +66,7 @@ def test_a_script_that_raises_ends_by_itself(tmp_path, free_port):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("server.start_grpc_server('127.0.0.1:0x')", "gRPC address '127.0.0.1:0x' isn't ip:port"),
+        ("server.start_grpc_server('127.0.0.1:0x')", "gRPC address: '127.0.0.1:0x' is not ip:port"),
         (
             "server.start_grpc_server('127.0.0.1:5500', max_msg_mb_size=0)",
             "max_msg_mb_size=0 is not an integer from 1 to 512",

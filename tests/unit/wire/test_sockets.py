@@ -34,7 +34,30 @@ def test_addresses(text, address):
     assert parse_address(text, "x") == address
 
 
-@pytest.mark.parametrize("text", ["", "6200", ":6200", "host:", "host", "host:0", "host:65536", "host:-1", "host:http"])
+def test_an_address_is_written_as_it_is_read():
+    for text in ("127.0.0.1:6200", "[::1]:1"):
+        assert str(parse_address(text, "x")) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "6200",
+            ":6200",
+            "host:",
+            "host",
+            "host:0",
+            "host:65536",
+            "host:-1",
+            "host:http",
+            "http://host:1",
+            "a b:1",
+        ),
+        *("[::1:1", "host:1 ", "host:9999999999999999999999", 6200, None),
+    ],
+)
 def test_text_that_is_no_address(text):
     with pytest.raises(ConfigError) as caught:
         parse_address(text, "distributed_address")
@@ -80,6 +103,15 @@ def test_busy_port(free_port):
     with listen_tcp(address, "test"), pytest.raises(StartError) as caught:
         listen_tcp(address, "distributed_address")
     assert str(caught.value) == f"distributed_address 127.0.0.1:{free_port}: the port is in use"
+
+
+def test_a_name_is_looked_up(free_port):
+    with listen_tcp(Address("localhost", free_port), "test") as listener:
+        assert listener.getsockname() == ("127.0.0.1", free_port)
+    with pytest.raises(StartError, match=r"^test no-such-host.invalid:1: "):
+        listen_tcp(Address("no-such-host.invalid", 1), "test")
+    with pytest.raises(StartError, match=r"^test \.\.:1: "):
+        listen_tcp(Address("..", 1), "test")
 
 
 def test_address_of_another_host(free_port):
