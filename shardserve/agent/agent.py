@@ -59,8 +59,7 @@ class Agent:
         self._request = request
         self._shared_memory = shared_memory
         self._settings = settings
-        if request.device.startswith("cuda") and not torch.cuda.is_available():
-            raise StartError(f"rank {request.rank}: device {request.device}: CUDA is not available on this host")
+        _check_device(request)
         # Subgraphs of the same weights share them.
         weights: dict[str, dict[str, torch.Tensor]] = {}
         self._programs = [
@@ -193,6 +192,18 @@ class Agent:
             # Nothing more is run in a broken generation: its steps are no longer the same everywhere.
             membership.lifetime.end()
             connection.send(group.Broken(step.generation, f"{type(error).__name__}: {error}"))
+
+
+def _check_device(request: ForkRequest) -> None:
+    """StartError, never the CPU instead."""
+    kind, _, number = request.device.partition(":")
+    if kind != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise StartError(f"rank {request.rank}: device {request.device}: CUDA is not available on this host")
+    count = torch.cuda.device_count()
+    if int(number) >= count:
+        raise StartError(f"rank {request.rank}: device {request.device}: this host has {count}, counted from 0")
 
 
 class OrderReader:

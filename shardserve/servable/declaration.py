@@ -139,7 +139,7 @@ def declare_model(
     for name, value in (("options", options), ("context", context), ("config_file", config_file)):
         if value is not None:
             raise ConfigError(f"declare_model: {name} is for MindSpore's own runtime and is not supported")
-    files = (model_file,) if isinstance(model_file, str) else tuple(model_file)
+    files = tuple(model_file) if isinstance(model_file, list | tuple) else (model_file,)
     if not files or any(not isinstance(file, str) or not file for file in files):
         raise ConfigError(f"declare_model: model_file={model_file!r} is neither a path nor a list of paths")
     model = Model(
@@ -157,7 +157,8 @@ def declare_model(
 def _positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, int) else tuple(given)
+    # What isn't a list is checked, and named, by the model as the one position that it would be.
+    return tuple(given) if isinstance(given, Sequence) else (given,)
 
 
 def register_method(output_names: str | Sequence[str]) -> Callable[[F], F]:
@@ -165,7 +166,7 @@ def register_method(output_names: str | Sequence[str]) -> Callable[[F], F]:
 
     The function runs once, now, with placeholders; it returns one of them or a sequence, one per output name.
     """
-    names = (output_names,) if isinstance(output_names, str) else tuple(output_names)
+    names = tuple(output_names) if isinstance(output_names, list | tuple) else (output_names,)
     if not names or any(not isinstance(name, str) or not name for name in names):
         raise ConfigError(f"register_method: output_names={output_names!r} are not names")
     if len(set(names)) != len(names):

@@ -95,6 +95,8 @@ def add_stage(
         raise ConfigError(f"{where}: batch_size is for Python functions; a model's is its max_batch_size")
     if not isinstance(outputs_count, int) or isinstance(outputs_count, bool) or outputs_count < 1:
         raise ConfigError(f"{where}: outputs_count={outputs_count!r} is not an integer of at least 1")
+    if tag is not None and (not isinstance(tag, str) or not tag):
+        raise ConfigError(f"{where}: tag={tag!r} is not a name")
     for position, value in enumerate(args):
         if not isinstance(value, _Placeholder) or value.trace is not trace:
             raise ConfigError(f"{where}: argument {position} is no input of the method and no output of a stage of it")
@@ -114,7 +116,7 @@ def add_stage(
 
 def _check_function(stage: object, batch_size: object, where: str) -> None:
     if not callable(stage):
-        raise ConfigError(f"{where}: {stage!r} is neither a declared model nor a function")
+        raise ConfigError(f"{where}: stage={stage!r} is neither a declared model nor a function")
     if inspect.iscoroutinefunction(stage) or inspect.isasyncgenfunction(stage):
         raise ConfigError(
             f"{where}: async functions can't be stages; a stage runs in a process of its own and may wait"

@@ -10,6 +10,17 @@ from concurrent.futures import Future
 from shardserve.agent.supervisor import HostOptions, Supervisor
 from shardserve.errors import ConfigError
 from shardserve.servable import declare_distributed as declare_servable
+from shardserve.server.arguments import (
+    LAST_VERSION,
+    check_bool,
+    check_integer,
+    check_known_address,
+    check_optional,
+    check_optional_path,
+    check_path,
+    check_seconds,
+    check_servable_name,
+)
 from shardserve.server.front import SSLConfig, launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
@@ -17,7 +28,7 @@ from shardserve.server.runtime import current_runtime
 from shardserve.settings import Settings
 from shardserve.wire.messages.launch import SecurityFiles
 from shardserve.wire.security import Security, check_guarded
-from shardserve.wire.sockets import Address, is_local, parse_address
+from shardserve.wire.sockets import Address, is_local
 
 __all__ = ["declare_servable", "start_servable", "startup_agents"]
 
@@ -67,18 +78,14 @@ def begin_servable(
     insecure: bool = False,
 ) -> Future[None]:
     """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready."""
-    if not isinstance(version_number, int) or isinstance(version_number, bool) or version_number < 1:
-        raise ConfigError(f"version_number={version_number!r} is not an integer of at least 1")
-    if wait_agents_time_in_seconds < 0:
-        raise ConfigError(f"wait_agents_time_in_seconds={wait_agents_time_in_seconds!r} is negative")
-    address = parse_address(distributed_address, "distributed_address")
+    address = check_known_address("distributed_address", distributed_address)
     options = ServableOptions(
-        servable_directory=resolve(servable_directory),
-        servable_name=servable_name,
-        version_number=version_number,
-        rank_table_json_file=resolve(rank_table_json_file),
+        servable_directory=resolve(check_path("servable_directory", servable_directory)),
+        servable_name=check_servable_name("servable_name", servable_name),
+        version_number=check_integer("version_number", version_number, 1, LAST_VERSION),
+        rank_table_json_file=resolve(check_path("rank_table_json_file", rank_table_json_file)),
         distributed_address=address,
-        wait_agents_time_in_seconds=wait_agents_time_in_seconds,
+        wait_agents_time_in_seconds=check_seconds("wait_agents_time_in_seconds", wait_agents_time_in_seconds),
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
     current = launcher()
@@ -138,7 +145,7 @@ def begin_agents(
 
     vital: a rank that dies too often ends all that this process runs, with an error.
     """
-    address = parse_address(distributed_address, "distributed_address")
+    address = check_known_address("distributed_address", distributed_address)
     options = HostOptions(
         distributed_address=str(address),
         model_files=_paths("model_files", model_files),
@@ -150,13 +157,14 @@ def begin_agents(
         vital=vital,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
-    if not 0 < agent_start_port <= LAST_PORT - len(model_files):
+    check_integer("agent_start_port", agent_start_port, 1, LAST_PORT)
+    if agent_start_port + len(model_files) - 1 > LAST_PORT:
         raise ConfigError(f"agent_start_port={agent_start_port!r} leaves no room for {len(model_files)} ports")
-    if rank_start is not None and (not isinstance(rank_start, int) or isinstance(rank_start, bool) or rank_start < 0):
-        raise ConfigError(f"rank_start={rank_start!r} is not a rank")
     if (agent_ip is None) != (rank_start is None):
-        raise ConfigError("agent_ip and rank_start: give both or neither")
-    if agent_ip is not None and not is_local(agent_ip):
+        raise ConfigError(f"agent_ip={agent_ip!r} and rank_start={rank_start!r}: give both or neither")
+    if rank_start is not None:
+        check_integer("rank_start", rank_start, 0)
+    if agent_ip is not None and not (isinstance(agent_ip, str) and is_local(agent_ip)):
         raise ConfigError(f"agent_ip={agent_ip!r} is not an address of this host")
     if device_type not in (None, "cpu", "cuda"):
         raise ConfigError(f"device_type={device_type!r} is none of None, 'cpu', 'cuda'")
@@ -180,9 +188,13 @@ def _security(
     address: Address, join_secret_file: str | None, ssl_config: SSLConfig | None, insecure: bool
 ) -> SecurityFiles:
     """What of it there is, checked; ConfigError or StartError names the argument or file that is missing or wrong."""
-    secret_file = join_secret_file or Settings.from_environment().join_secret_file
+    given = check_optional_path("join_secret_file", join_secret_file)
+    secret_file = given or Settings.from_environment().join_secret_file
+    tls = check_optional("ssl_config", ssl_config, SSLConfig)
     files = SecurityFiles(
-        resolve(secret_file) if secret_file else None, ssl_config.files() if ssl_config is not None else None, insecure
+        resolve(secret_file) if secret_file else None,
+        tls.files() if tls is not None else None,
+        check_bool("insecure", insecure),
     )
     check_guarded(address.host, files, "distributed_address")
     # The Worker and each agent read them for themselves; here a mistake is told before anything is started.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardserve.agent.supervisor import HostOptions, Supervisor
 from shardserve.errors import ConfigError, ShardserveError, Unavailable
+from shardserve.server.arguments import LAST_VERSION, check_integer, check_path, check_servable_name, is_integer
 from shardserve.server.front import launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
@@ -41,16 +42,12 @@ class ServableStartConfig:
     num_parallel_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("servable_directory", "servable_name"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(f"ServableStartConfig: {name}={getattr(self, name)!r} is not a name")
-        for name in ("version_number", "num_parallel_workers"):
-            if not _is_count(getattr(self, name)):
-                raise ConfigError(
-                    f"ServableStartConfig: {name}={getattr(self, name)!r} is not an integer of at least 0"
-                )
+        check_path("ServableStartConfig: servable_directory", self.servable_directory)
+        check_servable_name("ServableStartConfig: servable_name", self.servable_name)
+        check_integer("ServableStartConfig: version_number", self.version_number, 0, LAST_VERSION)
+        check_integer("ServableStartConfig: num_parallel_workers", self.num_parallel_workers, 0)
         devices = self.devices
-        if not devices or not all(_is_count(device) for device in devices) or len(set(devices)) < len(devices):
+        if not devices or any(not is_integer(device) or device < 0 for device in devices) or _has_equal(devices):
             raise ConfigError(f"ServableStartConfig: device_ids={self.device_ids!r} are not different device numbers")
         if self.device_type is not None and not isinstance(self.device_type, str):
             raise ConfigError(f"ServableStartConfig: device_type={self.device_type!r} is no name")
@@ -63,7 +60,7 @@ class ServableStartConfig:
     def devices(self) -> tuple[int, ...]:
         if self.device_ids is None:
             return (0,)
-        return (self.device_ids,) if isinstance(self.device_ids, int) else tuple(self.device_ids)
+        return tuple(self.device_ids) if isinstance(self.device_ids, Sequence) else (self.device_ids,)
 
     @property
     def device_kind(self) -> str | None:
@@ -90,9 +87,9 @@ def start_servables(servable_configs: ServableStartConfig | Sequence[ServableSta
     Relative paths are taken from the running script's directory. ConfigError says what is wrong with a config, a
     servable_config.py or a model's files, or that a servable is started already.
     """
-    configs = [servable_configs] if isinstance(servable_configs, ServableStartConfig) else list(servable_configs)
+    configs = servable_configs if isinstance(servable_configs, Sequence) else [servable_configs]
     if not configs or not all(isinstance(config, ServableStartConfig) for config in configs):
-        raise ConfigError("start_servables: needs one ServableStartConfig or a list of them")
+        raise ConfigError(f"servable_configs={servable_configs!r} is neither a ServableStartConfig nor a list of them")
     all_options = [config.options() for config in configs]
     keys = [(options.servable_name, options.version_number) for options in all_options]
     for name, version in keys:
@@ -154,5 +151,5 @@ def _latest(folder: Path) -> int:
     return max(versions)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _has_equal(devices: Sequence[int]) -> bool:
+    return len(set(devices)) < len(devices)

@@ -24,8 +24,8 @@ def predict(x):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"servable_name": ""}, "servable_name='' is not a name"),
-        ({"version_number": -1}, "version_number=-1 is not an integer of at least 0"),
+        ({"servable_name": ""}, "servable_name='' is not the name of a servable's folder"),
+        ({"version_number": -1}, "version_number=-1 is not an integer from 0 to "),
         ({"num_parallel_workers": True}, "num_parallel_workers=True is not an integer of at least 0"),
         ({"device_ids": []}, "device_ids=[] are not different device numbers"),
         ({"device_ids": [0, 0]}, "device_ids=[0, 0] are not different device numbers"),
@@ -57,9 +57,9 @@ def test_the_latest_version_is_taken(tmp_path):
 
 
 def test_what_is_no_config_or_comes_twice(tmp_path):
-    with pytest.raises(ConfigError, match="needs one ServableStartConfig or a list of them"):
+    with pytest.raises(ConfigError, match="is neither a ServableStartConfig nor a list of them"):
         start_servables([])
-    with pytest.raises(ConfigError, match="needs one ServableStartConfig or a list of them"):
+    with pytest.raises(ConfigError, match="is neither a ServableStartConfig nor a list of them"):
         start_servables(["net"])
     config = ServableStartConfig(str(tmp_path), "net", version_number=1)
     with pytest.raises(ConfigError, match="servable 'net' version 1 is given twice"):
