@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardserve.cli import values
+from shardserve.cli.progress import shown_progress
 from shardserve.errors import ExportError, ShardserveError
 
 if TYPE_CHECKING:
@@ -36,18 +38,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to a parser of its own."""
     parser.add_argument("source", metavar="SOURCE", help="package.module:function that gives the model; see below")
     parser.add_argument("--name", required=True, metavar="NAME", help="names the graph files: NAME.graph.json")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
-    parser.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel ranks of a pipeline stage")
-    parser.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline stages")
-    parser.add_argument("--plan", metavar="FILE", help="JSON: how parameters are sharded, where stages begin")
+    for option, meaning in (("--tp", "tensor-parallel ranks of a pipeline stage"), ("--pp", "pipeline stages")):
+        parser.add_argument(option, type=values.count, default=1, metavar="N", help=f"{meaning} (default %(default)s)")
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="JSON: how parameters are sharded, where stages begin (default: the function's options['plan'])",
+    )
     parser.add_argument(
         "--cut",
         action="append",
@@ -59,8 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
     parser.add_argument("--strict", action="store_true", help="fail if the plan shards no parameter")
     parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
-    parser.add_argument("--atol", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="X", help="absolute tolerance")
-    parser.add_argument("--rtol", type=_tolerance, default=DEFAULT_TOLERANCE, metavar="X", help="relative tolerance")
+    for option in ("--atol", "--rtol"):
+        parser.add_argument(
+            option,
+            type=values.not_negative,
+            default=DEFAULT_TOLERANCE,
+            metavar="X",
+            help=f"the {'absolute' if option == '--atol' else 'relative'} tolerance of --verify (default %(default)g)",
+        )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,27 +83,32 @@ def _export(args: argparse.Namespace) -> int:
     for later in _LATER:
         if getattr(args, later[2:].replace("-", "_")) is not None:
             raise ExportError(f"{later} is not supported yet")
-    function = _function(args.source)
-    model, example, options = _returned(args.source, function())
-    from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
+    with shown_progress() as progress:
+        progress("loading the model", 0, 1)
+        function = _function(args.source)
+        model, example, options = _returned(args.source, function())
+        from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
 
-    plan = _plan(args.plan, options.pop("plan", None))
-    report = export(
-        model,
-        example,
-        name=args.name,
-        out=args.out,
-        tensor_parallel=args.tp,
-        pipeline_parallel=args.pp,
-        plan=plan,
-        cuts=tuple(args.cut),
-        strict=args.strict,
-        **options,
-    )
-    print(report)
+        plan = _plan(args.plan, options.pop("plan", None))
+        report = export(
+            model,
+            example,
+            name=args.name,
+            out=args.out,
+            tensor_parallel=args.tp,
+            pipeline_parallel=args.pp,
+            plan=plan,
+            cuts=tuple(args.cut),
+            strict=args.strict,
+            progress=progress,
+            **options,
+        )
+    print(report, flush=True)
     if not args.verify:
         return 0
-    result = verify(model, example, options.get("kwargs"), args.out, args.name, atol=args.atol, rtol=args.rtol)
+    kwargs, tolerances = options.get("kwargs"), {"atol": args.atol, "rtol": args.rtol}
+    with shown_progress() as progress:
+        result = verify(model, example, kwargs, args.out, args.name, **tolerances, progress=progress)
     print(f"max abs error: {result.max_abs_error:.3g}")
     if not result.passed:
         print(
@@ -105,22 +117,6 @@ def _export(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if result.passed else 1
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
-    return int(text)
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
-    return value
 
 
 def _function(source: str) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from pathlib import Path
 
+from shardserve.cli import values
 from shardserve.errors import ConfigError
 from shardserve.worker.rank_table import make_rank_table, parse_rank_table
 
@@ -34,8 +33,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="IP:DEVICES",
         help="a host's address and its devices; once per host",
     )
-    parser.add_argument("--layout", choices=("server_list", "group_list"), default="server_list")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    parser.add_argument(
+        "--layout",
+        choices=("server_list", "group_list"),
+        default="server_list",
+        help="which of the two known forms (default %(default)s)",
+    )
+    parser.add_argument("--out", type=values.path, metavar="FILE", help="where to (default: standard output)")
     parser.set_defaults(run=run)
 
 
@@ -46,13 +50,10 @@ def _host(text: str) -> tuple[str, list[int]]:
         raise argparse.ArgumentTypeError(f"{text!r} isn't IP:DEVICES")
     if devices.isdecimal() and int(devices) > 0:
         return address, list(range(int(devices)))
-    ids: list[int] = []
-    for part in devices.split(","):
-        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
-        if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
-            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no device id and no range of them")
-        ids += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return address, ids
+    try:
+        return address, values.device_ids(devices)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,8 @@ from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
 from shardserve.export.trace import Trace, ordered, trace
 from shardserve.export.write import Writer
-from shardserve.shards.config import Signature, TensorSpec
+from shardserve.progress import Progress, quietly
+from shardserve.shards.config import ShardConfig, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
 
 _CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
@@ -41,13 +42,15 @@ def export(
     output_names: Sequence[str] | None = None,
     cuts: Sequence[str] = (),
     strict: bool = False,
+    progress: Progress = quietly,
 ) -> Report:
     """Cut `model` into tensor_parallel x pipeline_parallel shards and write out/device0 … in this one process.
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
     after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
     each later stage; without them, stages are balanced by their parameters' bytes. `strict` refuses a
-    tensor-parallel export whose plan shards no parameter. Raises ExportError.
+    tensor-parallel export whose plan shards no parameter. `progress` hears of what is traced, cut and written. Raises
+    ExportError.
     """
     started = time.perf_counter()
     _check(name, tensor_parallel, pipeline_parallel, plan)
@@ -58,6 +61,7 @@ def export(
         raise ExportError(f"the shards can't be written to {out}: {error.strerror}") from error
     plan = plan or Plan()
     kwargs = ordered(model, kwargs or {})
+    progress("tracing the model", 0, 1)
     traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
     trace_seconds = time.perf_counter() - started
     shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
@@ -66,10 +70,13 @@ def export(
         raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
     cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
     stages = cut.assign(traced, cuts)
-    graphs = [propagate(traced, placements, stages, tensor_parallel, rank) for rank in range(tensor_parallel)]
+    graphs: list[LocalGraph] = []
+    for rank in range(tensor_parallel):
+        progress("cutting the graph", rank, tensor_parallel)
+        graphs.append(propagate(traced, placements, stages, tensor_parallel, rank))
     signature = _signature(traced, graphs[0])
     shards = assemble(name, traced, graphs, signature, pipeline_parallel)
-    reports = _write(Path(out), name, traced, shards)
+    reports = _write(Path(out), name, traced, shards, progress)
     return Report(
         name,
         Path(out),
@@ -141,14 +148,21 @@ def _signature(traced: Trace, graph: LocalGraph) -> Signature:
         raise ExportError(f"the model's inputs or outputs can't be served: {error}") from error
 
 
-def _write(out: Path, name: str, traced: Trace, shards: Sequence[Sequence[RankShard]]) -> tuple[StageReport, ...]:
+def _write(
+    out: Path, name: str, traced: Trace, shards: Sequence[Sequence[RankShard]], progress: Progress
+) -> tuple[StageReport, ...]:
     reports: list[StageReport] = []
+    count = sum(map(len, shards))
     writer = Writer(out, name)
     try:
         for ranks in shards:
-            written = [writer.write(shard.config, shard.graph, shard.parts(traced.tensors)) for shard in ranks]
+            written: list[ShardConfig] = []
+            for shard in ranks:
+                progress("writing shards", shard.config.rank, count)
+                written.append(writer.write(shard.config, shard.graph, shard.parts(traced.tensors)))
             sizes = tuple(config.parameter_bytes for config in written)
             reports.append(StageReport(ranks[0].collectives, ranks[0].config.sends, sizes))
+        progress("writing shards", count, count)
         writer.commit()
     finally:
         writer.discard()

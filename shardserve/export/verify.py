@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from shardserve.errors import ExportError, InvalidInput, ShardError
 from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.trace import evaluating, ordered
+from shardserve.progress import Progress, quietly
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, DimRange, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name
 from shardserve.shards.program import Program
@@ -36,11 +37,14 @@ class VerifyResult:
 class Shards:
     """All local ranks of one export, loaded from `out`."""
 
-    def __init__(self, out: str | Path, name: str) -> None:
+    def __init__(self, out: str | Path, name: str, progress: Progress = quietly) -> None:
         folder = Path(out)
         first = ShardConfig.load(folder / "device0" / CONFIG_FILE)
         files = [folder / f"device{rank}" / f"{name}{GRAPH_SUFFIX}" for rank in range(first.rank_size)]
-        programs = [Program.load(file) for file in files]
+        programs: list[Program] = []
+        for rank, file in enumerate(files):
+            progress("reading shards", rank, len(files))
+            programs.append(Program.load(file))
         for rank, program in enumerate(programs):
             if program.config.export_id != first.export_id or program.config.rank != rank:
                 raise ShardError(f"{files[rank]} is not rank {rank} of the same export as device0")
@@ -78,20 +82,25 @@ def verify(
     name: str,
     atol: float = 1e-4,
     rtol: float = 1e-4,
+    progress: Progress = quietly,
 ) -> VerifyResult:
     """Compare the shards in `out` with `model` at the example's sizes and at the ends of each dynamic dim's range.
 
-    Inputs of other sizes take their values from the example's, so that ids stay ids and masks stay masks.
+    Inputs of other sizes take their values from the example's, so that ids stay ids and masks stay masks. `progress`
+    hears of the shards that are read and of the sizes that are compared.
     """
-    shards = Shards(out, name)
+    shards = Shards(out, name, progress)
     leaves, structure = pytree.tree_flatten((tuple(args), ordered(model, kwargs or {})))
     tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if len(tensors) != len(shards.signature.inputs):
         raise ExportError(f"the shards take {len(shards.signature.inputs)} tensors, the example has {len(tensors)}")
     example = {spec.name: leaves[index] for spec, index in zip(shards.signature.inputs, tensors, strict=True)}
     generator = torch.Generator().manual_seed(0)
-    worst, where, passed, tried = 0.0, "", True, list[Mapping[str, int]]()
-    for dims, inputs in _cases(shards.signature, example, generator):
+    worst, where, passed = 0.0, "", True
+    cases = _cases(shards.signature, example)
+    for done, dims in enumerate(cases):
+        progress("comparing sizes", done, len(cases))
+        inputs = _inputs(shards.signature, example, dims, generator) if done else example
         given = list(leaves)
         for spec, index in zip(shards.signature.inputs, tensors, strict=True):
             given[index] = inputs[spec.name]
@@ -103,30 +112,25 @@ def verify(
             if error > worst or not where:
                 worst, where = error, f"output '{spec.name}' with {_sizes(dims)}"
             passed = passed and _close(got, wanted, atol, rtol)
-        tried.append(dims)
-    return VerifyResult(worst, where, passed, tuple(tried))
+    return VerifyResult(worst, where, passed, tuple(cases))
 
 
-def _cases(
-    signature: Signature, example: Mapping[str, Tensor], generator: torch.Generator
-) -> Iterator[tuple[Mapping[str, int], Mapping[str, Tensor]]]:
+def _cases(signature: Signature, example: Mapping[str, Tensor]) -> list[Mapping[str, int]]:
+    """The sizes of the dims to compare at, each once; first those of the example itself."""
     shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in example.items()}
-    at_example = signature.bind(shapes, dtypes)
-    yield at_example, example
-    tried: list[Mapping[str, int]] = [at_example]
-    for wanted in _sizes_to_try(signature.dims, at_example):
+    cases: list[Mapping[str, int]] = [signature.bind(shapes, dtypes)]
+    for wanted in _sizes_to_try(signature.dims, cases[0]):
         dims = _nearest(signature, wanted, dtypes)
-        if dims is None or dims in tried:
-            continue
-        tried.append(dims)
-        yield (
-            dims,
-            {
-                spec.name: _like(example[spec.name], signature.resolve(spec, dims), generator)
-                for spec in signature.inputs
-            },
-        )
+        if dims is not None and dims not in cases:
+            cases.append(dims)
+    return cases
+
+
+def _inputs(
+    signature: Signature, example: Mapping[str, Tensor], dims: Mapping[str, int], generator: torch.Generator
+) -> Mapping[str, Tensor]:
+    return {spec.name: _like(example[spec.name], signature.resolve(spec, dims), generator) for spec in signature.inputs}
 
 
 def _nearest(signature: Signature, wanted: Mapping[str, int], dtypes: Mapping[str, str]) -> Mapping[str, int] | None:

@@ -1,0 +1,87 @@
+"""The types of the commands' arguments; what isn't of its type is wrong usage, told with the option's name.
+
+Paths become absolute: the launch API takes relative ones from its script's folder, a command from the current one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shardserve.errors import ConfigError
+from shardserve.wire.sockets import parse_address
+
+HIGHEST_PORT = 65535
+
+
+def path(text: str) -> Path:
+    """A path from the current directory, absolute."""
+    return Path(text).expanduser().absolute()
+
+
+def count(text: str) -> int:
+    """1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
+    return int(text)
+
+
+def number(text: str) -> int:
+    """0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
+    return int(text)
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a port of 1 to {HIGHEST_PORT}")
+    return int(text)
+
+
+def megabytes(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 512:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 to 512")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A finite number of 0 or more: seconds, tolerances."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
+    return value
+
+
+def address(text: str) -> str:
+    """`ip:port`."""
+    try:
+        parse_address(text, "")
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't ip:port with a port of 1 to {HIGHEST_PORT}") from None
+    return text
+
+
+def grpc_address(text: str) -> str:
+    """`ip:port` or `unix:path`."""
+    if not text.startswith("unix:"):
+        return address(text)
+    if text == "unix:":
+        raise argparse.ArgumentTypeError(f"{text!r} has no path")
+    return f"unix:{path(text.removeprefix('unix:'))}"
+
+
+def device_ids(text: str) -> list[int]:
+    """Device ids with commas and ranges: `0,2-4`."""
+    ids: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{part!r} is no device id and no range of them")
+        ids += range(int(first), int(last or first) + 1)
+    if len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"{text!r} has a device twice")
+    return ids
