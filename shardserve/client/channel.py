@@ -1,9 +1,11 @@
-"""How a client reaches a server: address, TLS, channel options."""
+"""How a client reaches a server: address, TLS, channel options, timeouts."""
 
 from __future__ import annotations
 
+import math
 import ssl
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import grpc
@@ -19,6 +21,10 @@ OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+
+
+# gRPC takes a deadline as a point in time, which has an end.
+LONGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,39 @@ def target(address: str) -> str:
     if isinstance(address, str) and address.startswith("unix:") and len(address) > len("unix:"):
         return address
     return str(parse_address(address, "address", "host:port or unix:path"))
+
+
+def connect(address: str, ssl_config: SSLConfig | None) -> grpc.Channel:
+    """A channel, which connects when it is first used; ConfigError for an address or files that can't be."""
+    where, credentials = target(address), _credentials(ssl_config)
+    if credentials is None:
+        return grpc.insecure_channel(where, OPTIONS)
+    return grpc.secure_channel(where, credentials, OPTIONS)
+
+
+def connect_async(address: str, ssl_config: SSLConfig | None) -> grpc.aio.Channel:
+    """The same for the running event loop."""
+    where, credentials = target(address), _credentials(ssl_config)
+    if credentials is None:
+        return grpc.aio.insecure_channel(where, OPTIONS)
+    return grpc.aio.secure_channel(where, credentials, OPTIONS)
+
+
+def seconds(timeout: float | None) -> float | None:
+    """The timeout as gRPC takes it; None and infinity are none. ConfigError for what isn't a positive number."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, Real) or isinstance(timeout, bool) or not timeout > 0:
+        raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds, or None for no limit")
+    return None if timeout == math.inf else min(float(timeout), LONGEST)
+
+
+def _credentials(ssl_config: SSLConfig | None) -> grpc.ChannelCredentials | None:
+    if ssl_config is None:
+        return None
+    if not isinstance(ssl_config, SSLConfig):
+        raise ConfigError(f"ssl_config is a shardserve.client.SSLConfig, got {type(ssl_config).__name__}")
+    return ssl_config.credentials()
 
 
 def _read(path: str | None) -> bytes | None:

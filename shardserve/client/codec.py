@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from shardserve.errors import (
     InvalidInput,
     MessageTooLarge,
     NotFound,
+    Overloaded,
     ShardserveError,
     StepError,
     Unavailable,
@@ -27,7 +29,7 @@ Reply = list[dict[str, Any]] | dict[str, str]
 
 _BY_STATUS: dict[str, type[ShardserveError]] = {
     error.grpc_status: error for error in CLASSES.values() if not error.__subclasses__() and not error.in_reply
-} | {"INTERNAL": InternalError, "RESOURCE_EXHAUSTED": MessageTooLarge}
+} | {"INTERNAL": InternalError}
 _BY_CODE: dict[int, type[ShardserveError]] = {
     1: StepError,
     2: InvalidInput,
@@ -37,12 +39,25 @@ _BY_CODE: dict[int, type[ShardserveError]] = {
 }
 
 
+# A uint64 in the protocol.
+MAX_VERSION = (1 << 64) - 1
+
+
+class InvalidReply(Exception):
+    """The server sent what can't be an answer."""
+
+
 def servable_spec(name: str, method: str, version: int) -> pb.ServableSpec:
     """ConfigError for what can't be a name or a version."""
+    for what, text in (("servable_name", name), ("method_name", method)):
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"{what}={text!r} is not a name")
+    if not isinstance(version, Integral) or isinstance(version, bool) or not 0 <= version <= MAX_VERSION:
+        raise ConfigError(f"version_number={version!r} is not an integer from 0 (the latest) to {MAX_VERSION}")
     try:
-        return pb.ServableSpec(name=name, method_name=method, version_number=version)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"servable {name!r}, method {method!r}, version {version!r}: {error}") from None
+        return pb.ServableSpec(name=name, method_name=method, version_number=int(version))
+    except ValueError as error:
+        raise ConfigError(f"servable_name={name!r}, method_name={method!r}: {error}") from None
 
 
 def encode_request(spec: pb.ServableSpec, instances: Instance | Sequence[Instance]) -> pb.PredictRequest:
@@ -56,7 +71,10 @@ def encode_request(spec: pb.ServableSpec, instances: Instance | Sequence[Instanc
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise InvalidInput(f"instance {index} isn't a dict with names of inputs as keys")
         metas, buffers = tensors.encode_instance(values, f"instance {index}")
-        proto.to_instance(request.instances.add(), metas, buffers)
+        try:
+            proto.to_instance(request.instances.add(), metas, buffers)
+        except UnicodeEncodeError:
+            raise InvalidInput(f"instance {index}: a name that can't be UTF-8 in {list(values)}") from None
     return request
 
 
@@ -65,11 +83,18 @@ def decode_reply(reply: pb.PredictReply, raise_errors: bool) -> Reply:
 
     With `raise_errors` the first error of an instance or of the request is raised, as its class of shardserve.errors.
     """
+    try:
+        return _results(reply, raise_errors)
+    except InvalidReply as error:
+        return failed(InternalError(f"the server's reply is none: {error}"), raise_errors)
+
+
+def _results(reply: pb.PredictReply, raise_errors: bool) -> Reply:
     codes = [entry.error_code for entry in reply.error_msg]
     if len(codes) == 1 and not reply.instances:
         return failed(_error(reply.error_msg[0]), raise_errors)
     if codes and len(codes) != len(reply.instances):
-        raise InternalError(f"the server sent {len(codes)} errors for {len(reply.instances)} instances")
+        raise InvalidReply(f"{len(codes)} errors for {len(reply.instances)} instances")
     outputs: list[dict[str, Any]] = []
     for index, instance in enumerate(reply.instances):
         if codes and codes[index]:
@@ -78,11 +103,18 @@ def decode_reply(reply: pb.PredictReply, raise_errors: bool) -> Reply:
                 raise error
             outputs.append({"error": str(error)})
         else:
-            metas, buffers = proto.from_instance(instance, f"instance {index}")
-            values = tensors.decode_instance(metas, [bytearray(data) for data in buffers], f"instance {index}")
-            # A protobuf map has no order of its own.
-            outputs.append(dict(sorted(values.items())))
+            outputs.append(_outputs(instance, f"instance {index}"))
     return outputs
+
+
+def _outputs(instance: pb.Instance, where: str) -> dict[str, Any]:
+    try:
+        metas, buffers = proto.from_instance(instance, where)
+        values = tensors.decode_instance(metas, [bytearray(data) for data in buffers], where)
+    except InvalidInput as error:
+        raise InvalidReply(str(error)) from None
+    # A protobuf map has no order of its own.
+    return dict(sorted(values.items()))
 
 
 def failed(error: ShardserveError, raise_errors: bool) -> Reply:
@@ -96,9 +128,17 @@ def from_status(
     code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> ShardserveError:
     """The error behind a gRPC status: the class that the server names, or the status's own."""
-    named = CLASSES.get(str(dict(trailers or ()).get("shardserve-error", "")))
-    error = named or _BY_STATUS.get(code.name, InternalError)
+    error = CLASSES.get(str(dict(trailers or ()).get("shardserve-error", "")))
+    if error is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # gRPC's own words, of a message over the limit or of too many calls at once.
+        error = MessageTooLarge if "larger than max" in (details or "") else Overloaded
+    error = error or _BY_STATUS.get(code.name, InternalError)
     return error(f"{code.name}: {details or 'no details'}")
+
+
+def cancelled() -> ShardserveError:
+    """Of a call that this side gave up."""
+    return from_status(grpc.StatusCode.CANCELLED, "cancelled", None)
 
 
 def from_rpc(error: Any) -> ShardserveError:

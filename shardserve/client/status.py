@@ -17,14 +17,10 @@ def status(address: str, timeout: float | None = None, ssl_config: channel.SSLCo
     A generation is [incarnation, counter], so that comparing two tells which is later. Raises the class of
     shardserve.errors that fits, Unavailable if nobody answers.
     """
-    target = channel.target(address)
-    if ssl_config is None:
-        connection = grpc.insecure_channel(target, channel.OPTIONS)
-    else:
-        connection = grpc.secure_channel(target, ssl_config.credentials(), channel.OPTIONS)
-    with connection:
+    seconds = channel.seconds(timeout)
+    with channel.connect(address, ssl_config) as connection:
         try:
-            reply = AdminStub(connection).Status(pb.StatusRequest(), timeout=timeout)  # type: ignore[no-untyped-call]
+            reply = AdminStub(connection).Status(pb.StatusRequest(), timeout=seconds)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
             raise codec.from_rpc(error) from error
     return {"servables": [_servable(servable) for servable in reply.servables]}

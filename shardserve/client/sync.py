@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 
 from shardserve.client import channel, codec
+from shardserve.client.method import MethodClient
 from shardserve.errors import ShardserveError
-from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceStub
 
 
 class InferFuture:
@@ -28,7 +28,7 @@ class InferFuture:
         try:
             reply = self._call.result()
         except grpc.FutureCancelledError:
-            return codec.failed(codec.from_status(grpc.StatusCode.CANCELLED, "cancelled", None), self._raise_errors)
+            return codec.failed(codec.cancelled(), self._raise_errors)
         except grpc.RpcError as error:
             return codec.failed(codec.from_rpc(error), self._raise_errors)
         return codec.decode_reply(reply, self._raise_errors)
@@ -42,32 +42,18 @@ class InferFuture:
             self._call.cancel()
 
 
-class Client:
+class Client(MethodClient[grpc.Channel]):
     """Calls one method of one servable. address: host:port or unix:path; version_number 0: the latest.
 
     `infer` and `infer_async` take a dict of inputs or a list of such dicts, values numpy arrays, numbers, str or bytes
     (numbers are sent as int64 and float64 of shape (1,)). An instance that failed is `{"error": message}` in its place;
     a request that failed as a whole is the dict `{"error": message}`; with `raise_errors` both raise the class of
-    `shardserve.errors` instead. Threads may share a client.
+    `shardserve.errors` instead. Arguments that are wrong (address, names, timeout) are a ConfigError in any case.
+    Threads may share a client. A server that comes back is found by itself, within a second or so.
     """
 
-    def __init__(
-        self,
-        address: str,
-        servable_name: str,
-        method_name: str,
-        version_number: int = 0,
-        ssl_config: channel.SSLConfig | None = None,
-        raise_errors: bool = False,
-    ) -> None:
-        self._spec = codec.servable_spec(servable_name, method_name, version_number)
-        self._raise_errors = raise_errors
-        target = channel.target(address)
-        if ssl_config is None:
-            self._channel = grpc.insecure_channel(target, channel.OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, ssl_config.credentials(), channel.OPTIONS)
-        self._stub = MSServiceStub(self._channel)  # type: ignore[no-untyped-call]
+    def _connect(self, address: str, ssl_config: channel.SSLConfig | None) -> grpc.Channel:
+        return channel.connect(address, ssl_config)
 
     def infer(self, instances: codec.Instance | Sequence[codec.Instance], timeout: float | None = None) -> codec.Reply:
         """Waits for the answer, `timeout` seconds at most; a server that can't be reached is an error at once."""
@@ -77,14 +63,21 @@ class Client:
         self, instances: codec.Instance | Sequence[codec.Instance], timeout: float | None = None
     ) -> InferFuture:
         """Sends the request and returns; errors of the input, too, come from `result()`."""
+        seconds = channel.seconds(timeout)
+        self._check_open()
         try:
             request = codec.encode_request(self._spec, instances)
         except ShardserveError as error:
             return InferFuture(None, self._raise_errors, error)
-        return InferFuture(self._stub.Predict.future(request, timeout=timeout), self._raise_errors)
+        try:
+            return InferFuture(self._predict.future(request, timeout=seconds), self._raise_errors)
+        except ValueError:
+            self._check_open()  # Another thread closed it meanwhile.
+            raise
 
     def close(self) -> None:
         """Ends the connection; calls under way are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Client:

@@ -1,16 +1,29 @@
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
 from main_harness import Launcher, Worker, attached, echo, free_port, keep
 
-from shardserve.client import AsyncClient, Client, SSLConfig
-from shardserve.errors import ConfigError, DeadlineExceeded, InvalidInput, MessageTooLarge, NotFound, Unavailable
+from shardserve.client import AsyncClient, Client, SSLConfig, codec, status
+from shardserve.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    MessageTooLarge,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from shardserve.wire.messages import front, launch
+from shardserve.wire.stubs import ms_service_pb2 as pb
 
 X = {"x": np.arange(4, dtype=np.float32)}
 
@@ -183,6 +196,182 @@ def test_a_server_that_comes_later_is_found():
 def test_addresses_that_are_none(address):
     with pytest.raises(ConfigError, match=r"^address: .* is not host:port or unix:path$"):
         Client(address, "echo", "predict")
+
+
+WRONG_ARGUMENTS = [
+    (("", "predict"), {}, "servable_name='' is not a name"),
+    (("echo", ""), {}, "method_name='' is not a name"),
+    ((None, "predict"), {}, "servable_name=None is not a name"),
+    (("echo", b"predict"), {}, "method_name=b'predict' is not a name"),
+    (("\ud800", "predict"), {}, "servable_name='.ud800'"),
+    *(
+        (("echo", "predict", version), {}, f"version_number={version!r} is not an integer from 0 .* to {2**64 - 1}$")
+        for version in (-1, "1", 2**64, 1.0, None, True)
+    ),
+    (("echo", "predict"), {"ssl_config": {"custom_ca": "x"}}, "ssl_config is a shardserve.client.SSLConfig, got dict"),
+]
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(("arguments", "options", "text"), WRONG_ARGUMENTS)
+def test_arguments_that_are_wrong_are_named(kind, arguments, options, text):
+    async def run():
+        with pytest.raises(ConfigError, match=f"^{text}"):
+            kind("127.0.0.1:5500", *arguments, **options)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), -float("inf"), "1", True])
+def test_timeouts_that_are_none(timeout):
+    text = f"^timeout={timeout!r} is not a positive number of seconds"
+
+    async def run():
+        async with AsyncClient("127.0.0.1:1", "echo", "predict") as client:
+            with pytest.raises(ConfigError, match=text):
+                await client.infer(X, timeout=timeout)
+
+    with Client("127.0.0.1:1", "echo", "predict") as client:
+        for call in (client.infer, client.infer_async):
+            with pytest.raises(ConfigError, match=text):
+                call(X, timeout=timeout)
+    with pytest.raises(ConfigError, match=text):
+        status("127.0.0.1:1", timeout=timeout)
+    asyncio.run(run())
+
+
+def test_long_timeouts():
+    def test(address, worker):
+        with Client(address, "echo", "predict", version_number=np.int64(1)) as client:
+            for timeout in (1e300, float("inf"), np.float32(20), 2**70, None):
+                assert len(client.infer(X, timeout=timeout)) == 1
+
+    serve(test)
+
+
+def test_a_name_that_can_not_be_sent():
+    with Client("127.0.0.1:1", "echo", "predict") as client:
+        assert client.infer([X, {"\ud800": 1}])["error"].startswith("instance 1: a name that can't be UTF-8")
+
+
+def test_many_calls_at_once():
+    def test(address, worker):
+        with Client(address, "echo", "predict") as client:
+            calls = [client.infer_async({"x": value}) for value in range(500)]
+            assert [call.result()[0]["x"].tolist() for call in calls] == [[value] for value in range(500)]
+
+    serve(test)
+
+
+def test_closing_with_calls_under_way():
+    def test(address, worker):
+        client = Client(address, "echo", "predict")
+        calls = [client.infer_async(X) for _ in range(5)]
+        client.close()
+        for call in calls:
+            assert call.result()["error"].startswith("CANCELLED")
+        client.close()
+        for call in (client.infer, client.infer_async):
+            with pytest.raises(ConfigError, match=r"the client of echo\.predict is closed"):
+                call(X)
+
+    serve(test, keep)
+
+
+def test_closing_the_async_client_with_calls_under_way():
+    async def run():
+        worker = Worker(keep)
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            async with attached(launcher, worker):
+                client = AsyncClient(address, "echo", "predict")
+                calls = [client.infer_async(X) for _ in range(5)]
+                for _ in calls:
+                    await worker.next(front.Infer)
+                await client.close()
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                if sys.version_info >= (3, 11):  # Before, a task can't tell it from its own cancellation.
+                    assert all(answer["error"].startswith("CANCELLED") for answer in answers)
+                await client.close()
+                with pytest.raises(ConfigError, match=r"the client of echo\.predict is closed"):
+                    await client.infer(X)
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_restarted_is_found_again():
+    async def until_it_answers(client):
+        while isinstance(await asyncio.to_thread(client.infer, X), dict):
+            pass
+
+    async def run():
+        client = None
+        for _ in range(3):
+            worker = Worker()
+            async with Launcher() as launcher:
+                if client is None:
+                    address = await launcher.grpc()
+                    client = Client(address, "echo", "predict")
+                else:
+                    assert "UNAVAILABLE" in client.infer(X)["error"]
+                    await launcher.order(launch.StartGrpc, address, 100, None)
+                async with attached(launcher, worker):
+                    await asyncio.wait_for(until_it_answers(client), 3)
+                    launcher.process.kill()
+                    await asyncio.wait_for(launcher.lost.wait(), 10)
+        client.close()
+
+    asyncio.run(run())
+
+
+FORKS = """
+import os, sys
+from shardserve.client import Client
+
+address = sys.argv[1]
+client = Client(address, "echo", "predict")
+assert client.infer({"x": 1})[0]["x"] == 1
+for same in (True, False):
+    child = os.fork()
+    if child == 0:
+        client = client if same else Client(address, "echo", "predict")
+        os._exit(client.infer({"x": 1}, timeout=10)[0]["x"].tolist() != [1])
+    assert os.waitpid(child, 0)[1] == 0
+assert client.infer({"x": 1})[0]["x"] == 1
+"""
+
+
+def test_a_client_survives_a_fork():
+    def test(address, worker):
+        subprocess.run([sys.executable, "-c", FORKS, address], check=True, timeout=60)
+
+    serve(test)
+
+
+REPLIES = [
+    (pb.PredictReply(error_msg=[pb.ErrorMsg(error_code=1), pb.ErrorMsg()]), "2 errors for 0 instances"),
+    (pb.PredictReply(instances=[pb.Instance(items={"y": pb.Tensor()})]), "unknown dtype number 0"),
+]
+
+
+@pytest.mark.parametrize(("reply", "text"), REPLIES)
+def test_a_reply_that_is_none_is_an_error_like_others(reply, text):
+    assert text in codec.decode_reply(reply, False)["error"]
+    with pytest.raises(InternalError, match=text):
+        codec.decode_reply(reply, True)
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [
+        ("CLIENT: Sent message larger than max (2 vs. 1)", MessageTooLarge),
+        ("SERVER: Received message larger than max (2 vs. 1)", MessageTooLarge),
+        ("Concurrent RPC limit exceeded!", Overloaded),
+        (None, Overloaded),
+    ],
+)
+def test_what_grpc_itself_refuses(details, kind):
+    assert type(codec.from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, details, None)) is kind
 
 
 def test_tls_files():
