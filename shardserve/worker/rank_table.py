@@ -14,6 +14,8 @@ from typing import Any
 
 from shardserve.errors import RankTableError
 
+# Of a table's status: tools that make one while hosts come in write another until all are there.
+COMPLETED = "completed"
 # No longer than a 64-bit integer: Python refuses to convert thousands of digits.
 _CANONICAL = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
 
@@ -43,12 +45,13 @@ def load_rank_table(path: str, rank_size: int, stage_size: int) -> RankTable:
     """RankTableError names the file, the JSON path and the value that is wrong."""
     file = Path(path)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_JsonObject)
     except OSError as error:
         raise RankTableError(f"rank table {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise RankTableError(f"rank table {path}: not JSON: {error}") from error
     try:
+        _check_keys(document, "$")
         table = parse_rank_table(document)
         _check_sizes(table, rank_size, stage_size)
     except RankTableError as error:
@@ -59,6 +62,8 @@ def load_rank_table(path: str, rank_size: int, stage_size: int) -> RankTable:
 def parse_rank_table(document: Any) -> RankTable:
     if not isinstance(document, dict):
         raise RankTableError(f"$ is {_show(document)}, not an object")
+    if document.get("status", COMPLETED) != COMPLETED:
+        raise RankTableError(f'$.status is {_show(document["status"])}, not "{COMPLETED}"')
     if "server_list" in document:
         placed = _server_list(document)
     elif "group_list" in document:
@@ -75,9 +80,13 @@ def parse_rank_table(document: Any) -> RankTable:
         if device in taken:
             raise RankTableError(f"{path}: device {entry.device} of host {entry.host} is also that of {taken[device]}")
         taken[device] = path
-    missing = sorted(set(range(len(by_rank))) - set(by_rank))
-    if missing:
-        raise RankTableError(f"there are {len(by_rank)} ranks, but no rank_id {', '.join(map(str, missing))}")
+    count = len(by_rank)
+    missing = ", ".join(str(rank) for rank in range(count) if rank not in by_rank)
+    for path, entry in by_rank.values():
+        if entry.rank >= count:
+            raise RankTableError(
+                f"{path}.rank_id is {entry.rank}, but there are {count} ranks, and no rank_id {missing}"
+            )
     return RankTable(tuple(by_rank[rank][1] for rank in range(len(by_rank))))
 
 
@@ -107,13 +116,35 @@ def make_rank_table(hosts: Sequence[tuple[str, Sequence[int]]], layout: str = "s
     return {"version": "1.0", "server_count": str(len(hosts)), "status": "completed", "server_list": servers}
 
 
+class _JsonObject(dict[str, Any]):
+    """An object of a file, with the keys that it has twice: of those a plain dict keeps the last in silence."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.twice = [key for key in self if keys.count(key) > 1]
+
+
+def _check_keys(value: Any, path: str) -> None:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_keys(item, f"{path}[{i}]")
+    elif isinstance(value, _JsonObject):
+        if value.twice:
+            raise RankTableError(f"{path}.{value.twice[0]} is given twice")
+        for key, item in value.items():
+            _check_keys(item, f"{path}.{key}")
+
+
 def _server_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
+    _check_notes(document, "$", "version")
     servers = _list(document, "$", "server_list")
     _count(document, "$", "server_count", len(servers))
     placed = []
     for i, server in enumerate(servers):
         at = f"$.server_list[{i}]"
         host = _text(_object(server, at), at, "server_id")
+        _check_notes(server, at, "host_nic_ip")
         for j, device in enumerate(_list(server, at, "device")):
             path = f"{at}.device[{j}]"
             _text(_object(device, path), path, "device_ip")
@@ -123,12 +154,14 @@ def _server_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
 
 
 def _group_list(document: dict[str, Any]) -> list[tuple[str, RankEntry]]:
+    _check_notes(document, "$", "board_id")
     groups = _list(document, "$", "group_list")
     _count(document, "$", "group_count", len(groups))
     placed = []
     for i, group in enumerate(groups):
         at = f"$.group_list[{i}]"
         instances = _list(_object(group, at), at, "instance_list")
+        _check_notes(group, at, "group_name")
         _count(group, at, "instance_count", len(instances))
         for j, instance in enumerate(instances):
             path = f"{at}.instance_list[{j}]"
@@ -149,7 +182,7 @@ def _check_sizes(table: RankTable, rank_size: int, stage_size: int) -> None:
     ranks = len(table.entries)
     if ranks % rank_size:
         raise RankTableError(
-            f"has {ranks} ranks; the servable declares rank_size={rank_size}, stage_size={stage_size}, so it needs "
+            f"$ has {ranks} ranks; the servable declares rank_size={rank_size}, stage_size={stage_size}, so it needs "
             f"{rank_size} or a multiple of it, one for each replica"
         )
 
@@ -178,6 +211,13 @@ def _text(parent: dict[str, Any], path: str, name: str) -> str:
     if not isinstance(value, str) or not value:
         raise RankTableError(f"{path}.{name} is {_show(value)}, not a string with something in it")
     return value
+
+
+def _check_notes(parent: dict[str, Any], path: str, name: str) -> None:
+    """What says nothing about ranks may be missing or empty, as in tables of the field's tools, but not anything."""
+    value = parent.get(name, "")
+    if not isinstance(value, str):
+        raise RankTableError(f"{path}.{name} is {_show(value)}, not a string")
 
 
 def _decimal(parent: dict[str, Any], path: str, name: str) -> int:

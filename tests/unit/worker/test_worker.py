@@ -150,7 +150,7 @@ def test_wrong_declarations(tmp_path, free_port):
         with pytest.raises(ConfigError, match=rf"{tmp_path}/net/servable_config.py, line 1: NameError: name 'non"):
             Scene(tmp_path, free_port, servable="nonsense")
         broken = SERVABLE.replace("rank_size=2", "rank_size=4")
-        said = rf"rank table {tmp_path}/ranks.json: has 2 ranks; the servable declares rank_size=4, stage_size=1"
+        said = rf"rank table {tmp_path}/ranks.json: \$ has 2 ranks; the servable declares rank_size=4, stage_size=1"
         with pytest.raises(RankTableError, match=said):
             Scene(tmp_path, free_port, servable=broken)
 
