@@ -16,6 +16,8 @@ from shardserve.wire.sockets import parse_address
 OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # Connections that no other channel shares: after a fork a new channel must not find those of the parent.
+    ("grpc.use_local_subchannel_pool", 1),
     # After a refused connection gRPC fails calls without trying again until its back-off is over: keep that short.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Generic, TypeVar
 
 from shardserve.client import channel, codec
@@ -30,7 +31,12 @@ class MethodClient(Generic[C]):
         self._spec = codec.servable_spec(servable_name, method_name, version_number)
         self._raise_errors = raise_errors
         self._closed = False
-        self._channel = self._connect(address, ssl_config)
+        self._where = address, ssl_config
+        self._open()
+
+    def _open(self) -> None:
+        self._process = os.getpid()
+        self._channel = self._connect(*self._where)
         # Any: the stub's type is that of grpc's blocking channels.
         self._predict: Any = MSServiceStub(self._channel).Predict  # type: ignore[no-untyped-call]
 
@@ -40,3 +46,6 @@ class MethodClient(Generic[C]):
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError(f"the client of {self._spec.name}.{self._spec.method_name} is closed")
+        if os.getpid() != self._process:
+            # The parent's connection is of no use to a process that was forked from it.
+            self._open()

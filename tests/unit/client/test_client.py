@@ -331,7 +331,7 @@ from shardserve.client import Client
 address = sys.argv[1]
 client = Client(address, "echo", "predict")
 assert client.infer({"x": 1})[0]["x"] == 1
-for same in (True, False):
+for same in (True, False) * 10:
     child = os.fork()
     if child == 0:
         client = client if same else Client(address, "echo", "predict")
