@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from shardserve.cli.status import add_connection_arguments, tls_config
+from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
 from shardserve.client import Client
+from shardserve.client.codec import MAX_VERSION
 from shardserve.errors import ConfigError, InvalidInput, ShardserveError
 
 EXAMPLE = """example:
@@ -26,16 +27,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("address", metavar="ADDRESS", help="the server's gRPC address: host:port or unix:path")
+    add_address_argument(parser)
     parser.add_argument("name", metavar="NAME", help="the servable")
     parser.add_argument("method", metavar="METHOD", help="the method")
     parser.add_argument(
-        "--version", type=int, default=0, metavar="N", help="the servable's version (default: the latest)"
+        "--version", type=_version, default=0, metavar="N", help="the servable's version (default: the latest)"
     )
     parser.add_argument(
         "--input",
-        action="append",
-        default=[],
+        action=_Inputs,
+        default={},
         type=_input,
         metavar="NAME=FILE.npy",
         help="an input of the method; once per input",
@@ -43,6 +44,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write each output to DIR/NAME.npy as well")
     add_connection_arguments(parser, timeout=None)
     parser.set_defaults(run=run)
+
+
+class _Inputs(argparse.Action):
+    """Collects name → file; a name given twice is wrong usage."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, path = values
+        given: dict[str, Path] = getattr(namespace, self.dest)
+        if name in given:
+            raise argparse.ArgumentError(self, f"the input {name!r} is given twice: {given[name]} and {path}")
+        setattr(namespace, self.dest, {**given, name: path})
+
+
+def _version(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_VERSION:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number from 0 (the latest) to {MAX_VERSION}")
+    return int(text)
 
 
 def _input(text: str) -> tuple[str, Path]:
@@ -54,7 +78,7 @@ def _input(text: str) -> tuple[str, Path]:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        instance = {name: _load(name, path) for name, path in args.input}
+        instance = {name: _load(name, path) for name, path in args.input.items()}
         config = tls_config(args)
         with Client(args.address, args.name, args.method, args.version, config, raise_errors=True) as client:
             outputs = client.infer(instance, args.timeout)

@@ -94,6 +94,48 @@ def test_wrong_usage_and_help(capsys):
         assert "example:" in capsys.readouterr().out
 
 
+COMMAND = ["127.0.0.1:1", "echo", "predict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([*COMMAND, "--input", "x=a.npy", "--input", "x=b.npy"], "the input 'x' is given twice: a.npy and b.npy"),
+        *(
+            ([*COMMAND, f"--timeout={value}"], f"--timeout: {value!r} isn't a positive number of seconds")
+            for value in ("nan", "0", "-1", "-inf", "soon")
+        ),
+        *(
+            ([*COMMAND, f"--version={value}"], f"--version: {value!r} isn't a number from 0 (the latest) to")
+            for value in ("-1", "x", "1.0", str(2**64))
+        ),
+        *(
+            ([address, "echo", "predict"], f"ADDRESS: {address!r} isn't ip:port")
+            for address in ("127.0.0.1", "http://127.0.0.1:1500", "127.0.0.1:70000")
+        ),
+        (["unix:", "echo", "predict"], "ADDRESS: 'unix:' has no path"),
+    ],
+)
+def test_wrong_usage_is_named(capsys, arguments, text):
+    with pytest.raises(SystemExit) as caught:
+        run_command(infer, *arguments)
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["localhost"], ["localhost:1", "--timeout", "0"]])
+def test_wrong_usage_of_status(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run_command(status, *arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("names", [("", "predict"), ("echo", "")])
+def test_names_that_are_none(capsys, names):
+    assert run_command(infer, "127.0.0.1:1", *names) == 1
+    assert "_name='' is not a name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("value", "saved"),
     [("text", "text"), (np.array(["a", "b"], object), ["a", "b"]), (np.array([1.5], ml_dtypes.bfloat16), [1.5])],
