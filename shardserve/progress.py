@@ -16,12 +16,12 @@ def quietly(what: str, done: int, total: int) -> None:
     """The Progress of whoever needs none."""
 
 
-async def remind(first: float, waited_for: Callable[[], str]) -> None:
-    """Logs what is waited for after `first` seconds, then each time after twice as long, until it is cancelled."""
+async def remind(first: float, waiting: Callable[[], str]) -> None:
+    """Logs who waits for what after `first` seconds, then each time after twice as long, until it is cancelled."""
     pause = first
     while True:
         await asyncio.sleep(pause)
-        logger.warning("waiting for %s", waited_for())
+        logger.warning("%s", waiting())
         pause *= 2
 
 
@@ -29,7 +29,7 @@ def agents_waited_for(total: int, missing: Iterable[int]) -> str:
     """ "agents: 3 of 8 are there, missing ranks 3-7"; missing: the ranks that aren't there, ascending."""
     absent = list(missing)
     if not absent:
-        return f"the group to form; all {total} agents are there"
+        return f"groups to form and Python stages to start; all {total} agents are there"
     there = total - len(absent)
     return f"agents: {there} of {total} {'is' if there == 1 else 'are'} there, missing rank{_in_words(absent)}"
 

@@ -63,6 +63,8 @@ class Settings:
     """For a servable_config.py to run, with all that it imports; then its Worker is ended, and its start an error."""
     start_timeout: float = 60.0
     """For Main, a Worker or a fork server to answer its first order, and for a process of Python stages to be ready."""
+    waiting_notice: float = 10.0
+    """Until a start that waits says in the log what for; it says it again each time after twice as long."""
     max_restarts: int = 10
     """How often one rank may die within `restart_window` before its host gives up on it."""
     restart_window: float = 60.0
@@ -72,6 +74,10 @@ class Settings:
     """Of one request; over it, MessageTooLarge."""
     max_request_bytes: int = 2 << 30
     """Inputs of those requests, which Main keeps until they are answered."""
+    max_receiving_bytes: int = 2 << 30
+    """Bodies of REST requests that are being received and read; over it, Overloaded."""
+    max_calls: int = 8192
+    """gRPC calls under way at one address, those that watch the health included; over it, RESOURCE_EXHAUSTED."""
     max_unsent_bytes: int = 1 << 30
     """What a Worker hasn't taken from its connection to Main yet."""
     max_submissions: int = 3

@@ -30,6 +30,7 @@ from shardserve.errors import (
     Unavailable,
     from_wire,
 )
+from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
@@ -47,7 +48,8 @@ logger = logging.getLogger(__name__)
 class HostOptions:
     """What `startup_agents` was asked for. model_files: for each rank of this host, in rank order, the graph files of
     its subgraphs; None where the Worker knows them (servables that are not distributed). group_config_files: as those.
-    vital: a rank that is given up ends them all, where nothing is left to serve without it.
+    vital: a rank that is given up ends them all, where nothing is left to serve without it. with_server: their server
+    is in this process, and says itself what it waits for.
     """
 
     distributed_address: str
@@ -58,6 +60,7 @@ class HostOptions:
     rank_start: int | None
     device_type: str | None
     vital: bool = False
+    with_server: bool = False
     security: SecurityFiles = UNGUARDED
 
 
@@ -73,12 +76,19 @@ class AgentSlot:
 
 
 class Supervisor:
-    """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not."""
+    """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not.
+    `progress` hears until then of the agents that come."""
 
     needs_others = False
     failure: ShardserveError | None = None
 
-    def __init__(self, options: HostOptions, settings: Settings, ready: Callable[[Exception | None], None]) -> None:
+    def __init__(
+        self,
+        options: HostOptions,
+        settings: Settings,
+        ready: Callable[[Exception | None], None],
+        progress: Progress = quietly,
+    ) -> None:
         self._options = options
         self._settings = settings
         self._ready: Callable[[Exception | None], None] | None = ready
@@ -97,8 +107,14 @@ class Supervisor:
         self._all_dead = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self._progress = progress
+        self._waits_for = f"the server at {self._address}"
+        self._reminder: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
+        if not self._options.with_server:
+            notice = remind(self._settings.waiting_notice, lambda: f"this host waits for {self._waits_for}")
+            self._reminder = asyncio.ensure_future(notice)
         try:
             # First, since it imports torch meanwhile.
             self._start_fork_server()
@@ -118,6 +134,8 @@ class Supervisor:
         self._ended.set()
 
     def _report(self, error: Exception | None) -> None:
+        if self._reminder is not None:
+            self._reminder.cancel()
         if self._ready is not None:
             ready, self._ready = self._ready, None
             ready(error)
@@ -204,6 +222,8 @@ class Supervisor:
                 self._enlist(hosts)
             case group.Enlisted():
                 self._spawn(lambda: self._enlisted(message))
+            case group.HostWaits(missing=missing):
+                self._waits(len(self._slots) or len(missing), missing)
             case group.HostReady():
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):
@@ -221,6 +241,11 @@ class Supervisor:
                 self._ended.set()
             case _:
                 raise FrameError(f"{type(message).__name__} came out of turn")
+
+    def _waits(self, total: int, missing: tuple[int, ...]) -> None:
+        if self._ready is not None:
+            self._waits_for = agents_waited_for(total, missing)
+            self._progress("loading agents", total - len(missing), total)
 
     def _enlist(self, hosts: tuple[str, ...]) -> None:
         options = self._options

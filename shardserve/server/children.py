@@ -30,6 +30,7 @@ class Child:
         self._on_death = on_death
         self._on_incarnation = on_incarnation
         self.on_loaded: Callable[[], None] = lambda: None
+        self.on_waiting: Callable[[launch.Waiting], None] = lambda _: None
         self._orders: dict[int, asyncio.Future[None]] = {}
         self._next_order = 0
         self._loop = asyncio.get_running_loop()
@@ -85,6 +86,8 @@ class Child:
                 self.fail(number, from_wire(error, text))
             case launch.Loaded():
                 self.on_loaded()
+            case launch.Waiting():
+                self.on_waiting(message)
             case launch.Incarnation(incarnation=incarnation):
                 if self._on_incarnation is not None:
                     self._on_incarnation(incarnation)

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 from shardserve.agent.supervisor import HostOptions, Supervisor
 from shardserve.errors import ConfigError
+from shardserve.progress import Progress, quietly
 from shardserve.servable import declare_distributed as declare_servable
 from shardserve.server.arguments import (
     LAST_VERSION,
@@ -76,8 +77,13 @@ def begin_servable(
     join_secret_file: str | None = None,
     ssl_config: SSLConfig | None = None,
     insecure: bool = False,
+    num_parallel_workers: int = 1,
+    progress: Progress = quietly,
 ) -> Future[None]:
-    """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready."""
+    """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready.
+
+    num_parallel_workers: processes for Python stages. progress hears of the agents that come.
+    """
     address = check_known_address("distributed_address", distributed_address)
     options = ServableOptions(
         servable_directory=resolve(check_path("servable_directory", servable_directory)),
@@ -86,11 +92,12 @@ def begin_servable(
         rank_table_json_file=resolve(check_path("rank_table_json_file", rank_table_json_file)),
         distributed_address=address,
         wait_agents_time_in_seconds=check_seconds("wait_agents_time_in_seconds", wait_agents_time_in_seconds),
+        num_parallel_workers=num_parallel_workers,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
     current = launcher()
     service = current_runtime().call(current.open_servable(options))
-    return current_runtime().begin(current.run_servable(service))
+    return current_runtime().begin(current.run_servable(service, progress))
 
 
 def startup_agents(
@@ -140,10 +147,13 @@ def begin_agents(
     ssl_config: SSLConfig | None = None,
     insecure: bool = False,
     vital: bool = False,
+    with_server: bool = False,
+    progress: Progress = quietly,
 ) -> Future[None]:
     """As `startup_agents`, but returns at once; the future is done when all agents are registered.
 
-    vital: a rank that dies too often ends all that this process runs, with an error.
+    vital: a rank that dies too often ends all that this process runs, with an error. with_server: the server is in this
+    process, too. progress hears of the agents that come.
     """
     address = check_known_address("distributed_address", distributed_address)
     options = HostOptions(
@@ -155,6 +165,7 @@ def begin_agents(
         rank_start=rank_start,
         device_type=device_type,
         vital=vital,
+        with_server=with_server,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
     check_integer("agent_start_port", agent_start_port, 1, LAST_PORT)
@@ -180,7 +191,7 @@ def begin_agents(
         else:
             ready.set_exception(error)
 
-    current_runtime().settle(lambda: Supervisor(options, settings, on_ready))
+    current_runtime().settle(lambda: Supervisor(options, settings, on_ready, progress))
     return ready
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from shardserve.errors import ConfigError, ShardserveError, StartError
+from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.server.children import Child
 from shardserve.settings import Settings
@@ -59,6 +60,8 @@ class Service:
     incarnation: int
     restarts: RestartBudget
     worker: Child | None = None
+    progress: Progress = quietly
+    waits_for: str = ""
     ready: bool = False
     stopping: bool = False
 
@@ -122,8 +125,9 @@ class Launcher:
             stack.pop_all()
         return service
 
-    async def run_servable(self, service: Service) -> None:
+    async def run_servable(self, service: Service, progress: Progress = quietly) -> None:
         """Starts its Worker; returns when all agents are ready, raises what the Worker was refused with."""
+        service.progress = progress
         try:
             await self._spawn_worker(service)
         except BaseException:
@@ -134,6 +138,7 @@ class Launcher:
             await self._end(service)
             raise
         service.ready = True
+        service.progress = quietly
 
     async def _spawn_worker(self, service: Service) -> None:
         fds = [listener.fileno() for listener in service.listeners]
@@ -161,10 +166,21 @@ class Launcher:
         seconds = self._settings.config_timeout
         watch = asyncio.get_running_loop().call_later(seconds, self._config_timed_out, worker, order)
         worker.on_loaded = watch.cancel
+        worker.on_waiting = lambda message: self._waits(service, message)
+        service.waits_for = "its Worker to run servable_config.py"
+        service.progress("starting the Worker", 0, 1)
+        name = options.servable_name
+        notice = remind(self._settings.waiting_notice, lambda: f"servable {name!r} waits for {service.waits_for}")
+        reminder = asyncio.ensure_future(notice)
         try:
             await worker.order(order, None)
         finally:
             watch.cancel()
+            reminder.cancel()
+
+    def _waits(self, service: Service, message: launch.Waiting) -> None:
+        service.waits_for = agents_waited_for(message.total, message.missing)
+        service.progress("loading agents", message.total - len(message.missing), message.total)
 
     def _config_timed_out(self, worker: Child, order: launch.Serve) -> None:
         """The Worker runs that file before all else, on its loop: it can't be asked to end."""

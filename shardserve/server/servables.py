@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardserve.agent.supervisor import HostOptions, Supervisor
 from shardserve.errors import ConfigError, ShardserveError, Unavailable
+from shardserve.progress import Progress, quietly
 from shardserve.server.arguments import LAST_VERSION, check_integer, check_path, check_servable_name, is_integer
 from shardserve.server.front import launcher
 from shardserve.server.launcher import ServableOptions
@@ -87,6 +88,11 @@ def start_servables(servable_configs: ServableStartConfig | Sequence[ServableSta
     Relative paths are taken from the running script's directory. ConfigError says what is wrong with a config, a
     servable_config.py or a model's files, or that a servable is started already.
     """
+    start_and_tell(servable_configs, quietly)
+
+
+def start_and_tell(servable_configs: ServableStartConfig | Sequence[ServableStartConfig], progress: Progress) -> None:
+    """As `start_servables`; `progress` hears of the agents that come."""
     configs = servable_configs if isinstance(servable_configs, Sequence) else [servable_configs]
     if not configs or not all(isinstance(config, ServableStartConfig) for config in configs):
         raise ConfigError(f"servable_configs={servable_configs!r} is neither a ServableStartConfig nor a list of them")
@@ -95,7 +101,7 @@ def start_servables(servable_configs: ServableStartConfig | Sequence[ServableSta
     for name, version in keys:
         if keys.count((name, version)) > 1:
             raise ConfigError(f"start_servables: servable {name!r} version {version} is given twice")
-    starts = [_Start(config, options) for config, options in zip(configs, all_options, strict=True)]
+    starts = [_Start(config, options, progress) for config, options in zip(configs, all_options, strict=True)]
     for start in starts:
         start.wait()
 
@@ -103,10 +109,10 @@ def start_servables(servable_configs: ServableStartConfig | Sequence[ServableSta
 class _Start:
     """A servable on its way: the Worker and the supervisor of its agents."""
 
-    def __init__(self, config: ServableStartConfig, options: ServableOptions) -> None:
+    def __init__(self, config: ServableStartConfig, options: ServableOptions, progress: Progress) -> None:
         runtime = current_runtime()
         service = runtime.call(launcher().open_servable(options))
-        self._served: Future[None] = runtime.begin(launcher().run_servable(service))
+        self._served: Future[None] = runtime.begin(launcher().run_servable(service, progress))
         self._agents_error: Exception | None = None
         host = HostOptions(
             distributed_address=str(service.options.distributed_address),
@@ -117,6 +123,7 @@ class _Start:
             agent_ip=None,
             rank_start=None,
             device_type=DEVICE_TYPES[config.device_kind],
+            with_server=True,
         )
         settings = Settings.from_environment()
         self._supervisor = runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))

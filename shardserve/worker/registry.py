@@ -233,11 +233,12 @@ class Registry:
                     )
 
     def tell_ready(self) -> None:
-        """HostReady to each supervisor whose agents have come."""
+        """HostReady to each supervisor whose agents have come, HostWaits to the others."""
         for host in self.hosts:
-            if host.ranks and not host.ready and all(self.agent(rank) is not None for rank in host.ranks):
-                host.ready = True
-                host.stream.send(group.HostReady())
+            if host.ranks and not host.ready:
+                missing = tuple(rank for rank in host.ranks if self.agent(rank) is None)
+                host.ready = not missing
+                host.stream.send(group.HostWaits(missing) if missing else group.HostReady())
 
     def give_up(self, rank: int, reason: str) -> None:
         """Its host doesn't fork this rank again."""

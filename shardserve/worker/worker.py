@@ -84,6 +84,11 @@ class Worker:
         self._python_stages.start()
         if self._serve.wait_agents_time_in_seconds > 0:
             loop.call_later(self._serve.wait_agents_time_in_seconds, self._waited_enough)
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        if self._ready_order is not None:
+            self._launcher.send(launch.Waiting(len(self._table.entries), tuple(self._registry.missing)))
 
     def _waited_enough(self) -> None:
         if self._ready_order is None:
@@ -143,6 +148,7 @@ class Worker:
     def group_changed(self) -> None:
         if self._state == "stopping" or self._python_stages.closed:
             return
+        self._tell_waiting()
         state, reason = self._derived_state()
         if state == "failed" and self._state != "failed":
             logger.error("%s", reason)

@@ -68,6 +68,12 @@ class Enlisted(Message, frozen=True):
     model_files: tuple[str, ...] = ()
 
 
+class HostWaits(Message, frozen=True):
+    """To a supervisor: of its host's agents, an agent has registered, and those of these ranks have not."""
+
+    missing: tuple[int, ...]
+
+
 class HostReady(Message, frozen=True):
     """To a supervisor: all of its host's agents are registered."""
 
@@ -212,6 +218,6 @@ class Transfer(Message, frozen=True):
 
 
 FromGroup = Join | Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
-ToSupervisor = Roster | Enlisted | HostReady | Kill | Forgive | Exit | Refuse
+ToSupervisor = Roster | Enlisted | HostWaits | HostReady | Kill | Forgive | Exit | Refuse
 ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply
 OnStageLink = StageHello | Transfer

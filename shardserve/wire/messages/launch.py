@@ -110,6 +110,13 @@ class Loaded(Message, frozen=True):
     """From a Worker: its servable_config.py has run."""
 
 
+class Waiting(Message, frozen=True):
+    """From a Worker that isn't ready: how many agents it needs, and which ranks' have not registered."""
+
+    total: int
+    missing: tuple[int, ...]
+
+
 ToMain = Attach | Detach | StartGrpc | StartRest | Stop
 ToWorker = Serve | Stop
-ToLauncher = Done | Refused | Incarnation | Loaded
+ToLauncher = Done | Refused | Incarnation | Loaded | Waiting

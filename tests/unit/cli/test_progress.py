@@ -95,7 +95,7 @@ def test_export_and_verify_tell_a_callback(tmp_path):
         ([1, 2, 3, 4, 5, 6, 7], "agents: 1 of 8 is there, missing ranks 1-7"),
         ([0, 2, 3, 5], "agents: 4 of 8 are there, missing ranks 0, 2-3, 5"),
         ([6], "agents: 7 of 8 are there, missing rank 6"),
-        ([], "the group to form; all 8 agents are there"),
+        ([], "groups to form and Python stages to start; all 8 agents are there"),
     ],
 )
 def test_which_agents_are_waited_for(missing, text):
@@ -109,13 +109,13 @@ def test_it_is_said_again_after_growing_intervals(caplog):
         said = asyncio.Event()
         times = []
 
-        def waited_for():
+        def waiting():
             times.append(time.monotonic() - began)
             if len(times) == 3:
                 said.set()
             return f"answer {len(times)}"
 
-        task = asyncio.create_task(progress.remind(0.05, waited_for))
+        task = asyncio.create_task(progress.remind(0.05, waiting))
         await asyncio.wait_for(said.wait(), 20)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -123,5 +123,5 @@ def test_it_is_said_again_after_growing_intervals(caplog):
         return times
 
     times = asyncio.run(run())
-    assert [record.message for record in caplog.records] == [f"waiting for answer {i}" for i in (1, 2, 3)]
+    assert [record.message for record in caplog.records] == [f"answer {i}" for i in (1, 2, 3)]
     assert [at >= least for at, least in zip(times, (0.05, 0.15, 0.35), strict=True)] == [True] * 3

@@ -215,9 +215,10 @@ async def test_a_host_is_told_its_ranks_and_when_they_are_there():
     stream, host = s.supervisor()
     assert stream.sent == [group.Roster(("a", "b"))]
     s.registry.enlist(host, group.Enlist(("b",), None, None, 2))
-    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "b", 2, 1)]
+    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "b", 2, 1), group.HostWaits((2, 3))]
     s.register(2)
     s.register(0)
+    assert stream.sent[3:] == [group.HostWaits((3,)), group.HostWaits((3,))]
     assert stream.take(group.HostReady) == []
     s.register(3)
     assert stream.take(group.HostReady) == [group.HostReady()]
@@ -238,7 +239,7 @@ async def test_a_supervisor_that_comes_back_finds_its_agents_there():
 async def test_a_host_that_the_table_does_not_know_says_who_it_is():
     s = Setting()
     stream, host = s.enlist((), agent_ip="10.9.9.9", rank_start=2)
-    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "10.9.9.9", 2, 1)]
+    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "10.9.9.9", 2, 1), group.HostWaits((2, 3))]
     assert host.ranks == (2, 3)
 
 

@@ -1,0 +1,52 @@
+"""A start that waits says what for: without a terminal by lines in the log."""
+
+import signal
+
+import pytest
+
+from .scripts import Script, write_servable
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+NOTICE = {"SHARDSERVE_WAITING_NOTICE": "0.2"}
+
+
+def read_until(script, text):
+    """What it has written to stderr, up to the line with this text."""
+    lines = []
+    while not lines or text not in lines[-1]:
+        lines.append(script.process.stderr.readline())
+        assert lines[-1], f"{text!r} is not in {lines}"
+    return lines
+
+
+def test_a_server_says_which_agents_are_missing_but_not_all_the_time(tmp_path, free_port):
+    write_servable(tmp_path)
+    text = (
+        "distributed.start_servable('.', 'net', 'ranks.json', "
+        f"distributed_address='127.0.0.1:{free_port}', wait_agents_time_in_seconds=3)"
+    )
+    with Script(tmp_path, text, **NOTICE) as script:
+        code, stderr = script.end()
+    assert code == 1
+    said = [line for line in stderr.splitlines() if line.startswith("servable 'net' waits for ")]
+    assert said[-1] == "servable 'net' waits for agents: 0 of 2 are there, missing ranks 0-1"
+    # After 0.2, 0.6, 1.4, 3 s, …: the last that there is time for, on a slow machine too, comes long before 60 s.
+    assert 2 <= len(said) <= 8
+
+
+def test_a_server_whose_config_takes_long_says_that(tmp_path, free_port):
+    write_servable(tmp_path, "import time\ntime.sleep(1000)\n")
+    text = f"distributed.start_servable('.', 'net', 'ranks.json', distributed_address='127.0.0.1:{free_port}')"
+    with Script(tmp_path, text, **NOTICE) as script:
+        read_until(script, "servable 'net' waits for its Worker to run servable_config.py")
+        script.process.send_signal(signal.SIGTERM)
+        script.end()
+
+
+def test_agents_say_that_there_is_no_server(tmp_path, free_port):
+    (tmp_path / "net.graph.json").touch()
+    text = f"distributed.startup_agents('127.0.0.1:{free_port}', ['net.graph.json'])"
+    with Script(tmp_path, text, **NOTICE) as script:
+        read_until(script, f"this host waits for the server at 127.0.0.1:{free_port}")
+        script.process.send_signal(signal.SIGTERM)
+        script.end()
