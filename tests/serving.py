@@ -97,9 +97,14 @@ class Processes:
         self._environment = {**os.environ, MARK: self.mark, **environment}
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *command: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+    def start(self, *command: object, cwd: Path | None = None, stdin: int | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=self._environment, stdout=subprocess.PIPE, text=True, cwd=cwd
+            [sys.executable, *map(str, command)],
+            env=self._environment,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
         )
         self.started.append(process)
         return process
@@ -146,8 +151,9 @@ class Processes:
                 os.kill(pid, signal.SIGKILL)
         for process in self.started:
             process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
 
 
 class Up(Processes):
