@@ -91,6 +91,11 @@ class Settings:
     """At a stop, for the last answers to leave, if that is more than what is left of stop_grace."""
     queue_limit: int = 4096
     """Instances that wait in a Worker; over it, requests are answered with Overloaded."""
+    steps_ahead: int = 1
+    """Steps under way in a group beyond one a pipeline stage: a stage's next input is there when it has finished a
+    step. The more there are, the earlier batches are closed, and the less is in them."""
+    agent_threads: int = 0
+    """Of torch's operators, in each agent. 0: the cores that this host's agents may use, shared out among them."""
     collective_slot_bytes: int = 1 << 20
     """Shared memory of one rank for one collective; larger tensors go in several pieces."""
 

@@ -271,7 +271,7 @@ class Supervisor:
     def _plan(self, message: group.Enlisted) -> list[AgentSlot]:
         options = self._options
         per_stage = message.rank_size // message.stage_size
-        threads = max(1, (os.cpu_count() or 1) // len(message.ranks))
+        threads = self._settings.agent_threads or max(1, len(os.sched_getaffinity(0)) // len(message.ranks))
         model_files, config_files = options.model_files, options.group_config_files
         if model_files is None:
             model_files = (message.model_files,) * len(message.ranks)

@@ -27,9 +27,6 @@ from shardserve.worker.stages.pool import StagePool
 
 logger = logging.getLogger(__name__)
 
-# Beyond stage_size, so that a stage's next input is already there when it has finished a step.
-WINDOW_AHEAD = 1
-
 
 class Worker:
     """Serves one servable version until it is stopped. ConfigError or RankTableError if that can't work."""
@@ -45,7 +42,7 @@ class Worker:
         model = self._servable.model
         assert model is not None
         self._model = model
-        window = model.stage_size + WINDOW_AHEAD if model.enable_pipeline_infer else 1
+        window = model.stage_size + settings.steps_ahead if model.enable_pipeline_infer else 1
         self._groups = [
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
