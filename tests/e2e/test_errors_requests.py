@@ -247,6 +247,17 @@ def test_a_message_over_the_limit(served):
     served.check()
 
 
+def test_a_client_prints_nothing(served, capfd):
+    with Client(served.grpc, "net", "predict") as client:
+        client.infer([{"x": X}, {"x": X[:3]}])
+        client.infer({"z": 1})
+    with Client(served.grpc, "nett", "predict") as client:
+        client.infer_async({"x": X}).result()
+    with Client("127.0.0.1:1", "net", "predict") as client:
+        client.infer({"x": X}, timeout=5)
+    assert capfd.readouterr() == ("", "")
+
+
 # What only JSON can have.
 
 

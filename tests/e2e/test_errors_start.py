@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from driver import DONE, Driver
-from serving import Processes, free_ports, write_servable
+from serving import Processes, Up, free_ports, write_servable
 from torch.export import Dim
 
 from shardserve.client import Client, status
@@ -274,6 +274,23 @@ def table_with(layout, field, value):
     else:
         second[field] = value
     return table
+
+
+def test_up_with_a_wrong_table_and_then_with_the_right_one(scene, capfd):
+    folder, table = scene.folder, make_rank_table([(HOSTS[0], range(2))])
+    right = scene.write_table("up.json", table)
+    table["server_list"][0]["device"][0]["device_id"] = 0
+    wrong = scene.write_table("up_wrong.json", table)
+    refused = Up(folder, folder / "model", "net", "--rank-table", str(folder / wrong))
+    assert refused.start(*refused.command).wait(60) == 1
+    refused.wait_all_ended(5)
+    refused.__exit__()
+    with Up(folder, folder / "model", "net", "--rank-table", str(folder / right)) as up:
+        with up.client(raise_errors=True) as client:
+            client.infer({"x": np.zeros(4, np.float32)}, timeout=30)
+        assert up.stop() == 0
+    said = f"rank table {folder}/up_wrong.json: $.server_list[0].device[0].device_id is 0, not a string"
+    assert said in capfd.readouterr().err
 
 
 def test_servers_that_are_started_wrongly_and_then_rightly(scene):

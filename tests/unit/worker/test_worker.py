@@ -194,6 +194,29 @@ async def test_a_request_that_comes_before_the_agents_waits_for_them(tmp_path, f
         assert (await main.next(front.Reply)).request == 1
 
 
+@pytest.mark.parametrize("pipelined", [True, False])
+@asynchronous
+async def test_enable_pipeline_infer_is_several_steps_in_flight(tmp_path, free_port, pipelined):
+    declared = SERVABLE.replace("stage_size=1", f"stage_size=1, enable_pipeline_infer={pipelined}")
+    async with Scene(tmp_path, free_port, servable=declared) as scene:
+        main = await scene.main()
+        generation, (leader, _) = await scene.agents(0, 1)
+        await state(main, "ready")
+        main.send(*infer(1))
+        assert (await leader.next(group.Step)).step == 0
+        main.send(*infer(2))
+        if pipelined:
+            assert (await leader.next(group.Step)).step == 1
+            return
+        main.send(*infer(3))
+        # Answered at once, after what came before it was taken in.
+        main.send(*infer(4, method="none"))
+        await main.next(front.Failed)
+        assert leader.frames.empty()
+        leader.send(group.Output(generation, 0), X.tobytes())
+        assert await leader.next(group.Step) == group.Step(generation, 1, 0, {"batch": 2})
+
+
 @asynchronous
 async def test_recovery(tmp_path, free_port):
     async with Scene(tmp_path, free_port) as scene:
