@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shardserve.errors import InternalError, ShardserveError, StartError
 from shardserve.main import addresses, status, tls
-from shardserve.main.router import Decoded, Router, infer
+from shardserve.main.router import Decoded, Router, check_count, infer
 from shardserve.main.servable import Result
 from shardserve.wire import proto
 from shardserve.wire.messages.launch import StartGrpc
@@ -45,7 +45,7 @@ class Predict(ms_service_pb2_grpc.MSServiceServicer):
             servable, info = self._router.resolve(spec.name, spec.version_number, spec.method_name)
             left = context.time_remaining()
             deadline = None if left is None else time.monotonic() + left
-            self._router.check_count(len(request.instances))
+            check_count(len(request.instances), self._router.settings.max_instances)
             instances = [_decode(instance, index) for index, instance in enumerate(request.instances)]
             results = await infer(servable, spec.method_name, info, instances, deadline)
             return _reply(spec, results)
@@ -109,7 +109,7 @@ class GrpcFront:
         address = addresses.check_free(order.address, "gRPC address")
         # Replies are not limited: only the servable's author decides how large they are.
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", order.max_msg_mb_size << 20)]
-        server = grpc.aio.server(options=options)
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=router.settings.max_calls)
         front = cls(router, server)
         ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), server)  # type: ignore[no-untyped-call]
         shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), server)  # type: ignore[no-untyped-call]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardserve.errors import InvalidInput, ShardserveError
-from shardserve.main.router import Decoded
+from shardserve.main.router import Decoded, check_count
 from shardserve.main.servable import Result
 from shardserve.wire import tensors
 from shardserve.wire.messages import TensorMeta
@@ -21,13 +22,15 @@ from shardserve.wire.messages import TensorMeta
 TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 """Other names of dtypes, as MindSpore Serving's clients write them."""
 
+OBJECTS = 2
+"""Below the body itself: instances, and their base64 objects."""
 
-def decode_request(
-    body: bytes, dtypes: Mapping[str, str], check_count: Callable[[int], None] = lambda count: None
-) -> list[Decoded]:
+
+def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -> list[Decoded]:
     """The instances of a body. dtypes: what JSON numbers become, by input; without one, int32 and float32.
 
-    InvalidInput if the body as a whole is wrong; an instance that is wrong is its own InvalidInput.
+    InvalidInput if the body as a whole is wrong, MessageTooLarge for too many instances; an instance that is wrong is
+    its own InvalidInput.
     """
     try:
         document = msgspec.json.decode(body)
@@ -37,13 +40,39 @@ def decode_request(
         raise InvalidInput("the body is nested too deeply") from None
     if not isinstance(document, dict) or "instances" not in document:
         raise InvalidInput('the body isn\'t an object with "instances"')
+    if body.count(b":") != _keys(document, OBJECTS):
+        _refuse_duplicates(body)
     instances = document["instances"]
     if isinstance(instances, dict):
         return [_instance(instances, dtypes, "instances")]
     if not isinstance(instances, list):
         raise InvalidInput("instances is neither an object nor an array of objects")
-    check_count(len(instances))
+    check_count(len(instances), max_instances)
     return [_instance(instance, dtypes, f"instances[{index}]") for index, instance in enumerate(instances)]
+
+
+def _keys(value: Any, depth: int) -> int:
+    """How many keys the objects of a body have, down to those of base64 objects, or fewer: not every number is looked
+    at. As each has a colon, a body with just as many colons has no key twice."""
+    if type(value) is dict:
+        return len(value) + sum(_keys(item, depth - 1) for item in value.values()) if depth else len(value)
+    first = value
+    while type(first) is list and first:
+        first = first[0]
+    return sum(_keys(item, depth) for item in value) if type(first) is dict else 0
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    """Reads the body again, slowly, as there may be a key twice: the fast decoder takes the last one of them."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            name = next(name for index, name in enumerate(names) if name in names[:index])
+            raise InvalidInput(f"the body has an object with the key {name!r} twice")
+
+    # What has been read once can be read again; msgspec has checked the rest.
+    json.loads(body, object_pairs_hook=check)
 
 
 def _instance(instance: Any, dtypes: Mapping[str, str], path: str) -> Decoded:
@@ -169,7 +198,7 @@ def _from_base64(value: dict[str, Any], path: str) -> tensors.Value:
     return tensors.decode(TensorMeta(name, dims, len(data)), data, path)
 
 
-def encode_reply(results: list[Result]) -> bytes:
+def encode_reply(results: Sequence[Result]) -> bytes:
     """Arrays become nested arrays, shape () a single value, str and bytes of shape (1,) too; bytes are base64 objects.
 
     JSON knows neither NaN nor infinity: they become null.

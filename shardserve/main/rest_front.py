@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,10 +16,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, NotFound, ShardserveError
+from shardserve.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    MessageTooLarge,
+    NotFound,
+    Overloaded,
+    ShardserveError,
+    Unavailable,
+)
 from shardserve.main import addresses, rest_codec, tls
-from shardserve.main.router import Router, infer
+from shardserve.main.json_bodies import JsonBodies
+from shardserve.main.router import Decoded, Router, infer
 from shardserve.main.servable import Result
+from shardserve.wire.messages import front
 from shardserve.wire.messages.launch import StartRest
 
 logger = logging.getLogger(__name__)
@@ -27,6 +38,9 @@ logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the client waits for the answer; without it, as long as it keeps the connection."""
 
+
+# Seconds, of answers that may be better soon. What waits is bounded, so a queue is hardly longer than that.
+RETRY_AFTER = "1"
 
 # Of a version in the path: it is a 64-bit number in the protocol.
 MAX_VERSION_DIGITS = 19
@@ -44,6 +58,7 @@ class RestFront:
             Route("/healthz", self._healthz, methods=["GET"]),
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _bug})
+        self._bodies = JsonBodies()
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -73,6 +88,7 @@ class RestFront:
         self._server.config.timeout_graceful_shutdown = math.ceil(grace)
         self._server.should_exit = True
         await self._serving
+        await self._bodies.close()
 
     async def _predict(self, request: Request) -> Response:
         try:
@@ -83,7 +99,11 @@ class RestFront:
             return _failed(error)
         errors = [result for result in results if isinstance(result, ShardserveError)]
         status = errors[0].http_status if len(errors) == len(results) else 200
-        return Response(rest_codec.encode_reply(results), status, media_type="application/json")
+        try:
+            body = await self._bodies.encode(results)
+        except ShardserveError as error:
+            return _failed(error)
+        return Response(body, status, media_type="application/json")
 
     async def _infer(self, request: Request) -> list[Result]:
         parameters = request.path_params
@@ -93,7 +113,7 @@ class RestFront:
         method = parameters["method"]
         servable, info = self._router.resolve(parameters["servable"], int(version), method)
         deadline = _deadline(request)
-        instances = rest_codec.decode_request(await self._body(request), info.dtypes, self._router.check_count)
+        instances = await self._instances(request, info, deadline)
         answer = asyncio.ensure_future(infer(servable, method, info, instances, deadline))
         leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
         try:
@@ -105,19 +125,30 @@ class RestFront:
             answer.cancel()
             leaving.cancel()
 
-    async def _body(self, request: Request) -> bytes:
+    async def _instances(self, request: Request, info: front.MethodInfo, deadline: float | None) -> list[Decoded]:
+        began = time.monotonic()
+        with self._router.intake.body() as came:
+            reading = self._read(request, info, came)
+            try:
+                return await asyncio.wait_for(reading, None if deadline is None else deadline - began)
+            except asyncio.TimeoutError:
+                passed = time.monotonic() - began
+                raise DeadlineExceeded(f"waited {passed:.3f} s for the body to come and to be read") from None
+
+    async def _read(self, request: Request, info: front.MethodInfo, came: Callable[[int], None]) -> list[Decoded]:
         too_large = MessageTooLarge(f"the body is larger than {self._limit} bytes, this server's max_msg_mb_size")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limit:
             raise too_large
-        chunks: list[bytes] = []
+        pieces: list[bytes] = []
         size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
+        async for piece in request.stream():
+            size += len(piece)
             if size > self._limit:
                 raise too_large
-            chunks.append(chunk)
-        return b"".join(chunks)
+            came(len(piece))
+            pieces.append(piece)
+        return await self._bodies.decode(pieces, info.dtypes, self._router.settings.max_instances)
 
     async def _healthz(self, request: Request) -> Response:
         ready = self._router.ready
@@ -145,14 +176,16 @@ def _deadline(request: Request) -> float | None:
     return time.monotonic() + timeout
 
 
-def _failed(error: ShardserveError, status: int | None = None) -> Response:
-    return Response(rest_codec.encode_error(error), status or error.http_status, media_type="application/json")
+def _failed(error: ShardserveError) -> Response:
+    headers = {"retry-after": RETRY_AFTER} if isinstance(error, Overloaded | Unavailable) else None
+    return Response(rest_codec.encode_error(error), error.http_status, headers, media_type="application/json")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = "POST /model/{servable}[/version/{number}]:{method}"
-    return _failed(NotFound(f"{request.method} {request.url.path} isn't {known}"), error.status_code)
+    known = "POST /model/{servable}[/version/{number}]:{method} or GET /healthz"
+    body = rest_codec.encode_error(NotFound(f"{request.method} {request.url.path} isn't {known}"))
+    return Response(body, error.status_code, error.headers, media_type="application/json")
 
 
 async def _bug(request: Request, error: Exception) -> Response:

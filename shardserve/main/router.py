@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
-from shardserve.errors import InvalidInput, MessageTooLarge, NotFound, ShardserveError, StartError, Unavailable
+from shardserve.errors import (
+    InvalidInput,
+    MessageTooLarge,
+    NotFound,
+    Overloaded,
+    ShardserveError,
+    StartError,
+    Unavailable,
+)
 from shardserve.main.servable import Result, Servable
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer
@@ -15,11 +24,48 @@ Decoded = tuple[front.Instance, list[Buffer]] | ShardserveError
 """One instance of a request as a front end read it, or what is wrong with it."""
 
 
+def check_count(instances: int, limit: int) -> None:
+    """Before they are decoded, which takes its time. MessageTooLarge for more than `limit` (max_instances)."""
+    if instances > limit:
+        raise MessageTooLarge(f"a request has at most {limit} instances (max_instances), got {instances}")
+
+
+class Intake:
+    """The bytes of REST bodies that are being received or read, which nobody else bounds: a request counts in the
+    servable's bounds once it is decoded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.nbytes = 0
+
+    @contextlib.contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """For one body: gives what is called with the size of each piece that came, and raises Overloaded over the
+        limit, unless nothing else is being received."""
+        size = 0
+
+        def came(count: int) -> None:
+            nonlocal size
+            if self.nbytes > size and self.nbytes + count > self._limit:
+                raise Overloaded(
+                    f"bodies of {self.nbytes} bytes are being received already, at most {self._limit} at once "
+                    "(max_receiving_bytes)"
+                )
+            size += count
+            self.nbytes += count
+
+        try:
+            yield came
+        finally:
+            self.nbytes -= size
+
+
 class Router:
     """The attached servables; `listeners` are called whenever the state of one may have changed."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings.from_environment()
+        self.intake = Intake(self.settings.max_receiving_bytes)
         self.listeners: list[Callable[[], None]] = []
         self._versions: dict[str, dict[int, Servable]] = {}
         self._stopping = False
@@ -49,12 +95,6 @@ class Router:
             await servable.attach(address)
         finally:
             self._changed()
-
-    def check_count(self, instances: int) -> None:
-        """Before they are decoded, which takes its time. MessageTooLarge for more than `max_instances`."""
-        if instances > self.settings.max_instances:
-            limit = self.settings.max_instances
-            raise MessageTooLarge(f"a request has at most {limit} instances (max_instances), got {instances}")
 
     def detach(self, name: str, version: int) -> None:
         """Forgets a servable version, if it is here; its requests end with Unavailable."""

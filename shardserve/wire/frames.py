@@ -58,8 +58,8 @@ def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buff
     header = _encoder.encode(message)
     if len(header) > MAX_HEADER or payload > MAX_PAYLOAD:
         raise MessageTooLarge(
-            f"tensors of {payload} bytes, described by {len(header)} bytes of names, shapes and lengths of strings, are "
-            f"more than one message of a connection takes ({MAX_PAYLOAD} and {MAX_HEADER} bytes)"
+            f"tensors of {payload} bytes, described by {len(header)} bytes of names, shapes and lengths of strings, "
+            f"are more than one message of a connection takes ({MAX_PAYLOAD} and {MAX_HEADER} bytes)"
         )
     pieces[0] = PREFIX.pack(len(header), payload) + header
     return pieces

@@ -19,7 +19,6 @@ from typing import NamedTuple
 from shardserve.errors import ConfigError, StartError
 from shardserve.settings import Settings
 
-
 # A name, an IPv4 address or an IPv6 address, whose brackets may be missing; what holds a slash is a URL.
 HOST = re.compile(r"[^\s/\[\]]+|\[[^\s/\[\]]+\]")
 

@@ -20,6 +20,7 @@ from shardserve.errors import (
     InvalidInput,
     MessageTooLarge,
     NotFound,
+    Overloaded,
     StepError,
     Unavailable,
 )
@@ -83,7 +84,7 @@ def test_a_request_that_no_frame_can_carry_is_refused_alone():
         under_way = client.infer_async(X)
         kept = await worker.next(front.Infer)
         async with AsyncClient(address, "echo", "long", raise_errors=True) as long:
-            with pytest.raises(MessageTooLarge, match="RESOURCE_EXHAUSTED: tensors of .* bytes of names"):
+            with pytest.raises(MessageTooLarge, match=r"RESOURCE_EXHAUSTED: tensors of .* bytes of names"):
                 await long.infer([{name: 1}] * 4096)
         worker.script = echo
         assert len(await client.infer(X)) == 1
@@ -92,6 +93,25 @@ def test_a_request_that_no_frame_can_carry_is_refused_alone():
         assert not worker.lost.is_set()
         report = await asyncio.to_thread(status, address)
         assert report["servables"][0]["waiting_requests"] == 0
+
+    predict(test)
+
+
+def test_calls_under_way_are_bounded(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_MAX_CALLS", "2")
+
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        calls = [client.infer_async(X) for _ in range(2)]
+        kept = [await worker.next(front.Infer) for _ in calls]
+        with pytest.raises(Overloaded, match="RESOURCE_EXHAUSTED"):
+            await client.infer(X)
+        for message in kept:
+            worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
+        for call in calls:
+            assert len(await call) == 1
+        worker.script = echo
+        assert len(await client.infer(X)) == 1
 
     predict(test)
 

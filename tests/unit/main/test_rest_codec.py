@@ -125,12 +125,45 @@ def test_what_is_wrong_is_named_with_its_path(value, dtype, text):
 )
 def test_a_body_that_is_wrong(body, text):
     with pytest.raises(InvalidInput, match=text):
-        rest_codec.decode_request(body, {})
+        rest_codec.decode_request(body, {}, 10)
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"instances": {"x": 1}, "instances": {"x": 2}}', "instances"),
+        (b'{"instances": {"x": 1, "x": 2}}', "x"),
+        (b'{"instances": {"x": 1, "\\u0078": 2}}', "x"),
+        (b'{"instances": [{"x": 1}, {"x": [1], "y": 2, "x": "a:b"}]}', "x"),
+        (b'{"instances": [{"x": {"b64": "", "b64": "AA=="}}]}', "b64"),
+        (b'{"instances": [{"x": [{"b64": ""}, {"b64": "", "type": "str", "type": "bytes"}]}]}', "type"),
+        (b'{"instances": [{"x": [[1], {"y": 1, "y": 2}]}]}', "y"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(body, key):
+    with pytest.raises(InvalidInput, match=f"^the body has an object with the key '{key}' twice$"):
+        rest_codec.decode_request(body, {}, 10)
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [
+        {"x": "a:b"},
+        {"a:b": [[1, 2], [3, 4]]},
+        {"x": [[{"b64": "YQ=="}], [{"b64": "Yg=="}]]},
+        {"x": [], "y": '"::"'},
+        {},
+    ],
+)
+def test_colons_and_objects_are_no_keys_twice(instance):
+    body = msgspec.json.encode({"instances": [instance, instance]})
+    for decoded in rest_codec.decode_request(body, {}, 10):
+        assert decoded[0].keys() == instance.keys()
 
 
 def test_an_instance_that_is_wrong_leaves_the_others():
     body = msgspec.json.encode({"instances": [{"x": 1}, {"x": [[1], 2]}, 3, {"x": 2}]})
-    first, second, third, fourth = rest_codec.decode_request(body, {"x": "int64"})
+    first, second, third, fourth = rest_codec.decode_request(body, {"x": "int64"}, 10)
     assert first[0]["x"].dtype == fourth[0]["x"].dtype == "int64"
     assert str(second).startswith("instances[1].x[1]: a ragged array")
     assert str(third) == "instances[2] isn't an object"
@@ -181,4 +214,4 @@ def test_replies():
 
 def test_a_body_that_is_not_utf_8():
     with pytest.raises(InvalidInput, match="the body isn't JSON"):
-        rest_codec.decode_request(b'{"instances": {"\xe9": 1}}', {})
+        rest_codec.decode_request(b'{"instances": {"\xe9": 1}}', {}, 10)

@@ -59,12 +59,15 @@ def test_wrong_requests_have_their_status_and_a_text():
             ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
             ("/model/echo:predict", {"instances": []}, 400, "at least one instance"),
             ("/model/echo:predict", {"x": 1}, 400, "instances"),
+            ("/model/echo:predict", {"instances": [{"x": 1}] * 4097}, 413, "at most 4096 instances"),
         ]:
             reply = await http.post(path, json=content)
             assert reply.status_code == status, reply.text
             assert text in reply.json()["error_msg"]
         assert (await http.get("/model/echo:predict")).status_code == 405
         assert (await http.post("/model/echo:predict", content=b"{")).status_code == 400
+        twice = await http.post("/model/echo:predict", content=b'{"instances": {"x": 1, "x": 2}}')
+        assert (twice.status_code, twice.json()["error_msg"]) == (400, "the body has an object with the key 'x' twice")
         wrong = await http.post("/model/echo:predict", json=good, headers={"x-request-timeout": "soon"})
         assert wrong.status_code == 400
 
@@ -143,6 +146,92 @@ def test_a_deadline_and_a_client_that_leaves():
     rest(test)
 
 
+def test_paths_and_methods_that_are_none():
+    async def test(launcher, worker, http):
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            reply = await http.request(method, "/nothing")
+            assert reply.status_code == 404
+            assert reply.headers["content-type"] == "application/json"
+            assert not reply.content if method == "HEAD" else f"{method} /nothing isn't" in reply.json()["error_msg"]
+        for method, path, allowed in [
+            ("GET", "/model/echo:predict", {"POST"}),
+            ("HEAD", "/model/echo:predict", {"POST"}),
+            ("DELETE", "/model/echo/version/1:predict", {"POST"}),
+            ("POST", "/healthz", {"GET", "HEAD"}),
+        ]:
+            reply = await http.request(method, path)
+            assert reply.status_code == 405
+            assert set(reply.headers["allow"].split(", ")) == allowed
+            assert method == "HEAD" or list(reply.json()) == ["error_msg"]
+        assert (await http.head("/healthz")).status_code == 200
+
+    rest(test)
+
+
+def test_too_many_requests(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_MAX_REQUESTS", "1")
+
+    async def test(launcher, worker, http):
+        worker.script = keep
+        content = {"instances": {"x": 1}}
+        first = asyncio.create_task(http.post("/model/echo:predict", json=content))
+        kept = await worker.next(front.Infer)
+        reply = await http.post("/model/echo:predict", json=content)
+        assert reply.status_code == 429
+        assert reply.headers["retry-after"] == "1"
+        assert "1 requests wait for an answer already" in reply.json()["error_msg"]
+        worker.send(front.Reply(kept.request, [front.InstanceOutputs(kept.instances[0])]), [bytes(64)])
+        assert (await first).status_code == 200
+
+    rest(test)
+
+
+def test_bodies_that_are_being_received_are_bounded(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_MAX_RECEIVING_BYTES", str(1 << 20))
+    start, end = b'{"instances": {"x": 1' + b" " * 700_000, b" " * 700_000 + b"}}"
+
+    async def test(launcher, worker, http):
+        go_on = asyncio.Event()
+
+        async def slowly():
+            yield start
+            await go_on.wait()
+            yield end
+
+        # Alone it may be larger than the bound.
+        first = asyncio.create_task(http.post("/model/echo:predict", content=slowly()))
+
+        async def until_refused():
+            while (reply := await http.post("/model/echo:predict", content=start + b"}}")).status_code == 200:
+                pass
+            return reply
+
+        reply = await asyncio.wait_for(until_refused(), 20)
+        assert reply.status_code == 429
+        assert reply.headers["retry-after"] == "1"
+        assert "bytes are being received already, at most 1048576 at once" in reply.json()["error_msg"]
+        assert (await http.post("/model/echo:predict", json={"instances": {"x": 1}})).status_code == 200
+        go_on.set()
+        assert (await first).status_code == 200
+        assert (await http.post("/model/echo:predict", content=start + b"}}")).status_code == 200
+
+    rest(test)
+
+
+def test_a_deadline_while_the_body_comes():
+    async def test(launcher, worker, http):
+        reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+        head = b"POST /model/echo:predict HTTP/1.1\r\nHost: x\r\nX-Request-Timeout: 0.3\r\nContent-Length: 100\r\n\r\n"
+        writer.write(head + b'{"instances": {')
+        reply = await asyncio.wait_for(reader.readuntil(b"}"), 10)
+        assert reply.startswith(b"HTTP/1.1 504 ")
+        assert b"for the body to come and to be read" in reply
+        writer.close()
+        await writer.wait_closed()
+
+    rest(test)
+
+
 def test_not_yet_available_and_health():
     async def run():
         async with Launcher() as launcher:
@@ -151,6 +240,7 @@ def test_not_yet_available_and_health():
                 reply = await http.post("/model/echo:predict", json={"instances": {"x": 1}})
                 assert reply.status_code == 503
                 assert "not available yet" in reply.json()["error_msg"]
+                assert reply.headers["retry-after"] == "1"
                 assert (await http.get("/healthz")).status_code == 503
                 async with attached(launcher, Worker()):
                     reply = await http.get("/healthz")
