@@ -52,9 +52,11 @@ def add_connection_arguments(parser: argparse.ArgumentParser, timeout: float | N
     """--timeout and the TLS files, for every command that talks to a server."""
     shown = f" (default {timeout:g})" if timeout is not None else " (default: none)"
     parser.add_argument("--timeout", type=_seconds, default=timeout, metavar="S", help=f"seconds to wait{shown}")
-    parser.add_argument("--custom-ca", metavar="FILE", help="connect with TLS, check the server against this CA")
-    parser.add_argument("--certificate", metavar="FILE", help="this client's certificate, for TLS")
-    parser.add_argument("--private-key", metavar="FILE", help="the key of that certificate")
+    parser.add_argument(
+        "--custom-ca", metavar="FILE", help="connect with TLS, check the server against this CA (default: no TLS)"
+    )
+    parser.add_argument("--certificate", metavar="FILE", help="this client's certificate, for TLS (default: none)")
+    parser.add_argument("--private-key", metavar="FILE", help="the key of that certificate (default: none)")
 
 
 def tls_config(args: argparse.Namespace) -> SSLConfig | None:
@@ -90,7 +92,12 @@ def table(found: dict[str, Any]) -> list[str]:
             generation = ".".join(map(str, replica["generation"]))
             where = f"  replica {replica['replica']}: {replica['state']}, generation {generation}"
             lines.append(f"{where}, restarts {replica['restarts']}")
-            rows = [RANK_COLUMNS, *(tuple(str(rank[key]) for key in RANK_COLUMNS) for rank in replica["ranks"])]
+            rows = [RANK_COLUMNS, *(tuple(_cell(rank, key) for key in RANK_COLUMNS) for rank in replica["ranks"])]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["    " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return lines or ["no servables"]
+
+
+def _cell(rank: dict[str, Any], key: str) -> str:
+    """An absent rank has neither device nor pid."""
+    return "-" if key in ("device", "pid") and not rank[key] else str(rank[key])

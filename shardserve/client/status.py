@@ -14,7 +14,9 @@ from shardserve.wire.stubs.shardserve_pb2_grpc import AdminStub
 def status(address: str, timeout: float | None = None, ssl_config: channel.SSLConfig | None = None) -> dict[str, Any]:
     """`{"servables": [{"name", "version", "state", "rank_size", "stage_size", "replicas": […], …}]}`.
 
-    A generation is [incarnation, counter], so that comparing two tells which is later. Raises the class of
+    A generation is [incarnation, counter], so that comparing two tells which is later. A rank whose state is absent has
+    device "" and pid 0. `restarts` (generations that ended) and `dropped` (frames that came from an agent in another
+    generation) count since the Worker started; the incarnation tells when that changes. Raises the class of
     shardserve.errors that fits, Unavailable if nobody answers.
     """
     seconds = channel.seconds(timeout)
@@ -53,6 +55,7 @@ def _replica(replica: pb.ReplicaStatus) -> dict[str, Any]:
         "generation": [replica.generation.incarnation, replica.generation.counter],
         "state": replica.state,
         "restarts": replica.restarts,
+        "dropped": replica.dropped,
         "ranks": [
             {
                 "rank": rank.rank,

@@ -43,5 +43,10 @@ def _replica(replica: front.ReplicaStatus) -> pb.ReplicaStatus:
         for rank in replica.ranks
     ]
     return pb.ReplicaStatus(
-        replica=replica.replica, generation=generation, state=replica.state, restarts=replica.restarts, ranks=ranks
+        replica=replica.replica,
+        generation=generation,
+        state=replica.state,
+        restarts=replica.restarts,
+        ranks=ranks,
+        dropped=replica.dropped,
     )

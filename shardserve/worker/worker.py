@@ -282,11 +282,13 @@ class Worker:
             agent = replica.agents.get(entry.rank % size)
             stage = entry.rank % size // per_stage
             if agent is None:
-                ranks.append(front.RankStatus(entry.rank, stage, entry.host, entry.device, 0, "absent"))
+                ranks.append(front.RankStatus(entry.rank, stage, entry.host, "", 0, "absent"))
             else:
                 state = "serving" if replica.state == "serving" else "joined"
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
-        return front.ReplicaStatus(replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks))
+        return front.ReplicaStatus(
+            replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks), replica.dropped
+        )
 
 
 class GroupConnection:

@@ -64,7 +64,7 @@ class MethodInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True, array_like=True):
-    """state: absent, joined (registered, no group yet), serving."""
+    """state: absent (device "" and pid 0), joined (registered, no group yet), serving."""
 
     rank: int
     stage: int
@@ -75,13 +75,15 @@ class RankStatus(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
-    """state: waiting (for agents), forming, serving, ending. restarts: generations that ended so far."""
+    """state: waiting (for agents), forming, serving, ending. restarts: generations that ended since the Worker started;
+    dropped: frames since then that came from an agent in another generation, as of the last change of anything else."""
 
     replica: int
     generation: Generation
     state: str
     restarts: int
     ranks: tuple[RankStatus, ...]
+    dropped: int = 0
 
 
 class Announce(Message, frozen=True):

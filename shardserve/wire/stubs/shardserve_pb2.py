@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10shardserve.proto\x12\rshardserve.v1\"\x0f\n\rStatusRequest\"?\n\x0bStatusReply\x12\x30\n\tservables\x18\x01 \x03(\x0b\x32\x1d.shardserve.v1.ServableStatus\"\x8e\x03\n\x0eServableStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\trank_size\x18\x05 \x01(\r\x12\x12\n\nstage_size\x18\x06 \x01(\r\x12;\n\x07methods\x18\x07 \x03(\x0b\x32*.shardserve.v1.ServableStatus.MethodsEntry\x12.\n\x08replicas\x18\x08 \x03(\x0b\x32\x1c.shardserve.v1.ReplicaStatus\x12\x18\n\x10waiting_requests\x18\t \x01(\x04\x12\x15\n\rwaiting_bytes\x18\n \x01(\x04\x12\x13\n\x0bresubmitted\x18\x0b \x01(\x04\x12\x17\n\x0fignored_answers\x18\x0c \x01(\x04\x1aK\n\x0cMethodsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.shardserve.v1.MethodStatus:\x02\x38\x01\"\x97\x01\n\x0cMethodStatus\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x0f\n\x07outputs\x18\x02 \x03(\t\x12\x37\n\x06\x64types\x18\x03 \x03(\x0b\x32\'.shardserve.v1.MethodStatus.DtypesEntry\x1a-\n\x0b\x44typesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12-\n\ngeneration\x18\x02 \x01(\x0b\x32\x19.shardserve.v1.Generation\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12(\n\x05ranks\x18\x05 \x03(\x0b\x32\x19.shardserve.v1.RankStatus\"2\n\nGeneration\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x04\"c\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t2M\n\x05\x41\x64min\x12\x44\n\x06Status\x12\x1c.shardserve.v1.StatusRequest\x1a\x1a.shardserve.v1.StatusReply\"\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10shardserve.proto\x12\rshardserve.v1\"\x0f\n\rStatusRequest\"?\n\x0bStatusReply\x12\x30\n\tservables\x18\x01 \x03(\x0b\x32\x1d.shardserve.v1.ServableStatus\"\x8e\x03\n\x0eServableStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\trank_size\x18\x05 \x01(\r\x12\x12\n\nstage_size\x18\x06 \x01(\r\x12;\n\x07methods\x18\x07 \x03(\x0b\x32*.shardserve.v1.ServableStatus.MethodsEntry\x12.\n\x08replicas\x18\x08 \x03(\x0b\x32\x1c.shardserve.v1.ReplicaStatus\x12\x18\n\x10waiting_requests\x18\t \x01(\x04\x12\x15\n\rwaiting_bytes\x18\n \x01(\x04\x12\x13\n\x0bresubmitted\x18\x0b \x01(\x04\x12\x17\n\x0fignored_answers\x18\x0c \x01(\x04\x1aK\n\x0cMethodsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.shardserve.v1.MethodStatus:\x02\x38\x01\"\x97\x01\n\x0cMethodStatus\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x0f\n\x07outputs\x18\x02 \x03(\t\x12\x37\n\x06\x64types\x18\x03 \x03(\x0b\x32\'.shardserve.v1.MethodStatus.DtypesEntry\x1a-\n\x0b\x44typesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xab\x01\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12-\n\ngeneration\x18\x02 \x01(\x0b\x32\x19.shardserve.v1.Generation\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12(\n\x05ranks\x18\x05 \x03(\x0b\x32\x19.shardserve.v1.RankStatus\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\"2\n\nGeneration\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x04\"c\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t2M\n\x05\x41\x64min\x12\x44\n\x06Status\x12\x1c.shardserve.v1.StatusRequest\x1a\x1a.shardserve.v1.StatusReply\"\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,11 +48,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METHODSTATUS_DTYPESENTRY']._serialized_start=625
   _globals['_METHODSTATUS_DTYPESENTRY']._serialized_end=670
   _globals['_REPLICASTATUS']._serialized_start=673
-  _globals['_REPLICASTATUS']._serialized_end=827
-  _globals['_GENERATION']._serialized_start=829
-  _globals['_GENERATION']._serialized_end=879
-  _globals['_RANKSTATUS']._serialized_start=881
-  _globals['_RANKSTATUS']._serialized_end=980
-  _globals['_ADMIN']._serialized_start=982
-  _globals['_ADMIN']._serialized_end=1059
+  _globals['_REPLICASTATUS']._serialized_end=844
+  _globals['_GENERATION']._serialized_start=846
+  _globals['_GENERATION']._serialized_end=896
+  _globals['_RANKSTATUS']._serialized_start=898
+  _globals['_RANKSTATUS']._serialized_end=997
+  _globals['_ADMIN']._serialized_start=999
+  _globals['_ADMIN']._serialized_end=1076
 # @@protoc_insertion_point(module_scope)

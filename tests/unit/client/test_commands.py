@@ -6,8 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from main_harness import Launcher, Worker, announce, attached, free_port
+from msgspec import structs
 
 from shardserve.cli import infer, status
+from shardserve.wire.messages import Generation, front
 
 
 def run_command(module, *arguments):
@@ -17,11 +19,11 @@ def run_command(module, *arguments):
     return args.run(args)
 
 
-def serve(test):
+def serve(test, greeting=None):
     async def run():
         async with Launcher() as launcher:
             address = await launcher.grpc()
-            async with attached(launcher, Worker(greeting=announce(counter=3))):
+            async with attached(launcher, Worker(greeting=greeting or announce(counter=3))):
                 await asyncio.to_thread(test, address)
 
     asyncio.run(run())
@@ -49,6 +51,34 @@ def test_status_as_a_table(capsys):
     assert "  predict(x) -> x" in lines
     assert "  replica 0: serving, generation 1.3, restarts 0" in lines
     assert lines[-1].split() == ["0", "0", "127.0.0.1", "cpu", "4242", "serving"]
+
+
+def test_status_of_a_rank_that_is_absent(capsys):
+    ranks = front.RankStatus(0, 0, "10.0.0.7", "", 0, "absent"), front.RankStatus(1, 1, "10.0.0.8", "cpu", 9, "joined")
+    replica = front.ReplicaStatus(0, Generation(2, 1), "waiting", 3, ranks, 4)
+    greeting = structs.replace(announce(state="starting", reason="1 of 2"), replicas=(replica,))
+
+    def test(address):
+        assert run_command(status, address) == run_command(status, address, "--json") == 0
+
+    serve(test, greeting)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "echo version 1: starting (1 of 2)"
+    assert [line.split() for line in lines[4:7]] == [
+        ["rank", "stage", "host", "device", "pid", "state"],
+        ["0", "0", "10.0.0.7", "-", "-", "absent"],
+        ["1", "1", "10.0.0.8", "cpu", "9", "joined"],
+    ]
+    [found] = json.loads("\n".join(lines[7:]))["servables"][0]["replicas"]
+    assert (found["restarts"], found["dropped"]) == (3, 4)
+    assert found["ranks"][0] == {
+        "rank": 0,
+        "stage": 0,
+        "host": "10.0.0.7",
+        "device": "",
+        "pid": 0,
+        "state": "absent",
+    }
 
 
 @pytest.mark.parametrize("module", [status, infer])

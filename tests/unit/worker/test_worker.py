@@ -164,7 +164,8 @@ async def test_a_request_from_main_to_the_agents_and_back(tmp_path, free_port):
         announced = await main.next(front.Announce)
         assert (announced.name, announced.version, announced.state) == ("net", 3, "starting")
         assert announced.methods["predict"] == front.MethodInfo(("x",), ("y",), {})
-        assert [rank.state for rank in announced.replicas[0].ranks] == ["absent", "absent"]
+        absent = [(rank.state, rank.device, rank.pid) for rank in announced.replicas[0].ranks]
+        assert absent == [("absent", "", 0)] * 2
         generation, (leader, other) = await scene.agents(0, 1)
         assert generation == Generation(100, 1)
         ready = await state(main, "ready")
