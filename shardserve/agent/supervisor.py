@@ -225,6 +225,7 @@ class Supervisor:
             case group.HostWaits(missing=missing):
                 self._waits(len(self._slots) or len(missing), missing)
             case group.HostReady():
+                self._waits(len(self._slots), ())
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):
                 self._kill(rank, pid, reason)

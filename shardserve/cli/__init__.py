@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import shardserve
 from shardserve.cli import agents, export, infer, inspect, rank_table, serve, status, up
-from shardserve.cli.codes import INTERRUPTED
+from shardserve.cli.codes import INTERRUPTED, WrongUsage
 from shardserve.errors import ShardserveError
 
 
@@ -18,10 +18,21 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command, with all of its subcommands."""
     top = argparse.ArgumentParser(prog="shardserve", description=shardserve.__doc__)
     top.add_argument("--version", action="version", version=f"shardserve {shardserve.__version__}")
-    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command in (export, inspect, rank_table, up, serve, agents, status, infer):
         command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.formatter_class = _Formatter
     return top
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fills paragraphs, leaves lines that are examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
         sys.stdout.flush()
+    except WrongUsage as error:
+        print(f"shardserve {args.command}: error: {error}; see shardserve {args.command} --help", file=sys.stderr)
+        return 2
     except ShardserveError as error:
-        print(f"shardserve: {error}", file=sys.stderr)
+        print(f"shardserve {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("shardserve: interrupted", file=sys.stderr)
+        print(f"shardserve {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has enough of it; nothing may be written at exit either.

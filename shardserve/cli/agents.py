@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 
-from shardserve.cli.guard import add_guard_arguments, ssl_config
-from shardserve.errors import ShardserveError
-from shardserve.log import configure_logging
-from shardserve.server import distributed, stop
-from shardserve.server.runtime import current_runtime
+from shardserve.cli import values
+from shardserve.cli.arguments import add_agent_arguments, add_distributed_address
+from shardserve.cli.codes import WrongUsage
+from shardserve.cli.guard import add_guard_arguments, join_secret_file, ssl_config
+from shardserve.cli.serving import in_foreground
+from shardserve.progress import Progress
+from shardserve.server import distributed
 
 EXAMPLE = """example, on the host of the ranks 2 and 3, for a server that `shardserve serve` started on 10.0.0.1:
   shardserve agents model/device2/net.graph.json model/device3/net.graph.json \\
@@ -32,50 +33,78 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "model_files",
         nargs="+",
         metavar="GRAPH",
-        type=Path,
+        type=values.path,
         help="graph files, one per rank of this host, in rank order",
     )
     parser.add_argument(
-        "--group-config", nargs="+", metavar="FILE", type=Path, help="default: the group_config.json beside each GRAPH"
+        "--subgraph",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="GRAPH",
+        type=values.path,
+        help="those of the next subgraph, one per rank in the same order; once per further subgraph (default: none)",
     )
     parser.add_argument(
-        "--distributed-address", default="127.0.0.1:6200", metavar="IP:PORT", help="the server's; default %(default)s"
+        "--group-config",
+        nargs="+",
+        action="append",
+        metavar="FILE",
+        type=values.path,
+        help="configs of the GRAPHs, one per rank, and again for each --subgraph (default: the group_config.json "
+        "beside each)",
+    )
+    add_distributed_address(parser, "the server's")
+    add_agent_arguments(parser)
+    parser.add_argument(
+        "--agent-ip",
+        metavar="IP",
+        help="this host's address, if the rank table has another one; with --rank-start (default: as in the table)",
     )
     parser.add_argument(
-        "--agent-start-port", type=int, default=7000, metavar="N", help="agent i listens on N + i; default %(default)s"
+        "--rank-start",
+        type=values.number,
+        metavar="N",
+        help="this host's first rank; with --agent-ip (default: as in the table)",
     )
-    parser.add_argument(
-        "--agent-ip", metavar="IP", help="this host's address, if the rank table has another one; with --rank-start"
-    )
-    parser.add_argument("--rank-start", type=int, metavar="N", help="this host's first rank; with --agent-ip")
-    parser.add_argument("--device-type", choices=("cpu", "cuda"), help="default: cpu")
     add_guard_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    configure_logging("agents")
-    configs = [str(path.resolve()) for path in args.group_config] if args.group_config is not None else None
-    guard = ssl_config(args)
-    try:
-        distributed.startup_agents(
-            args.distributed_address,
-            [str(path.resolve()) for path in args.model_files],
-            configs,
-            args.agent_start_port,
-            args.agent_ip,
-            args.rank_start,
-            args.device_type,
-            join_secret_file=args.join_secret_file,
-            ssl_config=guard,
-            insecure=args.insecure,
-        )
-    except ShardserveError:
-        stop()
-        raise
-    runtime = current_runtime()
-    print(f"ready: {len(args.model_files)} agents of the server at {args.distributed_address}", flush=True)
-    # What a ready server is asked to do by a signal, it has done.
-    with contextlib.suppress(SystemExit):
-        runtime.join()
-    return 0
+    graphs = _by_rank("--subgraph", [args.model_files, *args.subgraph], len(args.model_files))
+    configs = None
+    if args.group_config is not None:
+        if len(args.group_config) != 1 + len(args.subgraph):
+            raise WrongUsage(f"--group-config: {len(args.group_config)} times for {1 + len(args.subgraph)} subgraphs")
+        configs = _by_rank("--group-config", args.group_config, len(args.model_files))
+    if (args.agent_ip is None) != (args.rank_start is None):
+        raise WrongUsage("--agent-ip and --rank-start: give both or neither")
+    return in_foreground("agents", lambda progress: _start(args, graphs, configs, progress))
+
+
+def _by_rank(option: str, subgraphs: list[list[Path]], ranks: int) -> list[list[str]]:
+    """For each rank the files of all its subgraphs."""
+    for files in subgraphs:
+        if len(files) != ranks:
+            raise WrongUsage(f"{option}: {len(files)} files for {ranks} ranks")
+    return [[str(file) for file in files] for files in zip(*subgraphs, strict=True)]
+
+
+def _start(
+    args: argparse.Namespace, graphs: list[list[str]], configs: list[list[str]] | None, progress: Progress
+) -> str:
+    distributed.begin_agents(
+        args.distributed_address,
+        graphs,
+        configs,
+        args.agent_start_port,
+        args.agent_ip,
+        args.rank_start,
+        args.device_type,
+        join_secret_file=join_secret_file(args),
+        ssl_config=ssl_config(args),
+        insecure=args.insecure,
+        progress=progress,
+    ).result()
+    return f"{len(graphs)} agents of the server at {args.distributed_address}"

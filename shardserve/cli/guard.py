@@ -1,11 +1,13 @@
-"""The options of `serve` and `agents` that say who may join: join secret and TLS of the distributed address."""
+"""The options that say who may join (join secret, TLS of the distributed address), and those of the front ends' TLS."""
 
 from __future__ import annotations
 
 import argparse
 
-from shardserve.errors import ConfigError
+from shardserve.cli import values
+from shardserve.cli.codes import WrongUsage
 from shardserve.server import SSLConfig
+from shardserve.settings import Settings
 
 
 def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,28 +17,39 @@ def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--join-secret-file",
+        type=values.path,
         metavar="FILE",
-        help="a secret that only the owner can read (or SHARDSERVE_JOIN_SECRET_FILE)",
+        help="a secret that only the owner can read (default: SHARDSERVE_JOIN_SECRET_FILE in the environment, or none)",
     )
     add_tls_arguments(group, "", "this host's certificate: the distributed address and stage links speak TLS")
     group.add_argument("--insecure", action="store_true", help="let whoever reaches the address join")
 
 
 def add_tls_arguments(group: argparse._ArgumentGroup, prefix: str, what: str) -> None:
-    group.add_argument(f"--{prefix}certificate", metavar="FILE", help=what)
-    group.add_argument(f"--{prefix}private-key", metavar="FILE", help="the key of that certificate")
-    group.add_argument(f"--{prefix}custom-ca", metavar="FILE", help="the CA that the other side's certificate is of")
+    for name, meaning in (
+        ("certificate", f"{what}; PEM (default: no TLS)"),
+        ("private-key", "the key of that certificate; PEM (default: no TLS)"),
+        ("custom-ca", "the CA that the other side's certificate is of; PEM (default: the system's)"),
+    ):
+        group.add_argument(f"--{prefix}{name}", type=values.path, metavar="FILE", help=meaning)
     group.add_argument(f"--{prefix}verify-client", action="store_true", help="ask the other side for its certificate")
 
 
+def join_secret_file(args: argparse.Namespace) -> str | None:
+    """As given or by the environment, from the current directory."""
+    file = args.join_secret_file or Settings.from_environment().join_secret_file
+    return str(values.path(str(file))) if file else None
+
+
 def ssl_config(args: argparse.Namespace, prefix: str = "") -> SSLConfig | None:
-    """What the TLS options with this prefix say; None without any. ConfigError if they don't go together."""
-    names = ("certificate", "private_key", "custom_ca", "verify_client")
-    certificate, private_key, custom_ca, verify_client = (
-        getattr(args, prefix.replace("-", "_") + name) for name in names
+    """What the TLS options with this prefix say; None without any. WrongUsage if they don't go together."""
+    begin = prefix.replace("-", "_")
+    certificate, private_key, custom_ca = (
+        getattr(args, begin + name) for name in ("certificate", "private_key", "custom_ca")
     )
+    verify_client: bool = getattr(args, f"{begin}verify_client")
     if not any((certificate, private_key, custom_ca, verify_client)):
         return None
     if certificate is None or private_key is None:
-        raise ConfigError(f"--{prefix}certificate and --{prefix}private-key: TLS needs both")
-    return SSLConfig(certificate, private_key, custom_ca, verify_client)
+        raise WrongUsage(f"--{prefix}certificate and --{prefix}private-key: TLS needs both")
+    return SSLConfig(str(certificate), str(private_key), str(custom_ca) if custom_ca else None, verify_client)

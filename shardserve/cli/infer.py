@@ -41,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME=FILE.npy",
         help="an input of the method; once per input",
     )
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write each output to DIR/NAME.npy as well")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="write each output to DIR/NAME.npy as well (default: only print)"
+    )
     add_connection_arguments(parser, timeout=None)
     parser.set_defaults(run=run)
 

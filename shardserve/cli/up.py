@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import json
 import os
 from pathlib import Path
 
-from shardserve.cli.codes import INTERRUPTED
-from shardserve.errors import ConfigError, ShardserveError
-from shardserve.log import configure_logging
-from shardserve.server import distributed, start_grpc_server, start_restful_server, stop
-from shardserve.server.runtime import current_runtime
+from shardserve.cli import values
+from shardserve.cli.arguments import (
+    add_agent_arguments,
+    add_device_arguments,
+    add_distributed_address,
+    add_front_arguments,
+    add_servable_arguments,
+)
+from shardserve.cli.guard import add_guard_arguments, join_secret_file, ssl_config
+from shardserve.cli.serving import (
+    MODEL_FOLDER,
+    fronts,
+    in_foreground,
+    is_local,
+    servable_name,
+    start_fronts,
+    start_local,
+)
+from shardserve.errors import ConfigError
+from shardserve.progress import Progress
+from shardserve.server import distributed
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.worker.rank_table import load_rank_table, make_rank_table
 
-EXAMPLE = """example:
+EXAMPLE = """The model of a servable that is not distributed (declare_model) is in DIR/NAME/VERSION, such as DIR/NAME/1.
+
+examples:
   shardserve up examples/matmul_distributed
+  shardserve up . --model-dir model/read --model-dir model/step     # two subgraphs of each rank
+  shardserve up . --servable mlp --devices 0,1                      # not distributed: a replica on each device
 """
 
 
@@ -31,81 +50,95 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="holds NAME/servable_config.py")
-    parser.add_argument("--servable", metavar="NAME", help="default: the only one in DIR")
-    parser.add_argument("--model-dir", metavar="DIR", type=Path, help="holds device0, device1, … (default: DIR/model)")
-    parser.add_argument("--rank-table", metavar="FILE", type=Path, help="default: all ranks on this host")
-    parser.add_argument("--version", type=int, default=1, metavar="N", help="the servable's version (default 1)")
-    parser.add_argument("--grpc-address", default="127.0.0.1:5500", metavar="IP:PORT", help="default %(default)s")
-    parser.add_argument("--rest-address", default="127.0.0.1:1500", metavar="IP:PORT", help="default %(default)s")
-    parser.add_argument(
-        "--distributed-address", default="127.0.0.1:6200", metavar="IP:PORT", help="default %(default)s"
+    add_servable_arguments(parser)
+    ranks = parser.add_argument_group("its ranks")
+    ranks.add_argument(
+        "--model-dir",
+        action="append",
+        type=values.path,
+        metavar="DIR",
+        help="holds device0, device1, …; once per subgraph, in their order (default: DIR/model)",
     )
-    parser.add_argument("--agent-start-port", type=int, default=7000, metavar="N", help="default %(default)s")
+    ranks.add_argument(
+        "--rank-table", type=values.path, metavar="FILE", help="which device has which rank (default: one is made)"
+    )
+    add_agent_arguments(ranks)
+    add_device_arguments(ranks)
+    add_distributed_address(ranks, "what the agents connect to")
+    add_front_arguments(parser)
+    add_guard_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    configure_logging("up")
-    directory: Path = args.directory.resolve()
-    name = args.servable or only_servable(directory)
-    model_dir: Path = (args.model_dir or directory / "model").resolve()
-    shards = _shards(model_dir)
-    if args.rank_table is None:
-        table = _local_rank_table(len(shards))
-        count = len(shards)
-    else:
-        table = str(args.rank_table.resolve())
-        count = _ranks_in(args.rank_table, len(shards))
-    # A replica's ranks load the same shards again.
-    files = [str(shards[rank % len(shards)]) for rank in range(count)]
-    try:
-        _start(args, str(directory), name, table, files)
-    except ShardserveError:
-        stop()
-        raise
-    except SystemExit:
-        # A signal, before anything was ready: what was asked for was not done.
-        return INTERRUPTED
-    runtime = current_runtime()
-    print(f"ready: {name} of {count} ranks; gRPC on {args.grpc_address}, REST on {args.rest_address}", flush=True)
-    # What a ready server is asked to do by a signal, it has done.
-    with contextlib.suppress(SystemExit):
-        runtime.join()
-    return 0
+    name = servable_name(args)
+    if is_local(args, name, {"--model-dir": args.model_dir, "--rank-table": args.rank_table}):
+        return in_foreground("up", lambda progress: start_local(args, name, progress))
+    shards = _shards(args.model_dir or [args.directory / MODEL_FOLDER], args.directory / name)
+    return in_foreground("up", lambda progress: _start(args, name, shards, progress))
 
 
-def _start(args: argparse.Namespace, directory: str, name: str, table: str, files: list[str]) -> None:
+def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progress: Progress) -> str:
     """Returns when the first request can be answered."""
-    start_grpc_server(args.grpc_address)
-    start_restful_server(args.rest_address)
+    if args.rank_table is None:
+        table, count = _local_rank_table(len(shards)), len(shards)
+    else:
+        # Only the count is needed here; the Worker checks the table against the servable's own stage_size.
+        table = str(args.rank_table)
+        count = len(load_rank_table(table, len(shards), 1).entries)
+    # A replica's ranks load the same shards again.
+    files = [shards[rank % len(shards)] for rank in range(count)]
+    guard = {
+        "join_secret_file": join_secret_file(args),
+        "ssl_config": ssl_config(args),
+        "insecure": args.insecure,
+    }
+    start_fronts(args)
     # The port first: agents must not join another server that has it.
-    servable = distributed.begin_servable(directory, name, table, args.version, args.distributed_address)
-    configs = [str(Path(file).with_name(CONFIG_FILE)) for file in files]
+    servable = distributed.begin_servable(
+        str(args.directory),
+        name,
+        table,
+        args.version or 1,
+        args.distributed_address,
+        **guard,
+        num_parallel_workers=args.num_parallel_workers,
+        progress=progress,
+    )
     # Without one of its ranks the only replica can't serve: whoever watches this process should know.
     agents = distributed.begin_agents(
-        args.distributed_address, files, configs, args.agent_start_port, vital=len(set(files)) == len(files)
+        args.distributed_address,
+        files,
+        agent_start_port=args.agent_start_port,
+        device_type=args.device_type,
+        **guard,
+        vital=count == len(shards),
+        with_server=True,
     )
     for done in concurrent.futures.as_completed((servable, agents)):
         done.result()
+    return f"{name} of {count} ranks; {fronts(args)}"
 
 
-def only_servable(directory: Path) -> str:
-    found = sorted(path.parent.name for path in directory.glob("*/servable_config.py"))
-    if len(found) != 1:
-        what = f"{len(found)} servables ({', '.join(found)}): say which with --servable" if found else "no servable"
-        raise ConfigError(f"{directory}: has {what}; a servable is a folder with a servable_config.py")
-    return found[0]
+def _shards(model_dirs: list[Path], servable: Path) -> list[list[str]]:
+    """The graph files of each local rank, one per subgraph."""
+    subgraphs = [_graphs(model_dir, servable) for model_dir in model_dirs]
+    for model_dir, graphs in zip(model_dirs, subgraphs, strict=True):
+        if len(graphs) != len(subgraphs[0]):
+            raise ConfigError(f"{model_dirs[0]} has {len(subgraphs[0])} ranks, {model_dir} has {len(graphs)}")
+    return [list(graphs) for graphs in zip(*subgraphs, strict=True)]
 
 
-def _shards(model_dir: Path) -> list[Path]:
-    """The graph file of each local rank."""
+def _graphs(model_dir: Path, servable: Path) -> list[str]:
     first = model_dir / "device0" / CONFIG_FILE
     if not first.is_file():
-        raise ConfigError(f"there is no {first}: export the model first, or give --model-dir")
+        raise ConfigError(
+            f"there is no {first}: export the model first, or give --model-dir; if the servable is not distributed, "
+            f"export it to {servable / '1'}"
+        )
     ranks = ShardConfig.load(first).rank_size
-    configs = [ShardConfig.load(model_dir / f"device{rank}" / CONFIG_FILE) for rank in range(ranks)]
-    return [model_dir / f"device{rank}" / config.graph_file for rank, config in enumerate(configs)]
+    folders = [model_dir / f"device{rank}" for rank in range(ranks)]
+    return [str(folder / ShardConfig.load(folder / CONFIG_FILE).graph_file) for folder in folders]
 
 
 def _local_rank_table(ranks: int) -> str:
@@ -114,8 +147,3 @@ def _local_rank_table(ranks: int) -> str:
     fd = os.memfd_create("rank_table.json")
     os.write(fd, json.dumps(table).encode())
     return f"/proc/{os.getpid()}/fd/{fd}"
-
-
-def _ranks_in(table: Path, rank_size: int) -> int:
-    # Only the count is needed here; the Worker checks the table against the servable's own stage_size.
-    return len(load_rank_table(str(table), rank_size, 1).entries)

@@ -19,28 +19,32 @@ def path(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def _digits(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def count(text: str) -> int:
     """1 or more."""
-    if not text.isdecimal() or int(text) < 1:
+    if not _digits(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
     return int(text)
 
 
 def number(text: str) -> int:
     """0 or more."""
-    if not text.isdecimal():
+    if not _digits(text):
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
     return int(text)
 
 
 def port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= HIGHEST_PORT:
+    if not _digits(text) or not 0 < int(text) <= HIGHEST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a port of 1 to {HIGHEST_PORT}")
     return int(text)
 
 
 def megabytes(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 512:
+    if not _digits(text) or not 1 <= int(text) <= 512:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 to 512")
     return int(text)
 
@@ -79,7 +83,7 @@ def device_ids(text: str) -> list[int]:
     ids: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        if not _digits(first) or (dash and not _digits(last)) or int(last or first) < int(first):
             raise argparse.ArgumentTypeError(f"{part!r} is no device id and no range of them")
         ids += range(int(first), int(last or first) + 1)
     if len(set(ids)) < len(ids):
