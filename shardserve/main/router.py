@@ -178,7 +178,8 @@ async def infer(
         else:
             good.append(instance[0])
             buffers += instance[1]
-    answered = iter(await servable.infer(method, good, buffers, deadline) if good else ())
+    places = tuple(index for index in range(len(instances)) if index not in bad) if bad else None
+    answered = iter(await servable.infer(method, good, buffers, deadline, places) if good else ())
     return [bad[index] if index in bad else next(answered) for index in range(len(instances))]
 
 

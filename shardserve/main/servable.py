@@ -49,6 +49,7 @@ class _Waiting:
     deadline: float | None
     answer: asyncio.Future[list[Result]]
     since: float
+    places: tuple[int, ...] | None
     number: int = 0
     submissions: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -125,13 +126,18 @@ class Servable:
         return self.announce
 
     async def infer(
-        self, method: str, instances: list[front.Instance], buffers: list[Buffer], deadline: float | None
+        self,
+        method: str,
+        instances: list[front.Instance],
+        buffers: list[Buffer],
+        deadline: float | None,
+        places: tuple[int, ...] | None = None,
     ) -> list[Result]:
-        """One result per instance. deadline: a reading of time.monotonic().
+        """One result per instance. deadline: a reading of time.monotonic(). places: as in front.Infer.
 
         Cancelling the call tells the Worker that the answer isn't needed.
         """
-        waiting = self._admit(method, instances, buffers, deadline)
+        waiting = self._admit(method, instances, buffers, deadline, places)
         try:
             return await waiting.answer
         except asyncio.CancelledError:
@@ -145,7 +151,12 @@ class Servable:
             self._answer(waiting, error)
 
     def _admit(
-        self, method: str, instances: list[front.Instance], buffers: list[Buffer], deadline: float | None
+        self,
+        method: str,
+        instances: list[front.Instance],
+        buffers: list[Buffer],
+        deadline: float | None,
+        places: tuple[int, ...] | None,
     ) -> _Waiting:
         settings = self.settings
         nbytes = sum(map(len, buffers))
@@ -157,7 +168,7 @@ class Servable:
             raise Overloaded(f"{self}: its Worker has yet to take {self._stream.unsent} bytes")
         loop = asyncio.get_running_loop()
         now = time.monotonic()
-        waiting = _Waiting(method, instances, buffers, nbytes, deadline, loop.create_future(), now)
+        waiting = _Waiting(method, instances, buffers, nbytes, deadline, loop.create_future(), now, places)
         if deadline is not None:
             left = deadline - now
             waiting.timer = loop.call_later(left - min(settings.deadline_margin, left / 10), self._expire, waiting)
@@ -172,7 +183,7 @@ class Servable:
         waiting.number = next(self._numbers)
         waiting.submissions += 1
         self._submitted[waiting.number] = waiting
-        infer = front.Infer(waiting.number, waiting.method, waiting.instances, waiting.deadline)
+        infer = front.Infer(waiting.number, waiting.method, waiting.instances, waiting.deadline, waiting.places)
         try:
             self._stream.send(infer, waiting.buffers)
         except MessageTooLarge as error:

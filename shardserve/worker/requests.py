@@ -7,7 +7,7 @@ import logging
 from itertools import islice
 from typing import Any
 
-from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError, StageError
+from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError, StageError, StepError
 from shardserve.servable import Method, ModelStage, PythonStage, Servable, Source
 from shardserve.wire.frames import Buffer, Payload, split
 from shardserve.wire.messages import front
@@ -53,9 +53,10 @@ class Requests:
             if method is None:
                 raise NotFound(f"servable {self._servable.name!r} has no method {message.method!r}")
             parts = iter(split(payload, [meta.nbytes for instance in message.instances for meta in instance.values()]))
+            places = message.places or range(len(message.instances))
             runs = [
                 self._outcome(method, instance, list(islice(parts, len(instance))), f"instance {i}", message.deadline)
-                for i, instance in enumerate(message.instances)
+                for i, instance in zip(places, message.instances, strict=True)
             ]
             # One instance needs no task of its own.
             results = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
@@ -136,3 +137,5 @@ class Requests:
             # Not the client's fault alone: a stage made what the model doesn't take.
             gave = f"{', '.join(dict.fromkeys(makers))} gave what {stage.tag!r} doesn't take"
             raise StageError(f"method {method.name!r}, stage {gave}: {error}") from error
+        except StepError as error:
+            raise StepError(f"{where}: method {method.name!r}, {stage.tag!r}: the model raised {error}") from error

@@ -15,12 +15,15 @@ Instance = dict[str, TensorMeta]
 
 
 class Infer(Message, frozen=True):
-    """Payload: the tensors of the instances in order, those of one instance in the order of its keys."""
+    """Payload: the tensors of the instances in order, those of one instance in the order of its keys.
+
+    places: which instances of the client's request these are, for errors that name one; None for all of them."""
 
     request: int
     method: str
     instances: list[Instance]
     deadline: float | None
+    places: tuple[int, ...] | None = None
 
 
 class Cancel(Message, frozen=True):

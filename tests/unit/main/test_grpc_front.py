@@ -142,7 +142,8 @@ def test_inputs_that_are_wrong():
             results = await lenient.infer([X, {}, {**X, "z": 1}, X])
         assert [list(result) for result in results] == [["x"], ["error"], ["error"], ["x"]]
         assert results[1]["error"].startswith("instance 1: missing 'x'")
-        assert len((await worker.next(front.Infer)).instances) == 2
+        infer = await worker.next(front.Infer)
+        assert (len(infer.instances), infer.places) == (2, (0, 3))
 
     predict(test)
 

@@ -38,13 +38,13 @@ class Setting:
         pool = StagePool(declared, "", 1, models, Settings(), lambda: None, lambda reason: None)
         self.requests = Requests(declared, models, pool)
 
-    def infer(self, number, *values, method="twice"):
+    def infer(self, number, *values, method="twice", places=None):
         arrays = [np.array([value], np.float32) for value in values]
         metas = [{"x": TensorMeta("float32", (1,), 4)} for _ in arrays]
         payload = np.zeros(64 * len(arrays), np.uint8)
         for i, array in enumerate(arrays):
             payload[64 * i : 64 * i + 4] = array.view(np.uint8)
-        self.requests.infer(self.main, front.Infer(number, method, metas, None), payload)
+        self.requests.infer(self.main, front.Infer(number, method, metas, None, places), payload)
 
     async def steps(self):
         """What the group is sent next."""
@@ -101,8 +101,19 @@ async def test_instances_are_answered_in_their_order_and_fail_one_by_one():
         front.InstanceError,
         front.InstanceOutputs,
     ]
-    assert reply.results[1] == front.InstanceError("StepError", "boom")
+    text = "instance 1: method 'echo', 'stage 1': the model raised boom"
+    assert reply.results[1] == front.InstanceError("StepError", text)
     assert values == [1, 10, 3, 30]
+
+
+@asynchronous
+async def test_errors_name_the_instance_of_the_clients_request():
+    s = Setting(window=1)
+    s.infer(1, 1, method="echo", places=(7,))
+    await s.steps()
+    s.cluster.failure(0, "boom")
+    reply, _ = await s.answer()
+    assert reply.results[0].message.startswith("instance 7: ")
 
 
 @asynchronous

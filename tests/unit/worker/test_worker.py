@@ -404,7 +404,9 @@ async def test_requests_that_fail(tmp_path, free_port):
         assert await leader.next(group.FailureNoted) == group.FailureNoted(generation, 0)
         leader.send(group.Output(generation, 0), bytes(64))
         reply = await main.next(front.Reply)
-        assert reply.results == [front.InstanceError("StepError", "IndexError: 9")]
+        assert reply.results == [
+            front.InstanceError("StepError", "instance 0: method 'predict', 'stage 1': the model raised IndexError: 9")
+        ]
 
 
 @asynchronous
