@@ -114,10 +114,10 @@ def startup_agents(
 ) -> None:
     """Starts all agents of this host, returns once all are registered, and keeps them alive in the background.
 
-    May be called before or after the server is there. model_files: per rank of this host, in rank order, a graph file
-    or a list of them (its subgraphs); group_config_files: the same for the configs, by default the group_config.json
-    beside each graph file. Agent i listens on agent_start_port + i. agent_ip and rank_start, both or neither, say who
-    this host is where the rank table has none of its addresses. join_secret_file,
+    May be called before or after the server is there; its host's name has to be known. model_files: per rank of this
+    host, in rank order, a graph file or a list of them (its subgraphs); group_config_files: the same for the configs,
+    by default the group_config.json beside each graph file. Agent i listens on agent_start_port + i. agent_ip and
+    rank_start, both or neither, say who this host is where the rank table has none of its addresses. join_secret_file,
     ssl_config, insecure: as in start_servable; a certificate is for this host's address in the table (or agent_ip).
     Errors name the file, rank or count that is wrong.
     """
