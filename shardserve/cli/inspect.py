@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from shardserve.cli.progress import shown_progress
 from shardserve.errors import ShardError
 from shardserve.shards.config import CONFIG_FILE, ShardConfig, TensorSpec
 
@@ -31,7 +32,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    shards = [_shard(directory) for directory in _devices(args.directory)]
+    with shown_progress() as progress:
+        directories = _devices(args.directory)
+        shards = []
+        for done, directory in enumerate(directories):
+            progress("reading shards", done, len(directories))
+            shards.append(_shard(directory))
     first = shards[0]["config"]
     for shard in shards:
         if shard["config"].export_id != first.export_id:
@@ -39,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{**shard, "config": shard["config"].to_dict()} for shard in shards], indent=2))
         return 0
-    print(f"{first.name}: {first.rank_size} ranks, {first.stage_size} pipeline stages, export {first.export_id}")
+    ranks, stages = _counted(first.rank_size, "rank"), _counted(first.stage_size, "pipeline stage")
+    print(f"{first.name}: {ranks}, {stages}, export {first.export_id}")
     for name, bounds in first.signature.dims.items():
         print(f"  dim {name}: {bounds}")
     for condition in first.signature.conditions:
@@ -80,6 +87,10 @@ def _shard(directory: Path) -> dict[str, Any]:
         "operators": len(graph.nodes) - sum(kinds.values()),
         "collectives": dict(kinds),
     }
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _print_tensors(what: str, specs: tuple[TensorSpec, ...]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from serving import export_transformer
+from terminal import OnTerminal
 
 from shardserve.cli import main
 
@@ -36,6 +37,26 @@ def test_json(exported, capsys):
     shards = json.loads(capsys.readouterr().out)
     assert [shard["config"]["rank"] for shard in shards] == [0, 1, 2, 3]
     assert shards[3]["collectives"] == {"all_reduce": 4}
+
+
+def test_on_a_terminal_a_bar_while_it_reads_and_the_same_output(exported):
+    piped = subprocess.run(
+        [sys.executable, "-m", "shardserve.cli", "inspect", exported], check=True, capture_output=True, text=True
+    )
+    assert piped.stderr == ""
+    assert not {character for character in piped.stdout if ord(character) < 32} - {"\n"}
+    with OnTerminal(("inspect", exported)) as command:
+        drawn = command.read_to_end()
+        assert command.process.stdout.read() == piped.stdout
+        assert command.process.wait(10) == 0
+    assert "\rreading shards: 0 of 4 |" in drawn
+    assert not drawn.split("\r")[-2].strip()
+
+
+def test_whoever_reads_it_may_have_enough_before_the_end(exported):
+    line = f"{sys.executable} -m shardserve.cli inspect {exported} --json | head -n 1"
+    done = subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[\n", "")
 
 
 def test_errors_name_the_folder(exported, tmp_path, capsys):
