@@ -1,1 +1,6 @@
-"""Measurements, each by one command, each beside a floor or a peer measured in the same run. Results go to results/."""
+"""Measurements, each beside a floor or a peer in the same run. `make bench` runs all."""
+
+import os
+
+# gRPC logs each connection that a stopped floor closes.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -1,17 +1,25 @@
-"""The floor of every front end: a bare gRPC server that decodes and encodes the same messages and does nothing else.
+"""The floor of every front end: a bare server that decodes and encodes the same messages and does nothing else.
 
-`python -m benchmarks.echo sync|aio` serves on a free port of 127.0.0.1, prints it, and ends with its standard input.
+`python -m benchmarks.echo sync|aio|rest` serves on a free port of 127.0.0.1, prints it, ends with its standard input.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from concurrent import futures
 from typing import Any
 
 import grpc
+import msgspec
 import numpy as np
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from shardserve.wire.stubs import ms_service_pb2 as pb
 from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceServicer, add_MSServiceServicer_to_server
@@ -55,8 +63,30 @@ async def serve_aio() -> None:
     await server.stop(0)
 
 
+async def rest_answer(request: Request) -> Response:
+    """Reads the input as an array, as the front end does, and replies with as many rows of 16 numbers."""
+    instance = msgspec.json.decode(await request.body())["instances"]
+    x = np.array(instance["x"], np.float32)
+    y = Y[: len(x)].tolist()
+    return Response(msgspec.json.encode({"instances": [{"y": y}]}), media_type="application/json")
+
+
+async def serve_rest() -> None:
+    app = Starlette(routes=[Route("/model/matmul:predict", rest_answer, methods=["POST"])])
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    print(listener.getsockname()[1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    server.should_exit = True
+    await serving
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "sync":
         serve_sync()
-    else:
+    elif sys.argv[1] == "aio":
         asyncio.run(serve_aio())
+    else:
+        uvloop.run(serve_rest())

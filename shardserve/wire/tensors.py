@@ -6,6 +6,7 @@ to its message alone, so what a Worker reads is writable; the client copies once
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -131,13 +132,15 @@ def decode(meta: TensorMeta, data: Buffer | Payload, where: str = "value") -> Va
 
     One str or bytes of shape () or (1,) comes back as such, several as an array of dtype object.
     """
-    check_meta(meta, where)
+    dtype = DTYPES.get(meta.dtype)
     size = data.nbytes if isinstance(data, memoryview | np.ndarray) else len(data)
+    if dtype is not None and size == meta.nbytes and -1 not in meta.shape and len(meta.shape) <= MAX_DIMS:
+        # numpy finds whatever else can be wrong; what it is, is worked out below.
+        with contextlib.suppress(ValueError):
+            return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)
+    check_meta(meta, where)
     if size != meta.nbytes:
         raise InvalidInput(f"{where}: {size} bytes came where {meta.nbytes} were announced")
-    dtype = DTYPES.get(meta.dtype)
-    if dtype is not None:
-        return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)
     raw = bytes(cast(Buffer, data))
     values: list[str | bytes] = []
     at = 0

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import nsmallest
 from itertools import count
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,7 @@ from shardserve.servable import Model
 from shardserve.shards.config import Signature, TensorSpec, describe
 from shardserve.shards.expressions import parse
 from shardserve.wire.frames import Payload, split
-from shardserve.worker.padding import Lengths, Padding
+from shardserve.worker.padding import Lengths, Padding, Shapes
 
 if TYPE_CHECKING:
     from shardserve.worker.sessions import Session
@@ -36,6 +37,9 @@ PATIENCE = 60.0
 
 # Calls share a batch if what they are padded to is at most so many times the smallest of them.
 PAD_LIMIT = 2.0
+
+# Combinations of shapes that a model's checks remember.
+FORMS = 1024
 
 _numbers = count()
 
@@ -111,6 +115,14 @@ class Batching:
             self._instance = self._instance_signature(front)
             if self._padding is not None and self._instance is None:
                 raise ConfigError("pad: the inputs' other dims depend on the batch dim")
+        front_of_outputs = self._dim or self._size
+        self._divided = [bool(spec.shape) and spec.shape[0] == front_of_outputs for spec in signature.outputs]
+        self._dtypes = tuple(spec.dtype for spec in signature.inputs)
+        self._output_dtypes = [dtype_of(spec) for spec in signature.outputs]
+        # The same shapes come again and again, and working out what they mean takes longer than the rest.
+        self._shapes_key = lru_cache(FORMS)(self._find_shapes_key)
+        self._fit = lru_cache(FORMS)(self._find_fit)
+        self._outputs = lru_cache(FORMS)(self._find_outputs)
 
     def _find_batch_dim(self) -> int | str:
         positions, count = self._model.without_batch_dim_inputs, len(self._signature.inputs)
@@ -174,27 +186,24 @@ class Batching:
         for spec, value in zip(self._signature.inputs, arrays, strict=True):
             if isinstance(value, str | bytes):
                 raise InvalidInput(f"input '{spec.name}' must have dtype {spec.dtype}, got {type(value).__name__}")
-        return self._key(cast(Sequence[Array], arrays))
+        checked = cast(Sequence[Array], arrays)
+        key = self._shapes_key(tuple([a.shape for a in checked]), tuple([a.dtype for a in checked]))
+        if self._model.with_batch_dim and not all(self._batched):
+            return key + tuple(a.tobytes() for a, batched in zip(checked, self._batched, strict=True) if not batched)
+        return key
 
-    def _key(self, arrays: Sequence[Array]) -> Key:
+    def _find_shapes_key(self, shapes: Shapes, dtypes: tuple[np.dtype[Any], ...]) -> Key:
+        names = tuple(dtype.name for dtype in dtypes)
         if self._instance is not None:
-            specs = self._instance.inputs
-            given = {spec.name: array.shape for spec, array in zip(specs, arrays, strict=True)}
-            self._instance.bind(given, {spec.name: a.dtype.name for spec, a in zip(specs, arrays, strict=True)})
-        shapes = self._shapes(arrays, self.lengths(arrays))
-        self._padded_size(arrays, shapes, self._smallest)
-        shared = (a.tobytes() for a, batched in zip(arrays, self._batched, strict=True) if not batched)
-        return (*self._shared_shapes(arrays, shapes), *(shared if self._model.with_batch_dim else ()))
-
-    def _shared_shapes(self, arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]]) -> Key:
-        """What calls of one batch have in common. Under conditions only what is padded to the same size is known to be
-        taken together."""
+            inputs = [spec.name for spec in self._instance.inputs]
+            given = dict(zip(inputs, shapes, strict=True))
+            self._instance.bind(given, dict(zip(inputs, names, strict=True)))
+        padded = self._padded_shapes(shapes, [self._own_lengths(shapes)])
+        self._fit(padded, names, self._smallest)
+        # Under conditions only what is padded to the same size is known to be taken together.
         if self._padding is None or self._signature.conditions:
-            return (*shapes,)
-        return tuple(
-            a.shape if (axis := self._padding.axes.get(i)) is None else a.shape[: axis.axis] + a.shape[axis.axis + 1 :]
-            for i, a in enumerate(arrays)
-        )
+            return padded
+        return self._padding.without_padded(shapes)
 
     @property
     def _smallest(self) -> int:
@@ -202,15 +211,14 @@ class Batching:
 
     def lengths(self, arrays: Sequence[Array]) -> Lengths:
         """An instance's sizes of the dims that are padded; none if the model declares none."""
-        return self._padding.lengths(arrays) if self._padding is not None else ()
+        return self._own_lengths(tuple([a.shape for a in arrays])) if self._padding is not None else ()
 
-    def _shapes(self, arrays: Sequence[Array], *lengths: Lengths) -> list[tuple[int, ...]]:
+    def _own_lengths(self, shapes: Shapes) -> Lengths:
+        return self._padding.lengths(shapes) if self._padding is not None else ()
+
+    def _padded_shapes(self, shapes: Shapes, lengths: Sequence[Lengths]) -> Shapes:
         """The shapes of an instance's inputs when it shares a batch with others of these lengths."""
-        padding = self._padding
-        if padding is None:
-            return [a.shape for a in arrays]
-        targets = padding.targets(lengths)
-        return [padding.padded_shape(i, a.shape, targets) for i, a in enumerate(arrays)]
+        return shapes if self._padding is None else self._padding.padded_shapes(shapes, self._padding.targets(lengths))
 
     def held_until(self, call: Call) -> float:
         """How long a call waits for others to share its batch: the model's delay, but at most half of the time that it
@@ -240,20 +248,19 @@ class Batching:
             chosen.append(call)
         return chosen
 
-    def _padded_size(
-        self, arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]], count: int
-    ) -> tuple[int, dict[str, int]]:
+    def _find_fit(self, shapes: Shapes, dtypes: tuple[str, ...], count: int) -> tuple[int, dict[str, int]]:
         """The smallest batch size of at least `count` that the export takes, and the dims with it. shapes: of each
         instance's inputs."""
-        dtypes = {spec.name: a.dtype.name for spec, a in zip(self._signature.inputs, arrays, strict=True)}
+        specs = self._signature.inputs
+        names = {spec.name: dtype for spec, dtype in zip(specs, dtypes, strict=True)}
         refused: InvalidInput | None = None
         for size in range(count, max(self._largest, count) + 1):
             sizes = {
                 spec.name: (size, *shape) if batched else shape
-                for spec, shape, batched in zip(self._signature.inputs, shapes, self._batched, strict=True)
+                for spec, shape, batched in zip(specs, shapes, self._batched, strict=True)
             }
             try:
-                return size, self._signature.bind(sizes, dtypes)
+                return size, self._signature.bind(sizes, names)
             except InvalidInput as error:
                 refused = refused or error
                 if not self._signature.conditions:
@@ -264,8 +271,8 @@ class Batching:
     def make_batch(self, calls: Sequence[Call]) -> Batch:
         """One batch of calls that have the same key, at most `max_size` of them."""
         first = calls[0].arrays
-        shapes = self._shapes(first, *(call.lengths for call in calls))
-        size, dims = self._padded_size(first, shapes, max(len(calls), self._smallest))
+        shapes = self._padded_shapes(tuple([a.shape for a in first]), [call.lengths for call in calls])
+        size, dims = self._fit(shapes, self._dtypes, max(len(calls), self._smallest))
         arrays = []
         for i, batched in enumerate(self._batched):
             if batched:
@@ -283,24 +290,30 @@ class Batching:
 
     def split_batch(self, batch: Batch, payload: Payload) -> list[tuple[Array, ...]]:
         """Each call's outputs, in the order of the signature's, as views of the payload."""
-        specs = self._signature.outputs
-        shapes = [self._signature.resolve(spec, batch.dims) for spec in specs]
-        sizes = [int(np.prod(shape)) * dtype_of(spec).itemsize for spec, shape in zip(specs, shapes, strict=True)]
+        shapes, sizes = self._outputs(tuple(batch.dims.items()))
+        views = split(payload, sizes)
         outputs = [
-            view.view(dtype_of(spec)).reshape(shape)
-            for spec, shape, view in zip(specs, shapes, split(payload, sizes), strict=True)
+            view.view(dtype).reshape(shape)
+            for view, dtype, shape in zip(views, self._output_dtypes, shapes, strict=True)
         ]
         if not self._model.with_batch_dim:
             return [tuple(outputs)]
-        front = self._dim or self._size
-        has_batch = [bool(spec.shape) and spec.shape[0] == front for spec in specs]
         results = [
-            tuple(output[i, ...] if batched else output for output, batched in zip(outputs, has_batch, strict=True))
+            tuple(
+                [output[i, ...] if batched else output for output, batched in zip(outputs, self._divided, strict=True)]
+            )
             for i in range(len(batch.calls))
         ]
         if self._padding is None:
             return results
         return [self._cut(result, call, batch.dims) for result, call in zip(results, batch.calls, strict=True)]
+
+    def _find_outputs(self, dims: tuple[tuple[str, int], ...]) -> tuple[Shapes, list[int]]:
+        """The shapes of the outputs with these dims, and their sizes in bytes."""
+        sizes = dict(dims)
+        shapes = tuple(self._signature.resolve(spec, sizes) for spec in self._signature.outputs)
+        bytes_of = zip(shapes, self._output_dtypes, strict=True)
+        return shapes, [prod(shape) * dtype.itemsize for shape, dtype in bytes_of]
 
     def _cut(self, outputs: tuple[Array, ...], call: Call, dims: dict[str, int]) -> tuple[Array, ...]:
         """One instance's outputs, in the shapes that they have for its own lengths."""

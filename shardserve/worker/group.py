@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
@@ -205,7 +207,7 @@ class ReplicaGroup:
         timer = self._loop.call_later(self._settings.step_timeout, self._step_timed_out, number)
         self._steps[number] = StepInFlight(batch, False, timer)
         step = group.Step(self.generation, number, batch.subgraph, batch.dims)
-        buffers = [array.reshape(-1).view("uint8").data for array in batch.arrays]
+        buffers = [array.reshape(-1).view(np.uint8).data for array in batch.arrays]
         for agent in self.agents.values():
             agent.stream.send(step, buffers if agent.stage == 0 else ())
 

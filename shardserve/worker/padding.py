@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +16,8 @@ from shardserve.shards.expressions import parse
 
 Array = npt.NDArray[np.generic]
 Lengths = tuple[int, ...]
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ class Padding:
             specs[number] = TensorSpec(specs[number].name, specs[number].dtype, tuple(shape))
         return tuple(specs), {dim.name: DimRange(0, dim.sizes.max) for dim in self.dims}
 
-    def lengths(self, arrays: Sequence[Array]) -> Lengths:
-        """An instance's own sizes of the padded dims."""
+    def lengths(self, shapes: Shapes) -> Lengths:
+        """An instance's own sizes of the padded dims, of the shapes of its inputs."""
         found = [0] * len(self.dims)
         for number, axis in self.axes.items():
-            found[axis.dim] = arrays[number].shape[axis.axis]
+            found[axis.dim] = shapes[number][axis.axis]
         return tuple(found)
 
     def targets(self, lengths: Sequence[Lengths]) -> Lengths:
@@ -131,12 +133,20 @@ class Padding:
         """What an instance of these sizes costs, in elements for each that isn't padded."""
         return prod(self.targets([lengths]))
 
-    def padded_shape(self, number: int, shape: tuple[int, ...], targets: Lengths) -> tuple[int, ...]:
-        """The shape of input `number` of an instance, padded to `targets`."""
-        axis = self.axes.get(number)
-        if axis is None:
-            return shape
-        return (*shape[: axis.axis], targets[axis.dim], *shape[axis.axis + 1 :])
+    def padded_shapes(self, shapes: Shapes, targets: Lengths) -> Shapes:
+        """The shapes of an instance's inputs, padded to `targets`."""
+        return self._replaced(shapes, lambda axis: (targets[axis.dim],))
+
+    def without_padded(self, shapes: Shapes) -> Shapes:
+        """What is left of the shapes without the padded dims."""
+        return self._replaced(shapes, lambda axis: ())
+
+    def _replaced(self, shapes: Shapes, sizes: Callable[[PaddedAxis], Shape]) -> Shapes:
+        changed = list(shapes)
+        for number, axis in self.axes.items():
+            shape = shapes[number]
+            changed[number] = (*shape[: axis.axis], *sizes(axis), *shape[axis.axis + 1 :])
+        return tuple(changed)
 
     def fill(self, number: int, rows: Sequence[Array], shape: tuple[int, ...]) -> Array:
         """These rows of input `number` in one array of (len(rows), *shape), filled up with the value declared."""
