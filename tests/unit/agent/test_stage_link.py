@@ -256,7 +256,7 @@ def test_neither_end_waits_for_the_other(free_port):
 
 def test_links_end_with_their_sockets(free_port):
     with Stage(free_port) as stage:
-        before = len(os.listdir("/proc/self/fd"))
+        before, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
         for counter in range(20):
             sender, receiver = Lifetime(Generation(1, counter)), Lifetime(Generation(1, counter))
             accepting = stage.accept(receiver)
@@ -264,4 +264,7 @@ def test_links_end_with_their_sockets(free_port):
             accepting.result()
             sender.end()
             receiver.end()
+        # A descriptor is closed by the last thread that uses it.
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(10)
         assert len(os.listdir("/proc/self/fd")) == before
