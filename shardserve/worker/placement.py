@@ -22,12 +22,14 @@ def ranks_and_files(servable: Servable, serve: launch.Serve) -> tuple[RankTable,
     if serve.devices is None:
         if model.files is not None:
             raise ConfigError(
-                f"servable {servable.name!r} is not distributed (declare_model): start it with server.start_servables"
+                f"servable {servable.name!r} is not distributed (declare_model): start it with server.start_servables "
+                "(shardserve up --devices)"
             )
         return load_rank_table(serve.rank_table_json_file, model.rank_size, model.stage_size), ()
     if model.files is None:
         raise ConfigError(
-            f"servable {servable.name!r} is distributed (declare_servable): start it with distributed.start_servable"
+            f"servable {servable.name!r} is distributed (declare_servable): start it with distributed.start_servable "
+            "(shardserve up --model-dir)"
         )
     folder = Path(serve.servable_directory) / servable.name / str(serve.version)
     files = tuple(str(folder / file) for model in servable.models for file in model.files or ())

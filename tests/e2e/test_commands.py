@@ -247,3 +247,23 @@ def test_piped_up_writes_no_control_characters(subgraphs):
         assert line.startswith(b"ready: words of 2 ranks; gRPC on unix:")
         assert (output, errors) == (b"", b"")
         served.wait_all_ended(5)
+
+
+def test_the_wrong_kind_is_an_error_that_names_the_option(local, subgraphs):
+    with Served(local) as served:
+        for folder, flags, said in (
+            (
+                local,
+                ("--model-dir", subgraphs / "model" / "read"),
+                "start it with server.start_servables (shardserve up --devices)",
+            ),
+            (subgraphs, ("--devices", "0"), "has no version"),
+        ):
+            command = [SCRIPT, "up", folder, *flags, *served.fronts, *served.agents]
+            done = subprocess.run(
+                list(map(str, command)), cwd=local, env=served._environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1
+            assert said in done.stderr
+            assert "Traceback" not in done.stderr
+        served.wait_all_ended(5)
