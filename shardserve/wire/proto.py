@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from shardserve.errors import InvalidInput
@@ -18,10 +19,10 @@ def from_tensor(tensor: pb.Tensor, where: str) -> tuple[TensorMeta, bytes]:
         raise InvalidInput(f"{where}: unknown dtype number {tensor.dtype}")
     shape = tuple(tensor.shape.dims)
     if tensor.dtype in (STRING, BYTES):
-        parts = tensor.bytes_val
+        parts = list(tensor.bytes_val)
         data = b"".join(parts)
         meta = TensorMeta(name, shape, len(data), tuple(map(len, parts)))
-        if tensor.dtype == STRING:
+        if tensor.dtype == STRING and not data.isascii():
             for part in parts:
                 to_text(part, where)
     else:
@@ -39,10 +40,8 @@ def to_tensor(tensor: pb.Tensor, meta: TensorMeta, data: Buffer | Payload) -> No
     if meta.lengths is None:
         tensor.data = raw
         return
-    at = 0
-    for length in meta.lengths:
-        tensor.bytes_val.append(raw[at : at + length])
-        at += length
+    ends = list(itertools.accumulate(meta.lengths))
+    tensor.bytes_val.extend([raw[end - length : end] for end, length in zip(ends, meta.lengths, strict=True)])
 
 
 def from_instance(instance: pb.Instance, where: str) -> tuple[dict[str, TensorMeta], list[Buffer]]:

@@ -116,6 +116,23 @@ def test_calls_under_way_are_bounded(monkeypatch):
     predict(test)
 
 
+def test_many_strings_and_small_calls_meanwhile():
+    many = np.array([f"ñ{i}" for i in range(100_000)], object)
+
+    async def test(launcher, worker, client, address):
+        call = client.infer_async([{"x": many}, {"x": np.array([["a"], ["b"]])}])
+        small = 0
+        while not call.done():
+            assert len(await client.infer(X)) == 1
+            small += 1
+        first, second = await call
+        assert first["x"].tolist() == many.tolist()
+        assert second["x"].tolist() == [["a"], ["b"]]
+        assert small
+
+    predict(test)
+
+
 def test_names_that_are_wrong_say_what_there_is():
     async def test(launcher, worker, client, address):
         for arguments, text in [

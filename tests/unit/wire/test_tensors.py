@@ -134,6 +134,12 @@ def test_a_wrong_proto_tensor_is_named(tensor, text):
         proto.from_tensor(tensor, "instance 0, input 'x'")
 
 
+def test_strings_that_are_utf_8_only_together_are_refused():
+    tensor = pb.Tensor(dtype=pb.MS_STRING, bytes_val=[b"a\xc3", b"\xb1"], shape=pb.TensorShape(dims=[2]))
+    with pytest.raises(InvalidInput, match="UTF-8"):
+        proto.from_tensor(tensor, "instance 0, input 'x'")
+
+
 def test_a_whole_instance():
     values = {"x": np.ones((2, 2), np.float32), "name": "n", "empty": np.empty((0,), np.int8)}
     metas, buffers = tensors.encode_instance(values, "instance 0")
