@@ -1,6 +1,8 @@
 """Large JSON bodies: read and written by a real process, while Main answers others."""
 
 import asyncio
+import os
+import select
 import signal
 import time
 
@@ -15,6 +17,7 @@ from shardserve.client import AsyncClient
 from shardserve.errors import InvalidInput, MessageTooLarge, StepError, Unavailable
 from shardserve.main.json_bodies import LARGE, JsonBodies
 from shardserve.wire import tensors
+from shardserve.wire.messages import launch
 
 ARRAY = np.arange(2 * LARGE, dtype=np.float32).reshape(64, -1)
 
@@ -120,5 +123,27 @@ def test_others_are_answered_while_a_large_body_is_read_and_written():
                 assert np.array_equal(np.float32(msgspec.json.decode(reply.content)["instances"][0]["x"]), large)
                 print(f"{took:.2f} s, {len(times)} small calls, the longest {max(times):.3f} s")
                 assert max(times) < took / 6
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_the_process_ends_with_main(how):
+    async def run():
+        async with Launcher() as launcher:
+            base = f"http://{await launcher.rest()}"
+            async with attached(launcher, Worker()), httpx.AsyncClient(timeout=60) as http:
+                reply = await http.post(f"{base}/model/echo:predict", json={"instances": {"x": ARRAY.tolist()}})
+                assert reply.status_code == 200
+                [process] = psutil.Process(launcher.process.pid).children()
+                ended = os.pidfd_open(process.pid)
+                if how == "stop":
+                    await launcher.order(launch.Stop, 1.0)
+                else:
+                    launcher.process.kill()
+                await asyncio.to_thread(launcher.process.wait, 10)
+                ready, _, _ = await asyncio.to_thread(select.select, [ended], [], [], 10)
+                os.close(ended)
+                assert ready
 
     asyncio.run(run())
