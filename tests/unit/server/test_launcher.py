@@ -33,7 +33,10 @@ def test_distributed_port_in_use(tmp_path, free_port):
         ("x = nonsense\n", "net/servable_config.py, line 1: NameError: name 'nonsense' is not defined"),
         ("", "net/servable_config.py: declares no model"),
         ("import sys\nsys.exit(0)\n", "net/servable_config.py, line 2: SystemExit: 0"),
-        (SERVABLE.replace("rank_size=2", "rank_size=3"), "ranks.json: $ has 2 ranks; the servable declares rank_size=3"),
+        (
+            SERVABLE.replace("rank_size=2", "rank_size=3"),
+            "ranks.json: $ has 2 ranks; the servable declares rank_size=3",
+        ),
     ],
 )
 def test_servable_that_is_wrong(tmp_path, free_port, text, said):
