@@ -8,6 +8,7 @@ import queue
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,8 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
     """The life of a forked agent; its exit code: 0 told to leave, 1 an error, which is in `last_words`."""
     try:
         settings = Settings.from_environment()
+        # Inputs in shared memory are read-only; no operator that a shard may call writes its arguments.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         torch.set_num_threads(request.threads)
         # SIGALRM's default action ends the process, whatever keeps the load from ending.
         signal.setitimer(signal.ITIMER_REAL, settings.load_timeout)
@@ -98,7 +101,7 @@ class Agent:
             self._registered = False
             try:
                 door = Door(self._security, "Worker", settings.join_timeout, address)
-                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent)
+                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent, share=True)
             except OSError as error:
                 logger.warning("rank %d: %s; trying again", self._request.rank, error)
             else:

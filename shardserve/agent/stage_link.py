@@ -63,7 +63,7 @@ class OutgoingLink:
             if lifetime.ended:
                 raise GenerationEnded from None
             raise
-        self._frames: Frames = FrameSocket(entered, group.OnStageLink)
+        self._frames: Frames = FrameSocket(entered, group.OnStageLink, share=True)
         self._queue: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
         lifetime.on_end(self.abort)
         self._frames.send(group.StageHello(lifetime.generation, rank))
@@ -76,6 +76,7 @@ class OutgoingLink:
         while (item := self._queue.get()) is not None:
             step, tensors = item
             try:
+                self._frames.take_acceptance()
                 self._frames.send(group.Transfer(self._lifetime.generation, step), buffers_of(tensors))
             except Exception as error:  # noqa: BLE001
                 # Also what a device raises while the tensors are copied from it; the next stage would wait for ever.
@@ -195,7 +196,7 @@ class Newcomer:
         self._entrance = door.entrance(connection)
         self._frames: Frames | None = None
         if self._entrance is None:
-            self._frames = FrameSocket(connection, group.OnStageLink)
+            self._frames = FrameSocket(connection, group.OnStageLink, share=True)
 
     def progress(self) -> group.StageHello | None:
         """Takes what is there; the hello when it is complete."""
@@ -227,7 +228,7 @@ class Newcomer:
             self._entrance = None
             tls = entrance.tls
             self._frames = FrameSocket(
-                self.connection if tls is None else TLSSocket(self.connection, tls), group.OnStageLink
+                self.connection if tls is None else TLSSocket(self.connection, tls), group.OnStageLink, share=True
             )
 
     def taken(self) -> Frames:

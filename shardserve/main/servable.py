@@ -251,7 +251,7 @@ class Servable:
             if not same_user(sock):
                 raise StartError(f"{self}: @{self._address} belongs to another user")
             stream: FrameStream[front.ToMain] = FrameStream(
-                front.ToMain, self._on_frame, lambda reason: self._on_lost(stream, reason)
+                front.ToMain, self._on_frame, lambda reason: self._on_lost(stream, reason), share=True
             )
             self._stream = stream
             await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=sock)

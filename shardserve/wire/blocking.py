@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from shardserve.wire.frames import Buffer, FrameReader, Payload, encode
+from shardserve.wire.frames import Buffer, FrameReader, Payload, control, encode
+from shardserve.wire.shared import SharedPath
 from shardserve.wire.tls import TLSSocket
 
 M = TypeVar("M")
@@ -27,9 +28,12 @@ class FrameSocket(Generic[M]):
     end of the connection. `close` may be called by any thread and ends both; the descriptor is closed by the last of
     the threads inside, so that none of them ever reads or writes what has taken over its number."""
 
-    def __init__(self, connection: socket.socket | TLSSocket, union: Any) -> None:
+    def __init__(self, connection: socket.socket | TLSSocket, union: Any, share: bool = False) -> None:
         self._socket = connection
-        self._reader: FrameReader[M] = FrameReader(union)
+        self._shared: SharedPath | None = None
+        if share and isinstance(connection, socket.socket) and connection.family == socket.AF_UNIX:
+            self._shared = SharedPath(self._send_control)
+        self._reader: FrameReader[M] = FrameReader(union, shared=self._shared)
         self._ready: deque[tuple[M, Payload]] = deque()
         self._sending = threading.Lock()
         self._state = threading.Lock()
@@ -49,7 +53,13 @@ class FrameSocket(Generic[M]):
             self._leave()
 
     def send(self, message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> None:
-        pieces = [memoryview(piece).cast("B") for piece in encode(message, buffers)]
+        self._send_pieces(encode(message, buffers, self._shared))
+
+    def _send_control(self, record: bytes) -> None:
+        self._send_pieces([control(record)])
+
+    def _send_pieces(self, buffers: list[Buffer]) -> None:
+        pieces = [memoryview(piece).cast("B") for piece in buffers]
         self._enter()
         try:
             with self._sending:
@@ -65,6 +75,19 @@ class FrameSocket(Generic[M]):
             if sent:
                 pieces[0] = pieces[0][sent:]
 
+    def take_acceptance(self) -> None:
+        """Where nobody calls `receive`: hears whether the other side takes shared memory, if that was asked."""
+        if self._shared is None or self._shared.accepted or not self._shared.offered:
+            return
+        assert isinstance(self._socket, socket.socket)
+        self._enter()
+        try:
+            with contextlib.suppress(BlockingIOError):
+                count = self._socket.recv_into(self._reader.buffer(), 0, socket.MSG_DONTWAIT)
+                self._ready.extend(self._reader.advance(count))
+        finally:
+            self._leave()
+
     def set_timeout(self, seconds: float | None) -> None:
         self._socket.settimeout(seconds)
 
@@ -73,6 +96,8 @@ class FrameSocket(Generic[M]):
             if self._closed:
                 return
             self._closed = True
+            if self._shared is not None:
+                self._shared.close()
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             if not self._inside:

@@ -1,8 +1,10 @@
 """The frame layout of every stream between our processes, and the parser that blocking and asyncio readers share.
 
 A frame is a 12-byte prefix (little-endian: header length u32, payload length u64), a msgpack header that decodes to one
-message of the link's union, and the raw bytes of that message's tensors, each padded to `ALIGNMENT`. The transport
-resends nothing: a connection that ends, ends with whatever was under way.
+message of the link's union, and the raw bytes of that message's tensors, each padded to `ALIGNMENT`. The two highest
+bits of the payload's length say whether it is the payload, or where it lies in shared memory, or, without a header, a
+control record of that (see wire/shared.py). The transport resends nothing: a connection that ends, ends with whatever
+was under way.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from shardserve.errors import MessageTooLarge
+from shardserve.wire.shared import SMALLEST, Parcel, SharedError, SharedPath
 
 PREFIX = struct.Struct("<IQ")
 ALIGNMENT = 64
 MAX_HEADER = 64 << 20
 MAX_PAYLOAD = 64 << 30
 SCRATCH = 64 << 10
+KIND_SHIFT = 62
+SHARED, CONTROL = 1 << KIND_SHIFT, 2 << KIND_SHIFT
+LENGTH = SHARED - 1
 
 Payload = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
@@ -40,8 +46,11 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buffer]:
-    """The pieces of one frame, to be written in order; the buffers themselves are not copied.
+def encode(
+    message: msgspec.Struct, buffers: Iterable[Buffer] | Parcel = (), shared: SharedPath | None = None
+) -> list[Buffer]:
+    """The pieces of one frame, to be written in order; the buffers themselves are not copied, unless they are so large
+    that they go through `shared` memory.
 
     MessageTooLarge for one over the limits: the other side would end the connection, and all that is under way on it.
     """
@@ -61,8 +70,31 @@ def encode(message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> list[Buff
             f"tensors of {payload} bytes, described by {len(header)} bytes of names, shapes and lengths of strings, "
             f"are more than one message of a connection takes ({MAX_PAYLOAD} and {MAX_HEADER} bytes)"
         )
+    if shared is not None and payload >= SMALLEST and shared.ready():
+        place = _place(shared, buffers if isinstance(buffers, Parcel) else None, pieces[1:], payload)
+        if place is not None:
+            return [PREFIX.pack(len(header), SHARED | len(place)) + header + place]
     pieces[0] = PREFIX.pack(len(header), payload) + header
     return pieces
+
+
+def _place(shared: SharedPath, parcel: Parcel | None, pieces: list[Buffer], size: int) -> bytes | None:
+    def fill(memory: Payload) -> None:
+        at = 0
+        for piece in pieces:
+            part = np.frombuffer(piece, np.uint8)
+            memory[at : at + len(part)] = part
+            at += len(part)
+
+    if parcel is not None:
+        return shared.place(parcel, size, fill)
+    with Parcel(pieces) as alone:
+        return shared.place(alone, size, fill)
+
+
+def control(record: bytes) -> bytes:
+    """The frame of a control record of shared memory."""
+    return PREFIX.pack(0, CONTROL | len(record)) + record
 
 
 def split(payload: Payload, sizes: Sequence[int]) -> list[Payload]:
@@ -84,7 +116,13 @@ class FrameReader(Generic[M]):
     which whatever is not yet here is received directly.
     """
 
-    def __init__(self, union: Any, max_payload: int = MAX_PAYLOAD, max_header: int = MAX_HEADER) -> None:
+    def __init__(
+        self,
+        union: Any,
+        max_payload: int = MAX_PAYLOAD,
+        max_header: int = MAX_HEADER,
+        shared: SharedPath | None = None,
+    ) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
         self._max_payload = max_payload
         self._max_header = max_header
@@ -94,6 +132,8 @@ class FrameReader(Generic[M]):
         self._message: M | None = None
         self._payload: Payload | None = None
         self._filled = 0
+        self._shared = shared
+        self._kind = 0
 
     def buffer(self) -> memoryview:
         if self._payload is not None:
@@ -106,30 +146,34 @@ class FrameReader(Generic[M]):
         frames: list[tuple[M, Payload]] = []
         if self._payload is not None:
             self._filled += count
-            if self._filled < len(self._payload):
-                return frames
-            frames.append(self._finish())
+            if self._filled == len(self._payload):
+                self._finish(frames)
             return frames
         self._end += count
-        while (frame := self._parse()) is not None:
-            frames.append(frame)
+        while self._parse(frames):
+            pass
         return frames
 
-    def _parse(self) -> tuple[M, Payload] | None:
+    def _parse(self, frames: list[tuple[M, Payload]]) -> bool:
+        """Takes the next frame, if all of it is here."""
         held = self._end - self._start
         if held < PREFIX.size:
-            return None
-        header_size, payload_size = PREFIX.unpack_from(self._scratch, self._start)
+            return False
+        header_size, length = PREFIX.unpack_from(self._scratch, self._start)
+        payload_size, self._kind = length & LENGTH, length & ~LENGTH
+        if self._kind and self._shared is None:
+            raise FrameError("a frame of shared memory, on a connection that has none")
         if header_size > self._max_header or payload_size > self._max_payload:
             raise FrameError(f"a frame of {header_size} + {payload_size} bytes is over the limit of this connection")
         if held < PREFIX.size + header_size:
             self._make_room(PREFIX.size + header_size)
-            return None
+            return False
         at = self._start + PREFIX.size
-        try:
-            self._message = self._decoder.decode(memoryview(self._scratch)[at : at + header_size])
-        except msgspec.DecodeError as error:
-            raise FrameError(f"a header that is no message of this connection: {error}") from error
+        if self._kind != CONTROL:
+            try:
+                self._message = self._decoder.decode(memoryview(self._scratch)[at : at + header_size])
+            except msgspec.DecodeError as error:
+                raise FrameError(f"a header that is no message of this connection: {error}") from error
         at += header_size
         here = min(payload_size, self._end - at)
         self._payload = np.empty(payload_size, np.uint8)
@@ -138,14 +182,26 @@ class FrameReader(Generic[M]):
         self._start = at + here
         if self._start == self._end:
             self._start = self._end = 0
-        return self._finish() if here == payload_size else None
+        if here < payload_size:
+            return False
+        self._finish(frames)
+        return True
 
-    def _finish(self) -> tuple[M, Payload]:
-        assert self._message is not None
-        assert self._payload is not None
-        frame = self._message, self._payload
+    def _finish(self, frames: list[tuple[M, Payload]]) -> None:
+        message, payload, kind = self._message, self._payload, self._kind
+        assert payload is not None
         self._message, self._payload, self._filled = None, None, 0
-        return frame
+        if kind:
+            assert self._shared is not None
+            try:
+                if kind == CONTROL:
+                    self._shared.control(payload.tobytes())
+                    return
+                payload = self._shared.payload(payload.tobytes())
+            except SharedError as error:
+                raise FrameError(str(error)) from error
+        assert message is not None
+        frames.append((message, payload))
 
     def _make_room(self, wanted: int) -> None:
         """Moves what is held to the front of a scratch buffer of at least `wanted` bytes."""

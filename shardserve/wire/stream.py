@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, Payload, encode
+from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, Payload, control, encode
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
+from shardserve.wire.shared import Parcel, SharedPath
 from shardserve.wire.tls import RECEIVE, TLSSession, chunks
 
 M = TypeVar("M")
@@ -26,7 +27,8 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     A frame that doesn't parse ends the connection at once, as an exception of `on_frame` does; both reach `on_lost`.
     `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
     `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
-    the kernel hasn't taken yet, in bytes: callers bound their queues with it.
+    the kernel hasn't taken yet, in bytes: callers bound their queues with it. share: large payloads go through shared
+    memory where the connection is a Unix socket; what comes that way is read-only.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_made: Callable[[socket.socket], bool] | None = None,
         door: Door | None = None,
         on_admitted: Callable[[], None] | None = None,
+        share: bool = False,
     ) -> None:
         self._union = union
         self._max_payload = max_payload
@@ -52,6 +55,8 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._on_lost = on_lost
         self._on_made = on_made
         self._on_admitted = on_admitted
+        self._share = share
+        self._shared: SharedPath | None = None
         self._transport: asyncio.Transport | None = None
         self._reason: Exception | None = None
 
@@ -79,11 +84,13 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     def _admit(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
-        self._reader = FrameReader(self._union, self._max_payload)
         if self._entrance is not None:
             self._tls = self._entrance.tls
             self._entrance = None
             self._raw = bytearray(RECEIVE if self._tls is not None else 0)
+        if self._share and self._tls is None and self.peer_socket.family == socket.AF_UNIX:
+            self._shared = SharedPath(self._send_control)
+        self._reader = FrameReader(self._union, self._max_payload, shared=self._shared)
         if self._on_admitted is not None:
             self._on_admitted()
 
@@ -149,14 +156,20 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         if self._waiting is not None:
             self._waiting.cancel()
         self._transport = None
+        if self._shared is not None:
+            self._shared.close()
         self._on_lost(self._reason or exc)
 
-    def send(self, message: msgspec.Struct, buffers: Iterable[Buffer] = ()) -> bool:
+    def _send_control(self, record: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(control(record))
+
+    def send(self, message: msgspec.Struct, buffers: Iterable[Buffer] | Parcel = ()) -> bool:
         """Queues a frame; False if the connection is gone (whoever needs to know hears of it by `on_lost`)."""
         if self._transport is None or self._transport.is_closing():
             return False
         assert self._entrance is None, "nothing is sent before the other side is admitted"
-        pieces = encode(message, buffers)
+        pieces = encode(message, buffers, self._shared)
         if self._tls is None:
             self._transport.writelines(pieces)
             return True

@@ -18,6 +18,7 @@ import numpy as np
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
+from shardserve.wire.shared import Parcel
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
 from shardserve.worker.rendezvous import Rendezvous
@@ -208,8 +209,9 @@ class ReplicaGroup:
         self._steps[number] = StepInFlight(batch, False, timer)
         step = group.Step(self.generation, number, batch.subgraph, batch.dims)
         buffers = [array.reshape(-1).view(np.uint8).data for array in batch.arrays]
-        for agent in self.agents.values():
-            agent.stream.send(step, buffers if agent.stage == 0 else ())
+        with Parcel(buffers) as parcel:
+            for agent in self.agents.values():
+                agent.stream.send(step, parcel if agent.stage == 0 else ())
 
     def _step_timed_out(self, number: int) -> None:
         seconds = self._settings.step_timeout

@@ -306,6 +306,7 @@ class GroupConnection:
             on_made=self._made,
             door=worker.door,
             on_admitted=lambda: worker.admitted(self.stream),
+            share=True,
         )
 
     def _made(self, connection: socket.socket) -> bool:
@@ -356,7 +357,7 @@ class FrontConnection:
         self._worker = worker
         self._requests: Requests | None = None
         self.stream: FrameStream[front.ToWorker] = FrameStream(
-            front.ToWorker, self._frame, self._lost, on_made=_may_connect, on_admitted=self._made
+            front.ToWorker, self._frame, self._lost, on_made=_may_connect, on_admitted=self._made, share=True
         )
 
     def _made(self) -> None:

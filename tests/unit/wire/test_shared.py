@@ -1,0 +1,278 @@
+"""Large payloads through shared memory: real sockets, real processes, and never a byte that changes under a reader."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from shardserve.wire import shared
+from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.frames import FrameError
+from shardserve.wire.shared import PLACE, SMALLEST, Parcel, Pool, SharedError, SharedPath
+
+LARGE = 4 * SMALLEST
+
+
+class Note(msgspec.Struct, tag=True):
+    number: int
+
+
+class Pair:
+    """Two ends of a connection; what the second receives is read by a thread of its own."""
+
+    def __init__(self):
+        ours, theirs = socket.socketpair()
+        self.ours, self.theirs = (FrameSocket(end, Note, share=True) for end in (ours, theirs))
+        self.came = []
+        self.error = None
+        self.more = threading.Condition()
+        self.threads = [threading.Thread(target=self.read), threading.Thread(target=self.answer)]
+        for thread in self.threads:
+            thread.start()
+
+    def read(self):
+        try:
+            while True:
+                message, payload = self.theirs.receive()
+                with self.more:
+                    self.came.append((message.number, payload))
+                    self.more.notify()
+        except (EOFError, OSError):
+            pass
+        except FrameError as error:
+            self.error = error
+
+    def answer(self):
+        """Control records are all that comes back."""
+        with contextlib.suppress(EOFError, OSError):
+            self.ours.receive()
+
+    def send(self, number, size=LARGE):
+        self.ours.send(Note(number), [bytes([number % 256]) * size])
+
+    def get(self):
+        with self.more:
+            assert self.more.wait_for(lambda: self.came, 10)
+            return self.came.pop(0)
+
+    def accepted(self):
+        """Sends through the socket until the other side takes shared memory."""
+        accepted = threading.Event()
+        path = self.ours._shared
+        control = path.control
+
+        def hears(record):
+            control(record)
+            accepted.set()
+
+        path.control = hears
+        self.send(0)
+        number, payload = self.get()
+        assert (number, payload.flags.writeable) == (0, True)
+        assert accepted.wait(10)
+        assert path.accepted
+        return self
+
+    def close(self):
+        self.ours.close()
+        self.theirs.close()
+        for thread in self.threads:
+            thread.join(10)
+
+
+@pytest.fixture
+def pair():
+    with contextlib.closing(Pair()) as pair:
+        yield pair.accepted()
+
+
+def segments():
+    return len(shared.pool()._segments)
+
+
+def holds(payload, number):
+    return bool((payload == number % 256).all())
+
+
+def test_large_payloads_are_mapped_and_small_ones_sent(pair):
+    pair.send(1)
+    number, payload = pair.get()
+    assert number == 1
+    assert holds(payload, 1)
+    assert len(payload) == LARGE
+    assert not payload.flags.writeable
+    pair.send(2, 100)
+    assert pair.get()[1].flags.writeable
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_what_somebody_looks_at_is_never_used_again(pair):
+    kept = []
+    for number in range(1, 9):
+        pair.send(number)
+        kept.append(pair.get()[1])
+    assert segments() == 8
+    assert all(holds(payload, number) for number, payload in enumerate(kept, 1))
+    # A view of a view, a tensor, a memoryview: whatever is left of it.
+    kept[0] = kept[0][1000:2000].view(np.uint16)[::2]
+    kept[1] = torch.from_numpy(kept[1][:64]).view(torch.int32)
+    kept[2] = memoryview(kept[2])[5:6]
+    del kept[3:]
+    for number in range(100, 140):
+        pair.send(number)
+        assert holds(pair.get()[1], number)
+    assert segments() == 8
+    assert (kept[0] == 0x0101).all()
+    assert (kept[1] == 0x02020202).all()
+    assert kept[2][0] == 3
+
+
+def test_a_segment_is_used_again_when_nobody_looks_at_it(pair):
+    for number in range(1, 50):
+        pair.send(number, LARGE + number * 1000)
+        assert holds(pair.get()[1][: LARGE + number * 1000], number)
+    assert segments() <= 2
+
+
+def test_several_receivers_of_one_copy():
+    with contextlib.closing(Pair()) as one, contextlib.closing(Pair()) as other:
+        one.accepted()
+        other.accepted()
+        with Parcel([b"\7" * LARGE]) as parcel:
+            one.ours.send(Note(7), parcel)
+            other.ours.send(Note(7), parcel)
+        first, second = one.get()[1], other.get()[1]
+        assert segments() == 1
+        assert holds(first, 7)
+        del first
+        one.send(8)
+        assert holds(one.get()[1], 8)
+        assert holds(second, 7)
+        assert segments() == 2
+
+
+def test_a_connection_that_ends_leaves_its_reader_what_it_has():
+    with contextlib.closing(Pair()) as other:
+        other.accepted()
+        with contextlib.closing(Pair()) as ends:
+            ends.accepted()
+            ends.send(5)
+            kept = ends.get()[1]
+        for number in range(10, 20):
+            other.send(number)
+            assert holds(other.get()[1], number)
+        assert holds(kept, 5)
+        assert segments() <= 2
+
+
+def test_with_the_last_connection_all_ends(pair):
+    pair.send(1)
+    kept = pair.get()[1]
+    pair.close()
+    assert segments() == 0
+    assert holds(kept, 1)
+
+
+def test_memory_that_is_short_is_no_error(pair, monkeypatch):
+    monkeypatch.setattr(shared.pool(), "_limit", 3 * LARGE)
+    kept = []
+    for number in range(1, 7):
+        pair.send(number)
+        kept.append(pair.get()[1])
+    assert [payload.flags.writeable for payload in kept] == [False, False, False, True, True, True]
+    assert all(holds(payload, number) for number, payload in enumerate(kept, 1))
+
+
+def test_a_segment_that_can_not_be_made_is_no_error(pair, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    pair.send(1)
+    assert holds(pair.get()[1], 1)
+    assert segments() == 0
+
+
+def test_segments_of_other_sizes_make_room(monkeypatch):
+    pool = Pool(limit=8 * LARGE)
+    for size in (LARGE, 2 * LARGE, 6 * LARGE):
+        segment = pool.take(size)
+        pool.give_back(segment)
+    assert sum(segment.capacity for segment in pool._segments) <= 8 * LARGE
+    pool.abandon()
+
+
+def test_another_process_that_can_not_open_ours_gets_it_through_the_socket(monkeypatch):
+    monkeypatch.setattr(shared, "_can_open", lambda *_: False)
+    with contextlib.closing(Pair()) as pair:
+        for number in range(3):
+            pair.send(number)
+            assert pair.get()[1].flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (b"x", "a place of 1 bytes"),
+        (PLACE.pack(os.getpid(), 0, 512, 1, 4096, 1, 10), "word 512"),
+        (PLACE.pack(os.getpid(), 0, 0, 1, 4096, 1, 5000), "a place of 5000 bytes"),
+        (PLACE.pack(os.getpid(), 99999, 0, 1, 4096, 1, 10), "descriptor 99999 of process .*: No such file"),
+    ],
+)
+def test_places_that_can_not_be(place, message):
+    with pytest.raises(SharedError, match=message):
+        SharedPath(lambda record: None).payload(place)
+
+
+def test_memory_that_can_shrink_is_refused():
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, 2 * shared.PAGE)
+    try:
+        with pytest.raises(SharedError, match="is no segment of 4096 bytes"):
+            SharedPath(lambda record: None).payload(PLACE.pack(os.getpid(), fd, 0, 1, shared.PAGE, 1, 10))
+    finally:
+        os.close(fd)
+
+
+def test_a_connection_without_shared_memory_ends_when_it_is_sent_some():
+    ours, theirs = socket.socketpair()
+    sender, receiver = FrameSocket(ours, Note, share=True), FrameSocket(theirs, Note)
+    sender._shared.ready()
+    with pytest.raises(FrameError, match="on a connection that has none"):
+        receiver.receive()
+    sender.close()
+    receiver.close()
+
+
+def test_between_processes_of_which_one_is_killed():
+    """Nothing has a name, so nothing is left; who lives on reads what it had."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        child = FrameSocket(theirs, Note, share=True)
+        message, _ = child.receive()
+        child.send(Note(message.number), [b"\1" * LARGE])
+        child.take_acceptance()
+        child.receive()
+        child.send(Note(2), [b"\2" * LARGE])
+        signal.pause()
+    theirs.close()
+    parent = FrameSocket(ours, Note, share=True)
+    parent.send(Note(1))
+    assert parent.receive()[1].flags.writeable
+    parent.send(Note(2))
+    payload = parent.receive()[1]
+    assert not payload.flags.writeable
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(EOFError):
+        parent.receive()
+    parent.close()
+    assert holds(payload, 2)
