@@ -134,13 +134,15 @@ def decode(meta: TensorMeta, data: Buffer | Payload, where: str = "value") -> Va
     """
     dtype = DTYPES.get(meta.dtype)
     size = data.nbytes if isinstance(data, memoryview | np.ndarray) else len(data)
-    if dtype is not None and size == meta.nbytes and -1 not in meta.shape and len(meta.shape) <= MAX_DIMS:
-        # numpy finds whatever else can be wrong; what it is, is worked out below.
+    if dtype is not None and size == meta.nbytes > 0 and -1 not in meta.shape and len(meta.shape) <= MAX_DIMS:
+        # numpy finds whatever else can be wrong with one that isn't empty; what it is, is worked out below.
         with contextlib.suppress(ValueError):
             return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)
     check_meta(meta, where)
     if size != meta.nbytes:
         raise InvalidInput(f"{where}: {size} bytes came where {meta.nbytes} were announced")
+    if dtype is not None:
+        return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)
     raw = bytes(cast(Buffer, data))
     values: list[str | bytes] = []
     at = 0
