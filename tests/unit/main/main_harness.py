@@ -116,7 +116,7 @@ class Worker:
         connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
         self.lost = asyncio.Event()
         lost = self.lost
-        self._stream = FrameStream(front.ToWorker, self._on_frame, lambda reason: lost.set())
+        self._stream = FrameStream(front.ToWorker, self._on_frame, lambda reason: lost.set(), share=True)
         await asyncio.get_running_loop().create_unix_connection(lambda: self._stream, sock=connection)
         if self.greeting is not None:
             self.send(self.greeting)
