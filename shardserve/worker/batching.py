@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from shardserve.servable import Model
 from shardserve.shards.config import Signature, TensorSpec, describe
 from shardserve.shards.expressions import parse
 from shardserve.wire.frames import Payload, split
+from shardserve.worker.answer import Answer
 from shardserve.worker.padding import Lengths, Padding, Shapes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Call:
     arrays: tuple[Array, ...]
     key: Key
     deadline: float | None
-    answer: asyncio.Future[tuple[Array, ...]]
+    answer: Answer[tuple[Array, ...]]
     subgraph: int = 0
     session: Session | None = None
     endings: int = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from shardserve.errors import InvalidInput
 from shardserve.servable import Model, Servable
 from shardserve.shards.config import Signature
+from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Array, Batching, Call
 from shardserve.worker.scheduler import Scheduler
 from shardserve.worker.sessions import Session
@@ -32,7 +32,6 @@ class ModelCalls:
     def __init__(self, servable: Servable, scheduler: Scheduler) -> None:
         self._servable = servable
         self._scheduler = scheduler
-        self._loop = asyncio.get_running_loop()
 
     def session(self) -> Session | None:
         """For one method call of a stateful servable; `end` it."""
@@ -41,11 +40,17 @@ class ModelCalls:
     def end(self, session: Session) -> None:
         self._scheduler.release(session)
 
-    async def run(
-        self, model: Model, subgraph: int, values: Sequence[Any], deadline: float | None, session: Session | None
-    ) -> tuple[Array, ...]:
-        """One instance's outputs. InvalidInput if the model doesn't take these values."""
-        batchings = await self._scheduler.models_known()
+    @property
+    def known(self) -> bool:
+        """Whether the agents' signatures are known, so that `call` works."""
+        return self._scheduler.known_models is not None
+
+    def call(
+        self, model: Model, subgraph: int, values: Sequence[Any], deadline: float | None, session: Session | None = None
+    ) -> Call:
+        """One instance's call, for `submit`. InvalidInput if the model doesn't take these values."""
+        batchings = self._scheduler.known_models
+        assert batchings is not None
         number = program_number(self._servable, model, subgraph)
         count = len(model.files or batchings)
         if subgraph >= count:
@@ -54,8 +59,20 @@ class ModelCalls:
         batching.check_count(len(values))
         arrays = tuple(values)
         key = batching.key(arrays)
-        call = Call(
-            arrays, key, deadline, self._loop.create_future(), number, session, lengths=batching.lengths(arrays)
-        )
-        self._scheduler.submit(call)
+        return Call(arrays, key, deadline, Answer(), number, session, lengths=batching.lengths(arrays))
+
+    def enqueue(self, call: Call) -> None:
+        """Overloaded or Unavailable if it isn't taken; `start` when all are there that may share a batch."""
+        self._scheduler.enqueue(call)
+
+    def start(self) -> None:
+        self._scheduler.pump()
+
+    async def run(
+        self, model: Model, subgraph: int, values: Sequence[Any], deadline: float | None, session: Session | None
+    ) -> tuple[Array, ...]:
+        """One instance's outputs. InvalidInput if the model doesn't take these values."""
+        await self._scheduler.models_known()
+        call = self.call(model, subgraph, values, deadline, session)
+        self._scheduler.submit_soon(call)
         return await call.answer

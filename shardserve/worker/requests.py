@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from itertools import islice
 from typing import Any
 
-from shardserve.errors import InternalError, InvalidInput, NotFound, ShardserveError, StageError, StepError
+from shardserve.errors import InvalidInput, NotFound, ShardserveError, StageError, StepError
 from shardserve.servable import Method, ModelStage, PythonStage, Servable, Source
-from shardserve.wire.frames import Buffer, Payload, split
+from shardserve.wire.frames import Payload, split
 from shardserve.wire.messages import front
-from shardserve.wire.stream import FrameStream
-from shardserve.wire.tensors import decode_instance, encode_instance
+from shardserve.worker.direct import DirectRequest, model_raised, only_model
 from shardserve.worker.model_calls import ModelCalls
+from shardserve.worker.replies import Stream, decode_inputs, errors_answered, reply
 from shardserve.worker.sessions import Session
 from shardserve.worker.stages.pool import StagePool
-
-logger = logging.getLogger(__name__)
-
-Stream = FrameStream[front.ToWorker]
 
 
 class Requests:
@@ -31,8 +26,15 @@ class Requests:
         self._python_stages = python_stages
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._direct: dict[int, DirectRequest] = {}
 
     def infer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
+        method = self._servable.methods.get(message.method)
+        if method is not None and self._models.known and (stage := only_model(method)) is not None:
+            request = DirectRequest(stream, message, method, stage, self._forget)
+            self._direct[message.request] = request
+            request.start(self._models, payload)
+            return
         task = self._loop.create_task(self._answer(stream, message, payload))
         self._tasks[message.request] = task
         task.add_done_callback(lambda _: self._tasks.pop(message.request, None))
@@ -41,14 +43,22 @@ class Requests:
         task = self._tasks.get(request)
         if task is not None:
             task.cancel()
+        direct = self._direct.get(request)
+        if direct is not None:
+            direct.cancel()
 
     def cancel_all(self) -> None:
         """Main is gone; it submits again whatever it still needs."""
         for task in list(self._tasks.values()):
             task.cancel()
+        for direct in list(self._direct.values()):
+            direct.cancel()
+
+    def _forget(self, request: int) -> None:
+        self._direct.pop(request, None)
 
     async def _answer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
-        try:
+        with errors_answered(stream, message):
             method = self._servable.methods.get(message.method)
             if method is None:
                 raise NotFound(f"servable {self._servable.name!r} has no method {message.method!r}")
@@ -60,28 +70,7 @@ class Requests:
             ]
             # One instance needs no task of its own.
             results = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
-            self._reply(stream, message.request, results)
-        except ShardserveError as error:
-            stream.send(front.Failed(message.request, type(error).__name__, str(error)))
-        except Exception:
-            logger.exception("request of method %r failed", message.method)
-            text = "an internal error; the server's log has more"
-            stream.send(front.Failed(message.request, InternalError.__name__, text))
-
-    @staticmethod
-    def _reply(stream: Stream, request: int, results: list[dict[str, Any] | ShardserveError]) -> None:
-        outcomes: list[front.InstanceOutputs | front.InstanceError] = []
-        buffers: list[Buffer] = []
-        for i, result in enumerate(results):
-            if isinstance(result, ShardserveError):
-                if not result.in_reply:
-                    raise result
-                outcomes.append(front.InstanceError(type(result).__name__, str(result)))
-            else:
-                metas, parts = encode_instance(result, f"instance {i}")
-                outcomes.append(front.InstanceOutputs(metas))
-                buffers += parts
-        stream.send(front.Reply(request, outcomes), buffers)
+            reply(stream, message, results)
 
     async def _outcome(
         self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
@@ -94,13 +83,8 @@ class Requests:
     async def _run(
         self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
     ) -> dict[str, Any]:
-        given = decode_instance(metas, parts, where)
-        missing = [name for name in method.inputs if name not in given]
-        if missing:
-            raise InvalidInput(
-                f"{where}: input {missing[0]!r} is missing; {method.name} takes {', '.join(method.inputs)}"
-            )
-        values: dict[Source, Any] = {Source(0, i): given[name] for i, name in enumerate(method.inputs)}
+        given = decode_inputs(method, metas, parts, where)
+        values: dict[Source, Any] = {Source(0, i): value for i, value in enumerate(given)}
         session = self._models.session()
         try:
             for number, stage in enumerate(method.stages, start=1):
@@ -138,4 +122,4 @@ class Requests:
             gave = f"{', '.join(dict.fromkeys(makers))} gave what {stage.tag!r} doesn't take"
             raise StageError(f"method {method.name!r}, stage {gave}: {error}") from error
         except StepError as error:
-            raise StepError(f"{where}: method {method.name!r}, {stage.tag!r}: the model raised {error}") from error
+            raise model_raised(where, method, stage, error) from error

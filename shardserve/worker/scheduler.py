@@ -48,6 +48,7 @@ class Scheduler:
         self._forgive = forgive
         self._queue = CallQueue()
         self._delay_over: asyncio.TimerHandle | None = None
+        self._pumping = False
         self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
         self._closed: str | None = None
 
@@ -87,13 +88,33 @@ class Scheduler:
         assert self._batchings is not None
         return self._batchings[subgraph]
 
+    @property
+    def known_models(self) -> Sequence[Batching] | None:
+        """As `models_known` gives them; None as long as no agent has come."""
+        return self._batchings
+
     def submit(self, call: Call) -> None:
         """Overloaded if the queue is full, Unavailable if the servable has ended, Aborted if its session is void."""
+        self.enqueue(call)
+        self.pump()
+
+    def submit_soon(self, call: Call) -> None:
+        """As `submit`; calls that come in the same turn of the loop may share a batch."""
+        self.enqueue(call)
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._pumping = False
+        self.pump()
+
+    def enqueue(self, call: Call) -> None:
+        """As `submit`, but what it may share a batch with is still to come: `pump` then."""
         if self._closed is not None:
             raise Unavailable(self._closed)
         if call.session is not None:
             self._sessions.submit(call.session, call)
-            self._sessions.pump()
             return
         if len(self._queue) >= self._settings.queue_limit:
             raise Overloaded(f"{len(self._queue)} instances wait already (queue_limit)")
@@ -101,7 +122,6 @@ class Scheduler:
         self._queue.add(call)
         # A call whose client has left must not hold memory until its turn.
         call.answer.add_done_callback(lambda _: self._queue.discard(call))
-        self.pump()
 
     def pump(self) -> None:
         """Sends what can be sent."""

@@ -85,11 +85,12 @@ async def test_outputs_that_are_inputs():
 async def test_instances_are_answered_in_their_order_and_fail_one_by_one():
     s = Setting(window=1)
     s.infer(1, 1, 2, 3, method="echo")
-    await s.steps()
-    s.cluster.output(0, [10])
-    assert await s.steps() == [(1, [2, 3])]
-    s.cluster.failure(1, "boom")
-    s.cluster.output(1, [0, 0])
+    # All of a request's instances share a batch, also where a step could begin at once.
+    assert await s.steps() == [(0, [1, 2, 3])]
+    s.cluster.failure(0, "boom")
+    s.cluster.output(0, [0, 0, 0])
+    assert await s.steps() == [(1, [1])]
+    s.cluster.output(1, [10])
     await s.steps()
     s.cluster.failure(2, "boom")
     s.cluster.output(2, [0])
@@ -118,35 +119,69 @@ async def test_errors_name_the_instance_of_the_clients_request():
 
 @asynchronous
 async def test_what_is_of_the_server_fails_the_whole_request():
-    s = Setting(window=1, settings=quick(queue_limit=1))
-    s.infer(1, 1, 2, 3)
-    for number in range(2):
-        await s.steps()
-        s.cluster.output(number, [1])
-    for number in range(2, 4):
-        await s.steps()
-        s.cluster.output(number, [1])
+    s = Setting(window=1, settings=quick(queue_limit=2))
+    s.infer(1, 1, 2, 3, method="echo")
+    assert await s.steps() == [(0, [1, 2])]
+    s.cluster.output(0, [1, 2])
     message, _ = await s.answer()
-    assert message == front.Failed(1, "Overloaded", "1 instances wait already (queue_limit)")
+    assert message == front.Failed(1, "Overloaded", "2 instances wait already (queue_limit)")
+    s.infer(2, 1, 2, 3)
+    for number in range(1, 3):
+        assert await s.steps() == [(number, [1, 2])]
+        s.cluster.output(number, [1, 2])
+    message, _ = await s.answer()
+    assert message == front.Failed(2, "Overloaded", "2 instances wait already (queue_limit)")
 
 
+@pytest.mark.parametrize("method", ["echo", "twice"])
 @asynchronous
-async def test_a_bug_is_logged_and_not_told(caplog):
+async def test_a_request_that_is_refused_as_a_whole_is_answered(method):
     s = Setting()
-    s.cluster.scheduler.submit = None
-    s.infer(1, 5)
+    s.cluster.scheduler.close("the servable is stopped")
+    s.infer(1, 1, 2, method=method)
+    message, _ = await s.answer()
+    assert message == front.Failed(1, "Unavailable", "the servable is stopped")
+
+
+@pytest.mark.parametrize("method", ["echo", "twice"])
+@asynchronous
+async def test_a_bug_is_logged_and_not_told(caplog, method):
+    s = Setting()
+    s.cluster.scheduler.enqueue = None
+    s.infer(1, 5, method=method)
     message, _ = await s.answer()
     assert message == front.Failed(1, "InternalError", "an internal error; the server's log has more")
     assert "TypeError" in caplog.text
 
 
-@pytest.mark.parametrize("everything", [False, True])
 @asynchronous
-async def test_cancelled_requests_take_no_further_step(everything):
+async def test_a_bug_in_one_instance_leaves_no_other_under_way():
     s = Setting(window=1)
-    s.infer(1, 1)
-    s.infer(2, 2)
+    enqueue, taken = s.cluster.scheduler.enqueue, []
+
+    def second_fails(call):
+        if taken:
+            raise ValueError
+        taken.append(call)
+        enqueue(call)
+
+    s.cluster.scheduler.enqueue = second_fails
+    s.infer(1, 5, 6, method="echo")
+    message, _ = await s.answer()
+    assert message.error == "InternalError"
+    assert taken[0].answer.cancelled()
+    assert s.cluster.steps() == []
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("method", ["echo", "twice"])
+@asynchronous
+async def test_cancelled_requests_take_no_further_step(everything, method):
+    s = Setting(window=1)
+    s.infer(1, 1, method=method)
     assert await s.steps() == [(0, [1])]
+    s.infer(2, 2, method=method)
+    await asyncio.sleep(0)
     if everything:
         s.requests.cancel_all()
     else:
@@ -155,6 +190,6 @@ async def test_cancelled_requests_take_no_further_step(everything):
     s.requests.cancel(3)
     await asyncio.sleep(0)
     s.cluster.output(0, [1])
-    s.infer(4, 9)
+    s.infer(4, 9, method=method)
     assert await s.steps() == [(1, [9])]
     assert s.main.sent == []
