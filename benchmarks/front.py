@@ -20,7 +20,7 @@ CLIENTS = 32
 ROUNDS = 5
 SECONDS = 3.0
 GOAL = 0.7
-BODY = json.dumps({"instances": {"x": np.ones((8, 96)).tolist()}}).encode()
+BODY = json.dumps({"instances": {"x": np.ones((128, 96)).tolist()}}).encode()
 
 
 def rest(address: str) -> Call:

@@ -18,7 +18,7 @@ from shardserve.agent.forking import ForkRequest
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
-from shardserve.agent.tensors import buffers_of, tensors_of
+from shardserve.agent.tensors import Layout, buffers_of
 from shardserve.settings import Settings
 from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
@@ -53,6 +53,7 @@ class Membership:
     ) -> None:
         self.lifetime = lifetime
         self._programs = programs
+        self._layouts = [Layout(p.config.receives, p.config.signature, p.device) for p in programs]
         self._connection = connection
         config = programs[0].config
         self._first = config.stage == 0
@@ -102,7 +103,7 @@ class Membership:
         config = program.config
         program.begin()
         try:
-            inputs = tensors_of(payload, config.receives, config.signature, step.dims, program.device)
+            inputs = self._layouts[step.subgraph].tensors(payload, step.dims)
             return program.run(step.dims, inputs, self._collective)
         except (GenerationEnded, *BROKEN):
             raise

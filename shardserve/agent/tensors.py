@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,24 +12,38 @@ from torch import Tensor
 from shardserve.shards.config import Signature, TensorSpec
 from shardserve.wire.frames import Buffer, Payload, split
 
+# Combinations of dims whose shapes are remembered.
+REMEMBERED = 1024
+
 
 def buffers_of(tensors: Sequence[Tensor]) -> list[Buffer]:
     """The bytes of each tensor in C order, without a copy for those that are contiguous and on the CPU."""
-    return [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
+    return [tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
 
 
-def tensors_of(
-    payload: Payload,
-    specs: Sequence[TensorSpec],
-    signature: Signature,
-    dims: Mapping[str, int],
-    device: torch.device,
-) -> list[Tensor]:
-    """The tensors of a payload by their specs: views of it on the CPU. FrameError if it has another size."""
-    shapes = [signature.resolve(spec, dims) for spec in specs]
-    dtypes: list[torch.dtype] = [getattr(torch, spec.dtype) for spec in specs]
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-    return [
-        torch.from_numpy(view).view(dtype).reshape(shape).to(device)
-        for view, dtype, shape in zip(split(payload, sizes), dtypes, shapes, strict=True)
-    ]
+class Layout:
+    """How the tensors of these specs lie in a payload, on `device` when they are taken from it."""
+
+    def __init__(self, specs: Sequence[TensorSpec], signature: Signature, device: torch.device) -> None:
+        self._specs = specs
+        self._signature = signature
+        self._device = device
+        self._on_cpu = device.type == "cpu"
+        self._dtypes: list[torch.dtype] = [getattr(torch, spec.dtype) for spec in specs]
+        self._shapes = lru_cache(REMEMBERED)(self._find_shapes)
+
+    def _find_shapes(self, dims: tuple[tuple[str, int], ...]) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The shapes with these dims, and the sizes in bytes."""
+        sizes = dict(dims)
+        shapes = [self._signature.resolve(spec, sizes) for spec in self._specs]
+        pairs = zip(shapes, self._dtypes, strict=True)
+        return shapes, [math.prod(shape) * dtype.itemsize for shape, dtype in pairs]
+
+    def tensors(self, payload: Payload, dims: Mapping[str, int]) -> list[Tensor]:
+        """The tensors of a payload: views of it on the CPU. FrameError if it has another size."""
+        shapes, sizes = self._shapes(tuple(dims.items()))
+        tensors = [
+            torch.from_numpy(view).view(dtype).reshape(shape)
+            for view, dtype, shape in zip(split(payload, sizes), self._dtypes, shapes, strict=True)
+        ]
+        return tensors if self._on_cpu else [tensor.to(self._device) for tensor in tensors]

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from shardserve.agent.tensors import buffers_of, tensors_of
+from shardserve.agent.tensors import Layout, buffers_of
 from shardserve.shards.config import DTYPES, DimRange, Signature, TensorSpec
 from shardserve.wire.frames import FrameError, padded
 
 CPU = torch.device("cpu")
+LAYOUT = Layout([TensorSpec("t", "int32", (2,))], Signature({}, (), ()), CPU)
 
 
 def through_a_frame(tensors, specs, **dims):
@@ -14,7 +15,7 @@ def through_a_frame(tensors, specs, **dims):
     payload = b""
     for buffer in buffers_of(tensors):
         payload += bytes(buffer).ljust(padded(len(buffer)), b"\0")
-    return tensors_of(np.frombuffer(bytearray(payload), np.uint8), specs, signature, dims, CPU)
+    return Layout(specs, signature, CPU).tensors(np.frombuffer(bytearray(payload), np.uint8), dims)
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -55,7 +56,7 @@ def test_contiguous_tensors_are_not_copied():
 
 def test_tensors_are_views_of_the_payload():
     payload = np.zeros(64, np.uint8)
-    [tensor] = tensors_of(payload, [TensorSpec("t", "int32", (2,))], Signature({}, (), ()), {}, CPU)
+    [tensor] = LAYOUT.tensors(payload, {})
     payload[0] = 7
     assert tensor.tolist() == [7, 0]
 
@@ -63,4 +64,4 @@ def test_tensors_are_views_of_the_payload():
 @pytest.mark.parametrize("size", [0, 128])
 def test_payload_of_another_size(size):
     with pytest.raises(FrameError, match=rf"a payload of {size} bytes came where the header says 64"):
-        tensors_of(np.zeros(size, np.uint8), [TensorSpec("t", "int32", (2,))], Signature({}, (), ()), {}, CPU)
+        LAYOUT.tensors(np.zeros(size, np.uint8), {})
