@@ -15,10 +15,9 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from shardserve.agent.collectives.memory import create_memory, slot_size
-from shardserve.agent.forking import AgentProcess, ForkRequest, ForkServer
+from shardserve.agent.forking import AgentProcess, ForkServer
+from shardserve.agent.slots import AgentSlot, HostOptions, plan_slots
 from shardserve.errors import (
     CLASSES,
     ConfigError,
@@ -33,46 +32,13 @@ from shardserve.errors import (
 from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
-from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
-from shardserve.wire.messages.launch import UNGUARDED, SecurityFiles
 from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import connect_within, is_local, parse_address
 from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostOptions:
-    """What `startup_agents` was asked for. model_files: for each rank of this host, in rank order, the graph files of
-    its subgraphs; None where the Worker knows them (servables that are not distributed). group_config_files: as those.
-    vital: a rank that is given up ends them all, where nothing is left to serve without it. with_server: their server
-    is in this process, and says itself what it waits for.
-    """
-
-    distributed_address: str
-    model_files: tuple[tuple[str, ...], ...] | None
-    group_config_files: tuple[tuple[str | None, ...], ...]
-    agent_start_port: int
-    agent_ip: str | None
-    rank_start: int | None
-    device_type: str | None
-    vital: bool = False
-    with_server: bool = False
-    security: SecurityFiles = UNGUARDED
-
-
-@dataclass(eq=False)
-class AgentSlot:
-    """One rank of this host and the process that has it now."""
-
-    request: ForkRequest
-    shared_memory: int | None
-    restarts: RestartBudget
-    process: AgentProcess | None = None
-    given_up: str | None = None
 
 
 class Supervisor:
@@ -264,39 +230,10 @@ class Supervisor:
                 if slot.given_up is not None and self._stream is not None:
                     self._stream.send(group.GaveUp(slot.request.rank, slot.given_up))
             return
-        self._slots = self._plan(message)
+        self._slots = plan_slots(self._options, message, self._name, self._settings)
         await asyncio.gather(*(self._fork(slot) for slot in self._slots))
 
     # The agents.
-
-    def _plan(self, message: group.Enlisted) -> list[AgentSlot]:
-        options = self._options
-        per_stage = message.rank_size // message.stage_size
-        threads = self._settings.agent_threads or max(1, len(os.sched_getaffinity(0)) // len(message.ranks))
-        model_files, config_files = options.model_files, options.group_config_files
-        if model_files is None:
-            model_files = (message.model_files,) * len(message.ranks)
-            config_files = ((None,) * len(message.model_files),) * len(message.ranks)
-        for rank, graphs, configs in zip(message.ranks, model_files, config_files, strict=True):
-            for graph, config in zip(graphs, configs, strict=True):
-                _check_files(rank, rank % message.rank_size, graph, config)
-        memories = _group_memories(message.ranks, per_stage, slot_size(self._settings))
-        slots = []
-        for i, (rank, device) in enumerate(zip(message.ranks, message.devices, strict=True)):
-            request = ForkRequest(
-                rank=rank,
-                host=message.host,
-                device=f"cuda:{device}" if options.device_type == "cuda" else "cpu",
-                worker_address=options.distributed_address,
-                stage_port=options.agent_start_port + i,
-                threads=threads,
-                model_files=model_files[i],
-                config_files=config_files[i],
-                security=options.security,
-                supervisor=self._name,
-            )
-            slots.append(AgentSlot(request, memories.get(rank // per_stage), RestartBudget(self._settings)))
-        return slots
 
     def _start_fork_server(self) -> None:
         server = ForkServer()
@@ -411,23 +348,3 @@ def _named(error: Exception) -> ShardserveError:
         return error
     logger.error("the supervisor can't go on", exc_info=error)
     return InternalError(f"the supervisor can't go on: {type(error).__name__}: {error}")
-
-
-def _group_memories(ranks: tuple[int, ...], per_stage: int, slot_bytes: int) -> dict[int, int]:
-    """Shared memory for each tensor-parallel group all of whose ranks are here, by the group's number."""
-    memories = {}
-    for number in {rank // per_stage for rank in ranks}:
-        members = range(number * per_stage, (number + 1) * per_stage)
-        if per_stage > 1 and set(members) <= set(ranks):
-            memories[number] = create_memory(per_stage, slot_bytes)
-    return memories
-
-
-def _check_files(rank: int, local: int, model_file: str, config_file: str | None) -> None:
-    """What can be told without torch, before an agent is forked for it."""
-    if not os.path.isfile(model_file):
-        raise ConfigError(f"model_files: rank {rank}: there is no file {model_file}")
-    path = config_file or os.path.join(os.path.dirname(model_file), CONFIG_FILE)
-    config = ShardConfig.load(path)
-    if config.rank != local:
-        raise ConfigError(f"{path}: is the config of device{config.rank}; rank {rank} needs that of device{local}")

@@ -5,7 +5,8 @@ import functools
 
 import numpy as np
 
-from shardserve.agent.supervisor import HostOptions, Supervisor
+from shardserve.agent.slots import HostOptions
+from shardserve.agent.supervisor import Supervisor
 from shardserve.settings import Settings
 from shardserve.wire.frames import padded
 from shardserve.wire.messages import Generation, group
