@@ -18,6 +18,8 @@ PREFIX = "SHARDSERVE_"
 # As difflib counts it: STEP_TIMEOT and TIMEOUT are meant to be STEP_TIMEOUT; SERVICE_PORT is nothing of ours.
 MISSPELT = 0.7
 
+MOST_STEPS = 1 << 18
+
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
@@ -94,6 +96,11 @@ class Settings:
     steps_ahead: int = 1
     """Steps under way in a group beyond one a pipeline stage: a stage's next input is there when it has finished a
     step. The more there are, the earlier batches are closed, and the less is in them."""
+    timeline_steps: int = 4096
+    """Whose times each agent, and a Worker for each replica, remembers for `shardserve trace`, in about 300 bytes each;
+    at most 262144."""
+    timeline_timeout: float = 10.0
+    """For a Worker to tell Main what was recorded; for its agents to tell the Worker, half of that."""
     agent_threads: int = 0
     """Of torch's operators, in each agent. 0: the cores that this host's agents may use, shared out among them."""
     collective_slot_bytes: int = 1 << 20
@@ -110,6 +117,9 @@ class Settings:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"setting {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        # One message has to take them.
+        if self.timeline_steps > MOST_STEPS:
+            raise ConfigError(f"setting timeline_steps={self.timeline_steps} is more than {MOST_STEPS}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -8,6 +8,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ import torch
 from shardserve.agent.forking import ForkRequest, LastWords
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
+from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
 from shardserve.shards.program import Program
@@ -27,7 +29,8 @@ from shardserve.wire.sockets import Address, connect_within, listen_abstract, li
 
 logger = logging.getLogger(__name__)
 
-Order = tuple[group.ToAgent, Payload, Lifetime | None]
+Order = tuple[group.ToAgent, Payload, Lifetime | None, float]
+"""A message, its payload, for a Form the generation's lifetime, and when it came, on CLOCK_MONOTONIC."""
 
 
 def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) -> int:
@@ -75,6 +78,7 @@ class Agent:
         self._incarnation = 0
         self._registered = False
         self._dropped = 0
+        self._timeline = Timeline(settings.timeline_steps)
 
     def _listen(self) -> Sequence[socket.socket]:
         if self._programs[0].config.stage == 0:
@@ -114,7 +118,7 @@ class Agent:
     def _work(self, connection: Connection) -> bool:
         """Registers and follows orders; True when told to leave, False when the Worker is gone."""
         orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        reader = OrderReader(connection, orders)
+        reader = OrderReader(connection, orders, self._timeline)
         thread = threading.Thread(target=reader.read, name="orders", daemon=True)
         membership: Membership | None = None
         self._registered = False
@@ -122,10 +126,10 @@ class Agent:
             thread.start()
             connection.send(self._registration())
             while (order := orders.get()) is not None:
-                message, payload, lifetime = order
+                message, payload, lifetime, came = order
                 match message:
                     case group.Step():
-                        self._step(connection, membership, message, payload)
+                        self._step(connection, membership, message, payload, came)
                     case group.Form():
                         assert lifetime is not None
                         membership = self._form(connection, message, lifetime)
@@ -172,6 +176,7 @@ class Agent:
                 self._shared_memory,
                 self._settings,
                 self._security,
+                self._timeline,
             )
         except GenerationEnded:
             return None
@@ -182,12 +187,19 @@ class Agent:
         connection.send(group.Formed(form.generation))
         return membership
 
-    def _step(self, connection: Connection, membership: Membership | None, step: group.Step, payload: Payload) -> None:
+    def _step(
+        self,
+        connection: Connection,
+        membership: Membership | None,
+        step: group.Step,
+        payload: Payload,
+        received: float,
+    ) -> None:
         if membership is None or membership.lifetime.generation != step.generation or membership.lifetime.ended:
             self._dropped += 1
             return
         try:
-            membership.run(step, payload)
+            membership.run(step, payload, received)
         except GenerationEnded:
             self._dropped += 1
         except BROKEN as error:
@@ -210,11 +222,13 @@ def _check_device(request: ForkRequest) -> None:
 
 
 class OrderReader:
-    """The thread that reads the Worker's connection: queues its orders, and ends a generation's waits out of band."""
+    """The thread that reads the Worker's connection: queues its orders, and ends a generation's waits out of band. It
+    answers itself what was recorded: steps go on meanwhile."""
 
-    def __init__(self, connection: Connection, orders: queue.SimpleQueue[Order | None]) -> None:
+    def __init__(self, connection: Connection, orders: queue.SimpleQueue[Order | None], timeline: Timeline) -> None:
         self._connection = connection
         self._orders = orders
+        self._timeline = timeline
         self._lifetime: Lifetime | None = None
 
     def read(self) -> None:
@@ -231,7 +245,13 @@ class OrderReader:
             self._orders.put(None)
 
     def _take(self, message: group.ToAgent, payload: Payload) -> None:
+        came = time.monotonic()
         match message:
+            case group.AskTimes(request=request):
+                # On its own and first: the Worker takes the time that it was under way for its error.
+                self._connection.send(group.Clock(request, came))
+                self._connection.send(group.Times(request, self._timeline.times()))
+                return
             case group.FailureNoted() | group.StoreReply():
                 if self._lifetime is not None and self._lifetime.generation == message.generation:
                     self._lifetime.answer(message)
@@ -244,4 +264,4 @@ class OrderReader:
             case group.Exit():
                 if self._lifetime is not None:
                     self._lifetime.end()
-        self._orders.put((message, payload, self._lifetime if isinstance(message, group.Form) else None))
+        self._orders.put((message, payload, self._lifetime if isinstance(message, group.Form) else None, came))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,6 +20,7 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
 from shardserve.agent.tensors import Layout, buffers_of
+from shardserve.agent.timeline import Timeline
 from shardserve.settings import Settings
 from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
@@ -50,8 +52,10 @@ class Membership:
         shared_memory: int | None,
         settings: Settings,
         security: Security,
+        timeline: Timeline,
     ) -> None:
         self.lifetime = lifetime
+        self._timeline = timeline
         self._programs = programs
         self._layouts = [Layout(p.config.receives, p.config.signature, p.device) for p in programs]
         self._connection = connection
@@ -86,14 +90,20 @@ class Membership:
             shared_memory, rank, size, slot_size(settings), self.lifetime, settings.step_timeout
         )
 
-    def run(self, step: group.Step, payload: Payload) -> None:
-        """One step, from its inputs to what it sends. GenerationEnded when it was cut short."""
+    def run(self, step: group.Step, payload: Payload, received: float) -> None:
+        """One step, from its inputs to what it sends. received: when its header was here. GenerationEnded when it was
+        cut short."""
+        ready = received
         program = self._programs[step.subgraph]
         if self._incoming is not None:
             payload = self._incoming.receive(step.step)
+            ready = self._incoming.arrived
+        started = time.monotonic()
         if isinstance(self._collective, SharedMemoryCollective):
             self._collective.begin(step.step)
         outputs = self._execute(program, step, payload)
+        # Before anything is sent: whoever has the answer finds the step here.
+        self._timeline.record((step.generation, step.step, received, ready, started, time.monotonic()))
         if self._outgoing is not None:
             self._outgoing.send(step.step, outputs)
         elif self._answers:

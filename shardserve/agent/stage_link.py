@@ -102,7 +102,9 @@ class IncomingLink:
         security: Security = OPEN,
     ) -> None:
         self._lifetime = lifetime
-        self._queue: queue.SimpleQueue[tuple[int, Payload] | str | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Payload, float] | str | None] = queue.SimpleQueue()
+        # When what `receive` gave last was here, on CLOCK_MONOTONIC.
+        self.arrived = 0.0
         self._frames = _accept(listeners, lifetime, timeout, settings, security)
         lifetime.on_end(self.abort)
         threading.Thread(target=self._work, name="stage-receive", daemon=True).start()
@@ -113,7 +115,7 @@ class IncomingLink:
             raise GenerationEnded
         if isinstance(item, str):
             raise LinkBroken(f"the link from the previous pipeline stage broke: {item}")
-        number, payload = item
+        number, payload, self.arrived = item
         if number != step:
             raise LinkBroken(f"the previous pipeline stage is at step {number}, this one at {step}")
         return payload
@@ -124,7 +126,7 @@ class IncomingLink:
                 message, payload = self._frames.receive()
                 # A generation has a connection of its own: whatever comes on it is of this one.
                 assert isinstance(message, group.Transfer)
-                self._queue.put((message.step, payload))
+                self._queue.put((message.step, payload, time.monotonic()))
         except (OSError, EOFError, FrameError) as error:
             self._queue.put(str(error))
 

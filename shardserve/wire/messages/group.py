@@ -9,6 +9,7 @@ rank. `End` ends it: a rank that has left its waits answers `Parked`. Every mess
 from __future__ import annotations
 
 from shardserve.wire.messages import Generation, Message
+from shardserve.wire.messages.times import RankTimes
 
 
 class Join(Message, frozen=True):
@@ -203,6 +204,24 @@ class StoreReply(Message, frozen=True):
     value: bytes
 
 
+class AskTimes(Message, frozen=True):
+    """To an agent: what it has recorded of its steps. Answered by `Clock` at once, then by `Times`."""
+
+    request: int
+
+
+class Clock(Message, frozen=True):
+    """now: the agent's CLOCK_MONOTONIC when it read the request, in seconds."""
+
+    request: int
+    now: float
+
+
+class Times(Message, frozen=True):
+    request: int
+    times: RankTimes
+
+
 class StageHello(Message, frozen=True):
     """Agent to agent, first on a stage link: who sends, in which generation."""
 
@@ -217,7 +236,21 @@ class Transfer(Message, frozen=True):
     step: int
 
 
-FromGroup = Join | Introduce | Enlist | GaveUp | Register | Formed | Broken | Output | StepFailed | Parked | StoreCall
+FromGroup = (
+    Join
+    | Introduce
+    | Enlist
+    | GaveUp
+    | Register
+    | Formed
+    | Broken
+    | Output
+    | StepFailed
+    | Parked
+    | StoreCall
+    | Clock
+    | Times
+)
 ToSupervisor = Roster | Enlisted | HostWaits | HostReady | Kill | Forgive | Exit | Refuse
-ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply
+ToAgent = Registered | Form | Step | FailureNoted | End | Exit | Refuse | StoreReply | AskTimes
 OnStageLink = StageHello | Transfer
