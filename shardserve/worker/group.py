@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from shardserve.wire.shared import Parcel
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
 from shardserve.worker.rendezvous import Rendezvous
+from shardserve.worker.timeline import StepTimeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +62,11 @@ class StepInFlight:
     batch: Batch
     failed: bool
     timer: asyncio.TimerHandle
+    sent: float
 
 
 class ReplicaGroup:
-    """replica: its number. dropped: frames that came from an agent in another generation."""
+    """replica: its number. dropped: frames that came from an agent in another generation. timeline: its last steps."""
 
     def __init__(
         self, replica: int, rank_size: int, stage_size: int, window: int, owner: Owner, settings: Settings
@@ -75,6 +78,7 @@ class ReplicaGroup:
         self.endings = 0
         self.dropped = 0
         self.agents: dict[int, AgentHandle] = {}
+        self.timeline = StepTimeline(settings.timeline_steps)
         self._rank_size = rank_size
         self._per_stage = rank_size // stage_size
         self._leader = rank_size - self._per_stage
@@ -162,9 +166,11 @@ class ReplicaGroup:
         logger.warning("replica %d: generation %s ends: %s", self.replica, self.generation, reason)
         self.state = "ending"
         self.endings += 1
-        steps, self._steps = list(self._steps.values()), {}
-        for step in steps:
+        now = time.monotonic()
+        for number, step in self._steps.items():
             step.timer.cancel()
+            self.timeline.record(self.generation, number, step.batch, step.sent, now, step.failed, ended=True)
+        steps, self._steps = list(self._steps.values()), {}
         self._pending = set(self.agents)
         for agent in self.agents.values():
             agent.stream.send(group.End(self.generation))
@@ -206,7 +212,7 @@ class ReplicaGroup:
         assert self.has_room
         number, self._next_step = self._next_step, self._next_step + 1
         timer = self._loop.call_later(self._settings.step_timeout, self._step_timed_out, number)
-        self._steps[number] = StepInFlight(batch, False, timer)
+        self._steps[number] = StepInFlight(batch, False, timer, time.monotonic())
         step = group.Step(self.generation, number, batch.subgraph, batch.dims)
         buffers = [array.reshape(-1).view(np.uint8).data for array in batch.arrays]
         with Parcel(buffers) as parcel:
@@ -260,6 +266,7 @@ class ReplicaGroup:
             self._owner.group_changed()
 
     def _output(self, number: int, payload: Payload) -> None:
+        now = time.monotonic()
         step = self._steps.get(number)
         if step is None:
             self.dropped += 1
@@ -269,6 +276,7 @@ class ReplicaGroup:
             self._owner.answered(step.batch, payload)
         step.timer.cancel()
         del self._steps[number]
+        self.timeline.record(self.generation, number, step.batch, step.sent, now, step.failed, ended=False)
         self._owner.step_ended()
 
     def _step_failed(self, agent: AgentHandle, number: int, text: str) -> None:

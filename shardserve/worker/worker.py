@@ -24,6 +24,7 @@ from shardserve.worker.registry import HostHandle, Registry
 from shardserve.worker.requests import Requests
 from shardserve.worker.scheduler import Scheduler
 from shardserve.worker.stages.pool import StagePool
+from shardserve.worker.timeline import Inquiries
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Worker:
         ]
         self._scheduler = Scheduler(self._groups, settings, lambda rank: self._registry.forgive(rank))
         self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
+        self.inquiries = Inquiries(self._groups, settings)
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
         self._python_stages = StagePool(
@@ -317,7 +319,10 @@ class GroupConnection:
 
     def _frame(self, message: group.FromGroup, payload: Payload) -> None:
         if self._agent is not None and self._group is not None:
-            self._group.handle(self._agent, message, payload)
+            if isinstance(message, group.Clock | group.Times):
+                self._worker.inquiries.answered(self._agent, message)
+            else:
+                self._group.handle(self._agent, message, payload)
             return
         try:
             match message:
@@ -348,6 +353,7 @@ class GroupConnection:
         self._worker.left(self.stream, self._host)
         if self._agent is not None and self._group is not None:
             self._group.lost(self._agent)
+            self._worker.inquiries.lost(self._agent)
 
 
 class FrontConnection:
@@ -370,6 +376,8 @@ class FrontConnection:
                 self._requests.infer(self.stream, message, payload)
             case front.Cancel(request=request):
                 self._requests.cancel(request)
+            case front.AskTimeline(request=request):
+                self._worker.inquiries.ask(self.stream, request)
 
     def _lost(self, reason: Exception | None) -> None:
         if self._requests is not None:

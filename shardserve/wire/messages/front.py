@@ -1,4 +1,4 @@
-"""Main and Worker: requests one way, answers and the servable's state the other.
+"""Main and Worker: requests one way, answers and the servable's state the other; and what was recorded of its steps.
 
 Main connects to the Worker's front listener. The Worker sends an `Announce` at once and whenever it changes; after that
 Main may send `Infer`. A request is answered once, by `Reply` or `Failed`. Deadlines are readings of CLOCK_MONOTONIC,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from shardserve.wire.messages import Generation, Message, TensorMeta
+from shardserve.wire.messages.times import RankTimes, ReplicaTimes
 
 Instance = dict[str, TensorMeta]
 
@@ -105,5 +106,42 @@ class Announce(Message, frozen=True):
     replicas: tuple[ReplicaStatus, ...]
 
 
-ToWorker = Infer | Cancel
-ToMain = Reply | Failed | Announce
+class AskTimeline(Message, frozen=True):
+    """Answered by a `ReplicaTimeline` for each replica, a `RankTimeline` for each rank that is there, and then
+    `TimelineEnd`. Requests have numbers of their own."""
+
+    request: int
+
+
+class ReplicaTimeline(Message, frozen=True):
+    request: int
+    replica: int
+    times: ReplicaTimes
+
+
+class RankTimeline(Message, frozen=True):
+    """offset: how far the rank's clock is ahead of the Worker's, in seconds; error: by how much that may be wrong; both
+    0 on one host, which has one clock."""
+
+    request: int
+    rank: int
+    stage: int
+    host: str
+    device: str
+    pid: int
+    offset: float
+    error: float
+    times: RankTimes
+
+
+class TimelineEnd(Message, frozen=True):
+    """capacity: of how many steps times are kept. now: the Worker's clock. missing: ranks that did not answer."""
+
+    request: int
+    capacity: int
+    now: float
+    missing: tuple[int, ...]
+
+
+ToWorker = Infer | Cancel | AskTimeline
+ToMain = Reply | Failed | Announce | ReplicaTimeline | RankTimeline | TimelineEnd
