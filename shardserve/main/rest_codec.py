@@ -25,6 +25,8 @@ TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 OBJECTS = 2
 """Below the body itself: instances, and their base64 objects."""
 
+TOO_DEEP = "the body is nested too deeply"
+
 
 def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -> list[Decoded]:
     """The instances of a body. dtypes: what JSON numbers become, by input; without one, int32 and float32.
@@ -37,11 +39,14 @@ def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the body isn't JSON: {error}") from None
     except RecursionError:
-        raise InvalidInput("the body is nested too deeply") from None
+        raise InvalidInput(TOO_DEEP) from None
     if not isinstance(document, dict) or "instances" not in document:
         raise InvalidInput('the body isn\'t an object with "instances"')
-    if body.count(b":") != _keys(document, OBJECTS):
-        _refuse_duplicates(body)
+    try:
+        if body.count(b":") != _keys(document, OBJECTS):
+            _refuse_duplicates(body)
+    except RecursionError:  # Neither goes as deep as the fast decoder.
+        raise InvalidInput(TOO_DEEP) from None
     instances = document["instances"]
     if isinstance(instances, dict):
         return [_instance(instances, dtypes, "instances")]
@@ -71,7 +76,7 @@ def _refuse_duplicates(body: bytes) -> None:
             name = next(name for index, name in enumerate(names) if name in names[:index])
             raise InvalidInput(f"the body has an object with the key {name!r} twice")
 
-    # What has been read once can be read again; msgspec has checked the rest.
+    # msgspec has checked the rest.
     json.loads(body, object_pairs_hook=check)
 
 

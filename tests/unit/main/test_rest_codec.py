@@ -128,6 +128,15 @@ def test_a_body_that_is_wrong(body, text):
         rest_codec.decode_request(body, {}, 10)
 
 
+@pytest.mark.parametrize("inner", [b'"a:b"', b'{"a": 1}', b'{"a:": 1}', b'{"b64": ":"}'])
+@pytest.mark.parametrize("depth", [*range(40, 950, 100), *range(950, 1010)])
+def test_a_body_of_any_depth_is_read_or_refused(inner, depth):
+    # Each of those that look at it comes to its end at another depth.
+    body = b'{"instances": {"x": ' + b"[" * depth + inner + b"]" * depth + b"}}"
+    with pytest.raises(InvalidInput, match=r"nested (too deeply|more than 32 deep)$"):
+        raise rest_codec.decode_request(body, {}, 10)[0]
+
+
 @pytest.mark.parametrize(
     ("body", "key"),
     [
