@@ -34,8 +34,9 @@ class StepTimeline:
         self, generation: Generation, step: int, batch: Batch, sent: float, answered: float, failed: bool, ended: bool
     ) -> None:
         """Keeps nothing of the batch but its dims, which steps of the same shapes share."""
-        queued = min([call.arrived for call in batch.calls], default=sent)
-        size = len(batch.calls)
+        calls, size = batch.calls, len(batch.calls)
+        # Mostly there is one, and this is done for each step.
+        queued = calls[0].arrived if size == 1 else min([call.arrived for call in calls], default=sent)
         self._records.append(
             (generation, step, batch.subgraph, size, batch.dims, queued, sent, answered, failed, ended)
         )
