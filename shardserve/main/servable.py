@@ -19,18 +19,19 @@ from shardserve.errors import (
     Aborted,
     DeadlineExceeded,
     InternalError,
-    MessageTooLarge,
     Overloaded,
     ShardserveError,
     StartError,
     Unavailable,
     from_wire,
 )
+from shardserve.main.timeline import Inquiries
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, Payload, split
 from shardserve.wire.messages import front
 from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
+from shardserve.wire.stubs import shardserve_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Servable:
     _submitted: dict[int, _Waiting] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _inquiries: Inquiries = field(default_factory=Inquiries)
 
     def __str__(self) -> str:
         return f"servable {self.name!r} version {self.version}"
@@ -144,6 +146,13 @@ class Servable:
             self._withdraw(waiting)
             raise
 
+    async def timeline(self) -> pb.ServableTimeline:
+        """What its Worker and agents have recorded; Unavailable if there is no Worker now."""
+        if self._stream is None or not self._announced:
+            raise Unavailable(f"{self} has no Worker now: {self.reason}")
+        reply = pb.ServableTimeline(name=self.name, version=self.version)
+        return await self._inquiries.ask(self._stream.send, reply, str(self), self.settings.timeline_timeout)
+
     def fail_all(self, error: ShardserveError) -> None:
         """Answers whatever waits with `error`."""
         for waiting in list(self._waiting):
@@ -186,8 +195,12 @@ class Servable:
         infer = front.Infer(waiting.number, waiting.method, waiting.instances, waiting.deadline, waiting.places)
         try:
             self._stream.send(infer, waiting.buffers)
-        except MessageTooLarge as error:
+        except ShardserveError as error:
             self._answer(waiting, error)
+        except Exception:
+            # Left waiting, it would go to each Worker to come, and take its connection down.
+            logger.exception("%s: a request could not be sent to its Worker", self)
+            self._answer(waiting, InternalError("a bug in the server; its log has the traceback"))
 
     def _release(self, waiting: _Waiting) -> None:
         if self._waiting.pop(waiting, waiting) is None:
@@ -295,6 +308,7 @@ class Servable:
     def _disconnected(self) -> None:
         self._announced = False
         self._submitted.clear()
+        self._inquiries.fail(Unavailable(f"{self}: its Worker ended while it told what it recorded"))
         for waiting in list(self._waiting):
             waiting.number = 0
             if waiting.submissions >= self.settings.max_submissions:
@@ -312,6 +326,8 @@ class Servable:
                     self._answer(waiting, from_wire(message.error, message.message))
             case front.Announce():
                 self._on_announce(message)
+            case front.ReplicaTimeline() | front.RankTimeline() | front.TimelineEnd():
+                self._inquiries.take(message)
 
     def _on_announce(self, message: front.Announce) -> None:
         if (message.name, message.version) != (self.name, self.version):

@@ -5,11 +5,11 @@ import asyncio
 import pytest
 from main_harness import Worker, echo, keep
 
-from shardserve.errors import DeadlineExceeded, Overloaded, StartError, Unavailable
+from shardserve.errors import DeadlineExceeded, InternalError, Overloaded, StartError, Unavailable
 from shardserve.main.router import Router, infer
 from shardserve.settings import Settings
 from shardserve.wire import tensors
-from shardserve.wire.messages import front
+from shardserve.wire.messages import TensorMeta, front
 
 
 def run(test, **settings):
@@ -116,3 +116,32 @@ def test_nothing_is_attached_after_a_stop():
             await ask(router)
 
     run(test)
+
+
+def test_a_request_that_cannot_be_submitted_is_answered_and_let_go(caplog):
+    async def test(router, worker):
+        [servable] = router.servables
+        unsendable = [{"x": TensorMeta("int8", (1 << 70,), 1)}]  # No number that msgpack has.
+        with pytest.raises(InternalError, match=r"^a bug in the server; its log has the traceback$"):
+            await servable.infer("predict", unsendable, [b"1"], None)
+        assert (servable.waiting, servable.waiting_bytes) == ([], 0)
+        assert "servable 'echo' version 1: a request could not be sent to its Worker" in caplog.text
+        # Nor does one that waited for a Worker take its connection down when it comes.
+        await worker.die()
+        late = asyncio.create_task(servable.infer("predict", unsendable, [b"1"], None))
+        good = ask_later(servable)
+        await asyncio.sleep(0)  # Lets them wait.
+        worker.script = echo
+        await worker.start()
+        with pytest.raises(InternalError):
+            await late
+        assert len(await good) == 1
+        assert servable.counters.ignored_answers == 0
+
+    run(test)
+
+
+def ask_later(servable):
+    """As `ask`, of a servable whose Worker isn't there."""
+    instance, buffers = tensors.encode_instance({"x": 1}, "instance 0")
+    return asyncio.create_task(servable.infer("predict", [instance], buffers, None))
