@@ -1,4 +1,4 @@
-"""For users of a running server: `Client`, `AsyncClient`, their `SSLConfig`, and `status`. Needs no torch.
+"""For users of a running server: `Client`, `AsyncClient`, their `SSLConfig`, `status` and `timeline`. Needs no torch.
 
 from shardserve.client import Client
 
@@ -10,5 +10,6 @@ from shardserve.client.aio import AsyncClient
 from shardserve.client.channel import SSLConfig
 from shardserve.client.status import status
 from shardserve.client.sync import Client, InferFuture
+from shardserve.client.timeline import timeline
 
-__all__ = ["AsyncClient", "Client", "InferFuture", "SSLConfig", "status"]
+__all__ = ["AsyncClient", "Client", "InferFuture", "SSLConfig", "status", "timeline"]

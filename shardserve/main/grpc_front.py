@@ -1,4 +1,4 @@
-"""The gRPC front end: MSService.Predict, Admin.Status, grpc.health.v1 and server reflection."""
+"""The gRPC front end: MSService.Predict, Admin.Status and Timeline, grpc.health.v1 and server reflection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shardserve.errors import InternalError, ShardserveError, StartError
-from shardserve.main import addresses, status, tls
+from shardserve.main import addresses, status, timeline, tls
 from shardserve.main.router import Decoded, Router, check_count, infer
 from shardserve.main.servable import Result
 from shardserve.wire import proto
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PredictContext: TypeAlias = "grpc.aio.ServicerContext[pb.PredictRequest, pb.PredictReply]"
 StatusContext: TypeAlias = "grpc.aio.ServicerContext[shardserve_pb2.StatusRequest, shardserve_pb2.StatusReply]"
+TimelineContext: TypeAlias = "grpc.aio.ServicerContext[shardserve_pb2.TimelineRequest, shardserve_pb2.TimelineReply]"
 
 PREDICT = "mindspore.serving.proto.MSService"
 ADMIN = "shardserve.v1.Admin"
@@ -74,6 +75,15 @@ class Admin(shardserve_pb2_grpc.AdminServicer):
 
     async def Status(self, request: shardserve_pb2.StatusRequest, context: StatusContext) -> shardserve_pb2.StatusReply:
         return status.report(self._router)
+
+    async def Timeline(
+        self, request: shardserve_pb2.TimelineRequest, context: TimelineContext
+    ) -> shardserve_pb2.TimelineReply:
+        try:
+            return await timeline.report(self._router, request.name, request.version)
+        except ShardserveError as error:
+            await _abort(context, error)
+        raise AssertionError("abort raises")
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
@@ -198,6 +208,6 @@ def _error_msg(error: ShardserveError | None) -> pb.ErrorMsg:
     )
 
 
-async def _abort(context: PredictContext, error: ShardserveError) -> None:
+async def _abort(context: PredictContext | TimelineContext, error: ShardserveError) -> None:
     code = grpc.StatusCode[error.grpc_status]
     await context.abort(code, str(error)[:MAX_DETAILS], ((ERROR_CLASS, type(error).__name__),))

@@ -114,7 +114,7 @@ class Router:
         """
         if self._stopping:
             raise Unavailable("the server is stopping")
-        servable = self._find(name, version)
+        servable = self.find(name, version)
         announce = servable.check_available()
         info = announce.methods.get(method)
         if info is None:
@@ -122,7 +122,9 @@ class Router:
             raise NotFound(f"{servable} has no method {method!r}; it has: {there}")
         return servable, info
 
-    def _find(self, name: str, version: int) -> Servable:
+    def find(self, name: str, version: int) -> Servable:
+        """version 0: the latest that was ready, or the latest. NotFound says what there is instead; Unavailable if
+        there is nothing so far."""
         if not self._versions:
             raise Unavailable(f"servable {name!r} is not available yet: the server has no servable so far")
         versions = self._versions.get(name)

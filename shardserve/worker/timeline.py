@@ -95,7 +95,7 @@ class Inquiries:
         inquiry.timer = later(self._settings.timeline_timeout / 2, self._timed_out, number)
         self._end_if_complete(number, inquiry)
 
-    def answered(self, agent: AgentHandle, message: group.Clock | group.Times) -> None:
+    def answered(self, replica: ReplicaGroup, agent: AgentHandle, message: group.Clock | group.Times) -> None:
         """An answer that comes too late is nobody's."""
         inquiry = self._under_way.get(message.request)
         if inquiry is None or agent not in inquiry.pending:
@@ -108,6 +108,7 @@ class Inquiries:
         inquiry.stream.send(
             front.RankTimeline(
                 inquiry.request,
+                replica.replica,
                 agent.rank,
                 agent.stage,
                 agent.host,

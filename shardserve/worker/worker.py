@@ -320,7 +320,7 @@ class GroupConnection:
     def _frame(self, message: group.FromGroup, payload: Payload) -> None:
         if self._agent is not None and self._group is not None:
             if isinstance(message, group.Clock | group.Times):
-                self._worker.inquiries.answered(self._agent, message)
+                self._worker.inquiries.answered(self._group, self._agent, message)
             else:
                 self._group.handle(self._agent, message, payload)
             return

@@ -124,6 +124,7 @@ class RankTimeline(Message, frozen=True):
     0 on one host, which has one clock."""
 
     request: int
+    replica: int
     rank: int
     stage: int
     host: str

@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=shardserve__pb2.StatusRequest.SerializeToString,
                 response_deserializer=shardserve__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.Timeline = channel.unary_unary(
+                '/shardserve.v1.Admin/Timeline',
+                request_serializer=shardserve__pb2.TimelineRequest.SerializeToString,
+                response_deserializer=shardserve__pb2.TimelineReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -51,6 +56,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Timeline(self, request, context):
+        """When the last steps were queued, sent, started and finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=shardserve__pb2.StatusRequest.FromString,
                     response_serializer=shardserve__pb2.StatusReply.SerializeToString,
+            ),
+            'Timeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.Timeline,
+                    request_deserializer=shardserve__pb2.TimelineRequest.FromString,
+                    response_serializer=shardserve__pb2.TimelineReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Admin:
             '/shardserve.v1.Admin/Status',
             shardserve__pb2.StatusRequest.SerializeToString,
             shardserve__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Timeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardserve.v1.Admin/Timeline',
+            shardserve__pb2.TimelineRequest.SerializeToString,
+            shardserve__pb2.TimelineReply.FromString,
             options,
             channel_credentials,
             insecure,
