@@ -71,7 +71,7 @@ def measure(folder: Path) -> list[Row]:
         pad={"ids": (0, 0), "mask": (0, False)},
     )
     random = np.random.default_rng(5)
-    with up(folder, "encoder", OMP_NUM_THREADS="1") as server:
+    with up(folder, "encoder", SHARDSERVE_AGENT_THREADS="1") as server:
         for kind, goal in GOALS.items():
             requests = [
                 predict_request("encoder", [{"ids": random.integers(0, 1000, n), "mask": np.ones(n, bool)}])

@@ -103,6 +103,11 @@ class Settings:
     """For a Worker to tell Main what was recorded; for its agents to tell the Worker, half of that."""
     agent_threads: int = 0
     """Of torch's operators, in each agent. 0: the cores that this host's agents may use, shared out among them."""
+    shared_memory_bytes: int = 2 << 30
+    """Of large payloads on their way between processes of one host, for each that sends; over it, they go through
+    sockets."""
+    shared_memory_idle: float = 60.0
+    """How long such memory is kept when it isn't needed."""
     collective_slot_bytes: int = 1 << 20
     """Shared memory of one rank for one collective; larger tensors go in several pieces."""
 

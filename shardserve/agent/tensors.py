@@ -18,7 +18,8 @@ REMEMBERED = 1024
 
 def buffers_of(tensors: Sequence[Tensor]) -> list[Buffer]:
     """The bytes of each tensor in C order, without a copy for those that are contiguous and on the CPU."""
-    return [tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
+    # A column's reshape is a view with gaps, which can't be seen as bytes.
+    return [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
 
 
 class Layout:

@@ -96,12 +96,12 @@ class FrameSocket(Generic[M]):
             if self._closed:
                 return
             self._closed = True
-            if self._shared is not None:
-                self._shared.close()
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             if not self._inside:
                 self._socket.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def _enter(self) -> None:
         with self._state:

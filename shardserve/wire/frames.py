@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardserve.errors import MessageTooLarge
-from shardserve.wire.shared import SMALLEST, Parcel, SharedError, SharedPath
+from shardserve.wire.segments import Parcel
+from shardserve.wire.shared import SMALLEST, SharedError, SharedPath
 
 PREFIX = struct.Struct("<IQ")
 ALIGNMENT = 64
@@ -197,7 +198,7 @@ class FrameReader(Generic[M]):
                 if kind == CONTROL:
                     self._shared.control(payload.tobytes())
                     return
-                payload = self._shared.payload(payload.tobytes())
+                payload = self._shared.payload(payload.tobytes(), self._max_payload)
             except SharedError as error:
                 raise FrameError(str(error)) from error
         assert message is not None

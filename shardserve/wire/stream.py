@@ -13,7 +13,8 @@ import msgspec
 
 from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, Payload, control, encode
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
-from shardserve.wire.shared import Parcel, SharedPath
+from shardserve.wire.segments import Parcel
+from shardserve.wire.shared import SharedPath
 from shardserve.wire.tls import RECEIVE, TLSSession, chunks
 
 M = TypeVar("M")

@@ -134,7 +134,12 @@ def decode(meta: TensorMeta, data: Buffer | Payload, where: str = "value") -> Va
     """
     dtype = DTYPES.get(meta.dtype)
     size = data.nbytes if isinstance(data, memoryview | np.ndarray) else len(data)
-    if dtype is not None and size == meta.nbytes > 0 and -1 not in meta.shape and len(meta.shape) <= MAX_DIMS:
+    if (
+        dtype is not None
+        and size == meta.nbytes > 0
+        and min(meta.shape, default=0) >= 0
+        and len(meta.shape) <= MAX_DIMS
+    ):
         # numpy finds whatever else can be wrong with one that isn't empty; what it is, is worked out below.
         with contextlib.suppress(ValueError):
             return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)

@@ -19,7 +19,7 @@ import numpy as np
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
-from shardserve.wire.shared import Parcel
+from shardserve.wire.segments import Parcel
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
 from shardserve.worker.rendezvous import Rendezvous

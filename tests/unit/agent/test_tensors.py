@@ -47,6 +47,24 @@ def test_strides_and_gradients_do_not_matter():
     assert torch.equal(back, tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, 0],
+        lambda x: x[:, 0:1],
+        lambda x: x.diagonal(),
+        lambda x: x[::2, 0],
+        lambda x: x[:1].expand(3, 4),
+        lambda x: x.T,
+    ],
+)
+def test_views_of_every_kind(view, dtype):
+    tensor = view(torch.arange(12).reshape(3, 4).to(dtype))
+    [back] = through_a_frame([tensor], [TensorSpec("t", str(dtype).removeprefix("torch."), tuple(tensor.shape))])
+    assert torch.equal(back, tensor)
+
+
 def test_contiguous_tensors_are_not_copied():
     tensor = torch.zeros(4)
     [buffer] = buffers_of([tensor])

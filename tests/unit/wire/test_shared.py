@@ -1,7 +1,10 @@
 """Large payloads through shared memory: real sockets, real processes, and never a byte that changes under a reader."""
 
 import contextlib
+import errno
+import gc
 import os
+import resource
 import signal
 import socket
 import threading
@@ -11,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from shardserve.wire import segments as pools
 from shardserve.wire import shared
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError
-from shardserve.wire.shared import PLACE, SMALLEST, Parcel, Pool, SharedError, SharedPath
+from shardserve.wire.segments import MOST_SEGMENTS, PAGE, TOKEN, Parcel, Pool
+from shardserve.wire.shared import PLACE, SMALLEST, SharedError, SharedPath
 
 LARGE = 4 * SMALLEST
+NOBODY = bytes(TOKEN)
 
 
 class Note(msgspec.Struct, tag=True):
@@ -42,6 +48,8 @@ class Pair:
                 message, payload = self.theirs.receive()
                 with self.more:
                     self.came.append((message.number, payload))
+                    # Or this thread would look at it until the next one comes.
+                    del payload
                     self.more.notify()
         except (EOFError, OSError):
             pass
@@ -93,7 +101,7 @@ def pair():
 
 
 def segments():
-    return len(shared.pool()._segments)
+    return len(pools.pool()._segments)
 
 
 def holds(payload, number):
@@ -180,7 +188,7 @@ def test_with_the_last_connection_all_ends(pair):
 
 
 def test_memory_that_is_short_is_no_error(pair, monkeypatch):
-    monkeypatch.setattr(shared.pool(), "_limit", 3 * LARGE)
+    monkeypatch.setattr(pools.pool(), "_limit", 3 * LARGE)
     kept = []
     for number in range(1, 7):
         pair.send(number)
@@ -200,7 +208,7 @@ def test_a_segment_that_can_not_be_made_is_no_error(pair, monkeypatch):
 
 
 def test_segments_of_other_sizes_make_room(monkeypatch):
-    pool = Pool(limit=8 * LARGE)
+    pool = Pool(8 * LARGE, 60)
     for size in (LARGE, 2 * LARGE, 6 * LARGE):
         segment = pool.take(size)
         pool.give_back(segment)
@@ -220,24 +228,145 @@ def test_another_process_that_can_not_open_ours_gets_it_through_the_socket(monke
     ("place", "message"),
     [
         (b"x", "a place of 1 bytes"),
-        (PLACE.pack(os.getpid(), 0, 512, 1, 4096, 1, 10), "word 512"),
-        (PLACE.pack(os.getpid(), 0, 0, 1, 4096, 1, 5000), "a place of 5000 bytes"),
-        (PLACE.pack(os.getpid(), 99999, 0, 1, 4096, 1, 10), "descriptor 99999 of process .*: No such file"),
+        (PLACE.pack(os.getpid(), 99999, NOBODY, 0, 4096, 1, 10), "descriptor 99999 of process .*: No such file"),
+        (PLACE.pack(os.getpid(), 0, NOBODY, 0, 4096, 1, LARGE + 1), "is over the limit of this connection"),
     ],
 )
 def test_places_that_can_not_be(place, message):
     with pytest.raises(SharedError, match=message):
-        SharedPath(lambda record: None).payload(place)
+        SharedPath(lambda record: None).payload(place, LARGE)
 
 
 def test_memory_that_can_shrink_is_refused():
     fd = os.memfd_create("test")
-    os.ftruncate(fd, 2 * shared.PAGE)
+    os.ftruncate(fd, 2 * PAGE)
     try:
         with pytest.raises(SharedError, match="is no segment of 4096 bytes"):
-            SharedPath(lambda record: None).payload(PLACE.pack(os.getpid(), fd, 0, 1, shared.PAGE, 1, 10))
+            SharedPath(lambda record: None).payload(PLACE.pack(os.getpid(), fd, NOBODY, 0, PAGE, 1, 10), LARGE)
     finally:
         os.close(fd)
+
+
+def test_a_segment_that_another_took_the_number_of_is_refused():
+    pool = Pool(8 * LARGE, 60)
+    segment = pool.take(LARGE)
+    place = (os.getpid(), segment.fd, segment.token, 0, segment.capacity, 1)
+    try:
+        with pytest.raises(SharedError, match="is another segment than was said"):
+            SharedPath(lambda record: None).payload(PLACE.pack(*place[:2], NOBODY, *place[3:], 10), LARGE)
+        receiver = SharedPath(lambda record: None)
+        assert len(receiver.payload(PLACE.pack(*place, 10), LARGE)) == 10
+        for word, size in ((510, 10), (0, LARGE + 8 * PAGE)):
+            with pytest.raises(SharedError, match=f"a place of {size} bytes, word {word}"):
+                receiver.payload(PLACE.pack(*place[:3], word, *place[4:], size), 2 * LARGE)
+    finally:
+        pool.abandon()
+
+
+def test_of_several_receivers_one_is_gone_before_the_other_looks():
+    """The segment stays until the other has read it; nothing else takes its number or its memory meanwhile."""
+    with contextlib.closing(Pair()) as other:
+        other.accepted()
+        with contextlib.closing(Pair()) as one, contextlib.closing(Pair()) as late:
+            one.accepted()
+            late.accepted()
+            places = []
+            late.theirs._shared.payload, open_place = (
+                lambda *place: places.append(place) or np.zeros(1),
+                (late.theirs._shared.payload),
+            )
+            with Parcel([b"\7" * LARGE]) as parcel:
+                one.ours.send(Note(7), parcel)
+                late.ours.send(Note(7), parcel)
+            kept = one.get()[1]
+            late.get()
+            one.ours.close()
+            for number in range(20, 30):
+                other.send(number)
+                assert holds(other.get()[1], number)
+            read = open_place(*places[0])
+            assert holds(read, 7)
+            other.send(31)
+            assert holds(read, 7)
+            assert holds(kept, 7)
+            assert holds(other.get()[1], 31)
+            before = segments()
+            del read
+            other.send(32)
+            other.get()
+            assert segments() <= before
+
+
+def test_a_connection_that_was_closed_takes_no_part_any_more():
+    path = SharedPath(lambda record: None)
+    path.close()
+    assert not path.ready()
+    assert pools.pool().join(path) is None
+
+
+def test_without_descriptors_there_is_no_offer(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with contextlib.closing(Pair()) as pair:
+        for number in range(3):
+            pair.send(number)
+            assert pair.get()[1].flags.writeable
+
+
+def test_many_payloads_that_are_kept_need_few_descriptors(pair):
+    before = len(os.listdir("/proc/self/fd"))
+    kept = []
+    for number in range(2 * MOST_SEGMENTS):
+        pair.send(number, SMALLEST)
+        kept.append(pair.get()[1])
+    assert all(holds(payload, number) for number, payload in enumerate(kept))
+    assert segments() == MOST_SEGMENTS
+    assert len(os.listdir("/proc/self/fd")) <= before + MOST_SEGMENTS + 1
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > MOST_SEGMENTS
+
+
+def test_what_is_not_needed_for_long_is_given_up(pair, monkeypatch):
+    monkeypatch.setattr(pools.pool(), "_idle", 0.05)
+    gone = threading.Semaphore(0)
+    forget = pair.theirs._shared.control
+    pair.theirs._shared.control = lambda record: (forget(record), gone.release())
+    kept = []
+    for number in range(5):
+        pair.send(number)
+        kept.append(pair.get()[1])
+    pools.pool()._trim()
+    assert segments() == 5
+    del kept[1:]
+    gc.collect()
+    assert all(gone.acquire(timeout=10) for _ in range(4))
+    assert segments() == 1
+    assert holds(kept[0], 0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+def test_an_offer_of_what_is_no_probe_is_not_taken(kind):
+    read, write = os.pipe()
+    folder = os.open("/", os.O_RDONLY)
+    try:
+        assert not shared._can_open(os.getpid(), {"pipe": read, "directory": folder}[kind], NOBODY)
+    finally:
+        for fd in (read, write, folder):
+            os.close(fd)
+
+
+def test_a_forked_child_does_not_say_that_its_parent_has_read(pair):
+    pair.send(1)
+    payload = pair.get()[1]
+    pid = os.fork()
+    if pid == 0:
+        del payload
+        os._exit(0)
+    os.waitpid(pid, 0)
+    pair.send(2)
+    assert holds(pair.get()[1], 2)
+    assert holds(payload, 1)
 
 
 def test_a_connection_without_shared_memory_ends_when_it_is_sent_some():
@@ -255,14 +384,17 @@ def test_between_processes_of_which_one_is_killed():
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        ours.close()
-        child = FrameSocket(theirs, Note, share=True)
-        message, _ = child.receive()
-        child.send(Note(message.number), [b"\1" * LARGE])
-        child.take_acceptance()
-        child.receive()
-        child.send(Note(2), [b"\2" * LARGE])
-        signal.pause()
+        try:
+            ours.close()
+            child = FrameSocket(theirs, Note, share=True)
+            message, _ = child.receive()
+            child.send(Note(message.number), [b"\1" * LARGE])
+            child.take_acceptance()
+            child.receive()
+            child.send(Note(2), [b"\2" * LARGE])
+            signal.pause()
+        finally:
+            os._exit(1)
     theirs.close()
     parent = FrameSocket(ours, Note, share=True)
     parent.send(Note(1))
