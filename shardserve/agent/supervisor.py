@@ -74,12 +74,18 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._progress = progress
-        self._waits_for = f"the server at {self._address}"
+        # What this host waits for, once the Worker has said it.
+        self._waits_for = ""
+        self._unknown = ""
         self._reminder: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         if not self._options.with_server:
-            notice = remind(self._settings.waiting_notice, lambda: f"this host waits for {self._waits_for}")
+            server = f"the server at {self._address}"
+            notice = remind(
+                self._settings.waiting_notice,
+                lambda: f"this host waits for {self._waits_for or server + self._unknown}",
+            )
             self._reminder = asyncio.ensure_future(notice)
         try:
             # First, since it imports torch meanwhile.
@@ -138,7 +144,9 @@ class Supervisor:
         connected = await self._connect(float("inf") if seconds is None else seconds)
         if connected is None:
             if not self._stopping.is_set():
-                self._fail(StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"))
+                self._fail(
+                    StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout){self._unknown}")
+                )
             return
         stream: FrameStream[group.ToSupervisor] = FrameStream(
             group.ToSupervisor,
@@ -162,13 +170,19 @@ class Supervisor:
         def work() -> None:
             interval = self._settings.connect_retry_interval
             peer_timeout = self._settings.peer_timeout
-            connected = connect_within(self._address, seconds, interval, self._stopping, peer_timeout)
+            connected = connect_within(
+                self._address, seconds, interval, self._stopping, peer_timeout, self._set_unknown
+            )
             # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(done.set_result, connected)
 
         threading.Thread(target=work, name="connect", daemon=True).start()
         return await done
+
+    def _set_unknown(self, error: OSError) -> None:
+        known = not isinstance(error, socket.gaierror)
+        self._unknown = "" if known else f", a name that isn't known yet: {error.strerror}"
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None

@@ -70,10 +70,21 @@ def check_address(name: str, value: object) -> Address:
 
 
 def check_known_address(name: str, value: object) -> Address:
-    """As `check_address`, of a host that there is: whoever waits for one that there isn't would wait for ever."""
+    """As `check_address`, of a host that there is now: the one that this process is to listen at."""
     address = check_address(name, value)
     try:
         socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{name}={value!r}: there is no host {address.host!r}: {error}") from error
+    return address
+
+
+def check_far_address(name: str, value: object) -> Address:
+    """As `check_address`, of a host that there may be later: some names (a headless service, another container) are
+    known only once the server runs. What can be no name at all is an error all the same."""
+    address = check_address(name, value)
+    try:
+        address.host.encode("idna")  # As the socket module does.
+    except UnicodeError as error:
         raise ConfigError(f"{name}={value!r}: there is no host {address.host!r}: {error}") from error
     return address

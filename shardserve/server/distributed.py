@@ -15,6 +15,7 @@ from shardserve.servable import declare_distributed as declare_servable
 from shardserve.server.arguments import (
     LAST_VERSION,
     check_bool,
+    check_far_address,
     check_integer,
     check_known_address,
     check_optional,
@@ -115,7 +116,7 @@ def startup_agents(
 ) -> None:
     """Starts all agents of this host, returns once all are registered, and keeps them alive in the background.
 
-    May be called before or after the server is there; its host's name has to be known. model_files: per rank of this
+    May be called before or after the server is there, or its host's name is known. model_files: per rank of this
     host, in rank order, a graph file or a list of them (its subgraphs); group_config_files: the same for the configs,
     by default the group_config.json beside each graph file. Agent i listens on agent_start_port + i. agent_ip and
     rank_start, both or neither, say who this host is where the rank table has none of its addresses. join_secret_file,
@@ -156,7 +157,7 @@ def begin_agents(
     vital: a rank that dies too often ends all that this process runs, with an error. with_server: the server is in this
     process, too. progress hears of the agents that come.
     """
-    address = check_known_address("distributed_address", distributed_address)
+    address = check_far_address("distributed_address", distributed_address)
     options = HostOptions(
         distributed_address=str(address),
         model_files=_paths("model_files", model_files),

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from shardserve.errors import ConfigError, StartError
@@ -135,8 +136,10 @@ def connect_within(
     interval: float,
     stopped: threading.Event,
     peer_timeout: float = Settings.peer_timeout,
+    failed: Callable[[OSError], object] = lambda error: None,
 ) -> socket.socket | None:
-    """Tries to connect until somebody listens; None after `seconds` (infinity: never) or when `stopped` is set.
+    """Tries to connect until somebody listens; None after `seconds` (infinity: never) or when `stopped` is set. A name
+    that isn't known may be so later. `failed` is told why a try was one.
 
     A listener that isn't there yet, perhaps on another host, is no event to wait for: hence the interval between tries.
     """
@@ -144,7 +147,8 @@ def connect_within(
     while True:
         try:
             return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)), peer_timeout)
-        except OSError:
+        except OSError as error:
+            failed(error)
             if time.monotonic() + interval > deadline or stopped.wait(interval):
                 return None
 

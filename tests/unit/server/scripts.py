@@ -29,15 +29,16 @@ def write_servable(directory, text=SERVABLE, ranks=2, name="net"):
 
 
 class Script:
-    """`with`; `line` is the next that it prints, `end` its exit code and what it wrote to stderr."""
+    """`with`; `line` is the next that it prints, `end` its exit code and what it wrote to stderr. launched_by: a
+    command that execs the rest of its line."""
 
-    def __init__(self, directory, text, **environment):
+    def __init__(self, directory, text, launched_by=(), **environment):
         file = directory / "serve.py"
         file.write_text(
             "from shardserve import server\nfrom shardserve.server import distributed\n" + textwrap.dedent(text)
         )
         self.process = subprocess.Popen(
-            [sys.executable, str(file)],
+            [*launched_by, sys.executable, str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -189,13 +189,21 @@ def test_every_public_function_is_among_those():
     assert public - {"stop", "distributed", "register"} == WRONG.keys()
 
 
-@pytest.mark.parametrize(("start", "options"), [("start_servable", {}), ("startup_agents", {})])
-def test_a_host_that_there_is_not_is_an_error_at_once(start, options):
-    call, good = GOOD[start]
+def test_a_host_that_there_is_not_is_an_error_at_once_for_the_server_that_would_listen_there():
+    call, good = GOOD["start_servable"]
     with pytest.raises(ConfigError) as caught:
-        call(**{**good, **options, "distributed_address": "no-such-host.invalid:6200"})
+        call(**{**good, "distributed_address": "no-such-host.invalid:6200"})
     said = "distributed_address='no-such-host.invalid:6200': there is no host 'no-such-host.invalid': "
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("name", ["start_servable", "startup_agents"])
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".local"])
+def test_what_can_be_no_hosts_name_is_an_error_at_once(name, host):
+    call, good = GOOD[name]
+    with pytest.raises(ConfigError) as caught:
+        call(**{**good, "distributed_address": f"{host}:6200"})
+    assert str(caught.value).startswith(f"distributed_address='{host}:6200': there is no host '{host}': ")
 
 
 @pytest.mark.parametrize(

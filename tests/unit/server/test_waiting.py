@@ -1,8 +1,10 @@
 """A start that waits says what for: without a terminal by lines in the log."""
 
 import signal
+import socket
 
 import pytest
+from hosts import need_hosts
 
 from .scripts import Script, write_servable
 
@@ -50,3 +52,23 @@ def test_agents_say_that_there_is_no_server(tmp_path, free_port):
         read_until(script, f"this host waits for the server at 127.0.0.1:{free_port}")
         script.process.send_signal(signal.SIGTERM)
         script.end()
+
+
+def test_agents_wait_for_a_server_whose_name_nobody_knows_yet(tmp_path):
+    need_hosts()
+    names = tmp_path / "hosts"
+    names.write_text("127.0.0.1 localhost\n")
+    (tmp_path / "net.graph.json").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        text = f"distributed.startup_agents('late.test:{port}', ['net.graph.json'], insecure=True)"
+        seen_by = ("unshare", "--mount", "sh", "-c", f'mount --bind {names} /etc/hosts && exec "$@"', "sh")
+        with Script(tmp_path, text, seen_by, **NOTICE) as script:
+            waits = f"this host waits for the server at late.test:{port}, a name that isn't known yet: "
+            assert read_until(script, waits)[-1].startswith(waits)
+            names.write_text("127.0.0.1 late.test\n")
+            listener.settimeout(30)
+            listener.accept()[0].close()
+            read_until(script, f"the Worker at late.test:{port} is gone")
+            script.process.send_signal(signal.SIGTERM)
+            script.end()
