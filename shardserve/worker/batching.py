@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class Batching:
         # The same shapes come again and again, and working out what they mean takes longer than the rest.
         self._shapes_key = lru_cache(FORMS)(self._find_shapes_key)
         self._fit = lru_cache(FORMS)(self._find_fit)
+        self._largest_of = lru_cache(FORMS)(self._find_largest)
         self._outputs = lru_cache(FORMS)(self._find_outputs)
 
     def _find_batch_dim(self) -> int | str:
@@ -228,15 +230,29 @@ class Batching:
             delay = min(delay, (call.deadline - call.arrived) / 2)
         return call.arrived + max(delay, 0.0)
 
+    def largest(self, call: Call) -> int:
+        """How many calls of this one's key a batch has at most: under conditions, not every size can be had."""
+        if not self._signature.conditions:
+            return self.max_size
+        shapes = self._padded_shapes(tuple([a.shape for a in call.arrays]), [call.lengths])
+        return self._largest_of(shapes)
+
+    def _find_largest(self, shapes: Shapes) -> int:
+        for size in range(self.max_size, 1, -1):
+            with contextlib.suppress(InvalidInput):
+                self._fit(shapes, self._dtypes, max(size, self._smallest))
+                return size
+        return 1
+
     def choose(self, calls: Sequence[Call]) -> list[Call]:
-        """A batch out of calls that have the same key: the first and, up to `max_size`, those that follow; or, where
+        """A batch out of calls that have the same key: the first and, up to `largest`, those that follow; or, where
         lengths differ, those that are nearest to it in length."""
-        padding = self._padding
+        padding, largest = self._padding, self.largest(calls[0])
         if padding is None:
-            return list(calls[: self.max_size])
+            return list(calls[:largest])
         weights = {call: padding.weight(call.lengths) for call in calls}
         first = calls[0]
-        near = nsmallest(self.max_size, calls, key=lambda call: abs(weights[call] - weights[first]))
+        near = nsmallest(largest, calls, key=lambda call: abs(weights[call] - weights[first]))
         chosen, least = [first], weights[first]
         for call in near:
             if call is first:

@@ -37,7 +37,7 @@ class Owner(Protocol):
     def next_generation(self) -> Generation: ...
     def group_changed(self) -> None: ...
     def step_ended(self) -> None: ...
-    def answered(self, batch: Batch, payload: Payload) -> None: ...
+    def answered(self, batch: Batch, payload: Payload) -> Callable[[], None]: ...
     def failed(self, batch: Batch, message: str) -> None: ...
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None: ...
     def kill(self, agent: AgentHandle, reason: str) -> None: ...
@@ -271,13 +271,15 @@ class ReplicaGroup:
         if step is None:
             self.dropped += 1
             return
-        if not step.failed:
-            # A payload of the wrong size raises and ends the agent's connection: then the step is still under way.
-            self._owner.answered(step.batch, payload)
+        # A payload of the wrong size raises and ends the agent's connection: then the step is still under way.
+        deliver = None if step.failed else self._owner.answered(step.batch, payload)
         step.timer.cancel()
         del self._steps[number]
         self.timeline.record(self.generation, number, step.batch, step.sent, now, step.failed, ended=False)
+        # The next step first: what is sent to clients may be large, and agents would wait for it.
         self._owner.step_ended()
+        if deliver is not None:
+            deliver()
 
     def _step_failed(self, agent: AgentHandle, number: int, text: str) -> None:
         agent.stream.send(group.FailureNoted(self.generation, number))

@@ -85,7 +85,7 @@ class CallQueue:
 
     @staticmethod
     def _is_ready(calls: Sequence[Call], batching: Batching, now: float) -> bool:
-        return len(calls) >= batching.max_size or _held_until(calls) <= now
+        return len(calls) >= batching.largest(calls[0]) or _held_until(calls) <= now
 
     def _choose(self, kind: Kind, batching: Batching) -> list[Call]:
         calls = self._kinds[kind]

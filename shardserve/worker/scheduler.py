@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from shardserve.errors import (
     Aborted,
@@ -17,7 +18,7 @@ from shardserve.errors import (
 )
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
-from shardserve.worker.batching import Batch, Batching, Call
+from shardserve.worker.batching import Array, Batch, Batching, Call
 from shardserve.worker.group import ReplicaGroup
 from shardserve.worker.queue import CallQueue
 from shardserve.worker.sessions import Session, Sessions
@@ -165,11 +166,16 @@ class Scheduler:
         free = [group for group in self._groups if group.has_room and not group.exclusive]
         return min(free, key=lambda group: group.in_flight, default=None)
 
-    def answered(self, batch: Batch, payload: Payload) -> None:
+    def answered(self, batch: Batch, payload: Payload) -> Callable[[], None]:
+        """What gives the batch's calls their answers. FrameError if the leader's output has the wrong size."""
         try:
             results = self._batching(batch.subgraph).split_batch(batch, payload)
         except FrameError as error:
             raise FrameError(f"the leader's output doesn't have the exported shapes: {error}") from error
+        return partial(self._deliver, batch, results)
+
+    @staticmethod
+    def _deliver(batch: Batch, results: list[tuple[Array, ...]]) -> None:
         for call, outputs in zip(batch.calls, results, strict=True):
             if not call.answer.done():
                 call.answer.set_result(outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardserve.errors import JoinRefused, ShardserveError, StartError
 from shardserve.servable import ModelStage, load_servable
@@ -129,8 +129,8 @@ class Worker:
         self._counter += 1
         return Generation(self._incarnation, self._counter)
 
-    def answered(self, batch: Batch, payload: Payload) -> None:
-        self._scheduler.answered(batch, payload)
+    def answered(self, batch: Batch, payload: Payload) -> Callable[[], None]:
+        return self._scheduler.answered(batch, payload)
 
     def failed(self, batch: Batch, message: str) -> None:
         self._scheduler.failed(batch, message)

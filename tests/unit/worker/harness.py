@@ -85,6 +85,7 @@ class Owner:
 
     def answered(self, batch, payload):
         self.said.append(("answered", batch, payload))
+        return lambda: self.said.append(("delivered",))
 
     def failed(self, batch, message):
         self.said.append(("failed", batch, message))
@@ -184,7 +185,7 @@ class Cluster(Owner):
         self.scheduler.pump()
 
     def answered(self, batch, payload):
-        self.scheduler.answered(batch, payload)
+        return self.scheduler.answered(batch, payload)
 
     def failed(self, batch, message):
         self.scheduler.failed(batch, message)

@@ -161,6 +161,14 @@ def test_batch_that_a_condition_refuses_is_padded(call):
     assert len(batches.split_batch(batch, payload(np.zeros(5, np.float32)))) == 3
 
 
+def test_the_largest_batch_is_one_that_the_conditions_accept(call):
+    batches = batching(["x float32 batch"], ["y float32 batch"], conditions=("batch % 2 == 0",), batch=(2, 7))
+    calls = [call(np.float32(i).reshape(())) for i in range(9)]
+    chosen = batches.choose(calls)
+    assert chosen == calls[:6]
+    assert batches.make_batch(chosen).dims == {"batch": 6}
+
+
 def test_no_batch_that_the_conditions_accept():
     batches = batching(["x float32 batch n"], ["y float32 batch"], ["n % 2 == 0"], batch=(1, 4), n=(1, 9))
     batches.key([np.zeros(4, np.float32)])
