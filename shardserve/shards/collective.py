@@ -25,7 +25,7 @@ class Collective(Protocol):
         """Every rank's `x` (0-dimensional ones never come), concatenated along dim 0 in rank order."""
 
     def reduce_scatter(self, x: Tensor, op: str) -> Tensor:
-        """This rank's part, along dim 0, of the reduction."""
+        """This rank's part, along dim 0, of the reduction; the size of dim 0 is a multiple of the group's."""
 
     def all_to_all(self, x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]) -> Tensor:
         """Part j of `x` along dim 0 goes to rank j; what came, concatenated in rank order."""

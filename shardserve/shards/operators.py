@@ -107,6 +107,19 @@ SYMBOLIC: Mapping[str, Callable[..., Any]] = {
 }
 
 
+# PyTorch neither adds nor compares these on the CPU.
+_UNREDUCED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+
+
+def can_reduce(op: str, dtype: torch.dtype) -> bool:
+    """Whether a collective can reduce tensors of this dtype: an average of integers is none, and complex numbers have
+    no order.
+    """
+    if dtype in _UNREDUCED or (dtype.is_complex and op in ("max", "min")):
+        return False
+    return op != "avg" or dtype.is_floating_point or dtype.is_complex
+
+
 def is_allowed(op: torch._ops.OpOverload) -> bool:
     """Whether a graph may call this PyTorch operator."""
     return op.namespace == "aten" and op._opname in ATEN and not op._schema.is_mutable

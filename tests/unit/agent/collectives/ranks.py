@@ -39,7 +39,8 @@ class Member:
 class Ranks:
     def __init__(self, function, size, slot_bytes=SLOT, timeout=30.0, arguments=()):
         fd = create_memory(size, slot_bytes)
-        barrier = fork.Barrier(size)
+        # Kept: its shared state would be given to the next barrier, while ranks still use it.
+        barrier = self._barrier = fork.Barrier(size)
         self.pids, self._pipes = [], []
         for rank in range(size):
             read, write = os.pipe()

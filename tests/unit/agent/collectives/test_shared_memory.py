@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from shardserve.agent.collectives.errors import CollectiveBroken
-from shardserve.agent.collectives.shared_memory import TURNS
+from shardserve.agent.collectives.shared_memory import SHARED_OUT, TURNS
 from shardserve.agent.lifetime import GenerationEnded
+from shardserve.shards.config import DTYPES as DTYPE_NAMES
+from shardserve.shards.operators import can_reduce
 
 from .ranks import SLOT, Ranks, run_ranks
 
@@ -23,7 +25,7 @@ OPS = ["sum", "avg", "max", "min", "product"]
 
 def tensor(rank, shape, dtype, seed=0):
     made = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(100 * seed + rank))
-    return made.bool() if dtype == torch.bool else made.to(dtype)
+    return made.to(dtype)
 
 
 def reduced(parts, op):
@@ -39,31 +41,28 @@ def reduced(parts, op):
     return out / len(parts) if op == "avg" else out
 
 
-def has(dtype, op):
-    """A mean of integers isn't one, and torch has no mean of bools."""
-    return op != "avg" or dtype.is_floating_point
-
-
 def check(actual, expected):
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert torch.equal(actual, expected)
 
 
-def every_operation(member, shapes):
+def every_operation(member, shapes, dtypes=DTYPES):
     collective, size, rank = member.join(), member.size, member.rank
-    for seed, (shape, dtype) in enumerate(itertools.product(shapes, DTYPES)):
+    for seed, (shape, dtype) in enumerate(itertools.product(shapes, dtypes)):
         parts = [tensor(r, shape, dtype, seed) for r in range(size)]
         mine = parts[rank].clone()
         for op in OPS:
-            if has(dtype, op):
+            if can_reduce(op, dtype):
                 check(collective.all_reduce(mine, op), reduced(parts, op))
         for source in range(size):
             check(collective.broadcast(mine, source), parts[source])
         if shape:
             check(collective.all_gather(mine), torch.cat(parts))
         if shape and shape[0] % size == 0:
-            for op in ("sum", "max"):
+            for op in OPS:
+                if not can_reduce(op, dtype):
+                    continue
                 expected = reduced(parts, op).reshape(size, shape[0] // size, *shape[1:])[rank]
                 check(collective.reduce_scatter(mine, op), expected)
         if shape:
@@ -89,6 +88,38 @@ def test_every_operation_and_dtype(size):
 def test_tensors_larger_than_a_slot():
     # A slot has 4096 bytes; ends on, just before and just after its end, for all element sizes.
     run_ranks(every_operation, 3, [(SLOT + 1,), (SLOT // 8,), (SLOT // 4 - 1, 3), (6000, 1, 2)])
+
+
+def test_every_dtype_of_a_shard():
+    run_ranks(
+        every_operation, 2, [(), (6, 5), (0, 3), (SLOT, 2)], [getattr(torch, name) for name in sorted(DTYPE_NAMES)]
+    )
+
+
+def test_reductions_that_are_shared_out():
+    # Just below, at and above the size from which they are; one that the ranks can't share equally; several pieces.
+    elements = SHARED_OUT // 4
+    shapes = [(elements - 1,), (elements,), (elements + 3,), (elements + 4,), (elements, 9)]
+    run_ranks(every_operation, 3, shapes, [torch.float32, torch.bfloat16], slot_bytes=2 * SHARED_OUT)
+
+
+def same_bits(member):
+    """A sum whose last bits depend on the order."""
+    collective, chance = member.join(), torch.Generator().manual_seed(member.rank)
+    sums = [collective.all_reduce(torch.randn(count, generator=chance), "sum") for count in (10, 5000, SHARED_OUT)]
+    return [total.view(torch.int32).sum().item() for total in sums]
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_all_ranks_get_the_same_bits(size):
+    results = run_ranks(same_bits, size, slot_bytes=4 * SHARED_OUT)
+    assert results == [results[0]] * size
+
+
+def test_several_groups_at_once():
+    """Each has memory of its own; more ranks than cores."""
+    groups = [Ranks(many_small_calls, size) for size in (2, 3, 2)]
+    assert [ranks.results() for ranks in groups] == [[True] * 2, [True] * 3, [True] * 2]
 
 
 def many_small_calls(member):
@@ -184,6 +215,10 @@ def mismatch(member, what):
         elif what == "step":
             collective.begin(7 + member.rank)
             collective.all_reduce(torch.ones(4), "sum")
+        elif what == "missed":
+            if member.rank == 1:
+                collective.begin(8)
+            collective.all_reduce(torch.ones(4), "sum")
         elif member.rank == 0:
             collective.all_reduce(torch.ones(4), "sum")
         else:
@@ -193,18 +228,37 @@ def mismatch(member, what):
     return str(caught.value)
 
 
-def test_ranks_at_other_places_see_it():
-    assert run_ranks(mismatch, 2, "size") == [
-        "rank 0 is at collective 1 of 16 bytes, 2 of step 0, rank 1 at collective 1 of 20 bytes, 2 of step 0",
-        "rank 1 is at collective 1 of 20 bytes, 2 of step 0, rank 0 at collective 1 of 16 bytes, 2 of step 0",
+@pytest.mark.parametrize(
+    ("what", "places"),
+    [
+        ("size", ("all_reduce of 16 bytes, piece 2 of step 0", "all_reduce of 20 bytes, piece 2 of step 0")),
+        ("kind", ("all_reduce of 16 bytes, piece 2 of step 0", "all_gather of 16 bytes, piece 2 of step 0")),
+        ("step", ("all_reduce of 16 bytes, piece 1 of step 7", "all_reduce of 16 bytes, piece 1 of step 8")),
+        ("missed", ("all_reduce of 16 bytes, piece 2 of step 0", "all_reduce of 16 bytes, piece 1 of step 8")),
+    ],
+)
+def test_ranks_at_other_places_see_it(what, places):
+    zero, one = (f"rank {rank} is at {place}" for rank, place in enumerate(places))
+    assert run_ranks(mismatch, 2, what) == [
+        f"{zero}, {one.replace('is at', 'at')}",
+        f"{one}, {zero.replace('is at', 'at')}",
     ]
-    assert run_ranks(mismatch, 2, "kind") == [
-        "rank 0 is at collective 1 of 16 bytes, 2 of step 0, rank 1 at collective 2 of 16 bytes, 2 of step 0",
-        "rank 1 is at collective 2 of 16 bytes, 2 of step 0, rank 0 at collective 1 of 16 bytes, 2 of step 0",
-    ]
-    assert run_ranks(mismatch, 2, "step")[0] == (
-        "rank 0 is at collective 1 of 16 bytes, 1 of step 7, rank 1 at collective 1 of 16 bytes, 1 of step 8"
-    )
+
+
+def impossible(member):
+    collective = member.join()
+    with pytest.raises(
+        CollectiveBroken, match=r"reduce_scatter of \[7, 2\]: its first dim can't be divided by 2 ranks"
+    ):
+        collective.reduce_scatter(torch.ones(7, 2), "sum")
+    with pytest.raises(CollectiveBroken, match=r"all_to_all of \[3\] in \[1, 1\] rows to 2 ranks"):
+        collective.all_to_all(torch.ones(3), [1, 1], [1, 1])
+    # Nothing was published.
+    check(collective.all_reduce(torch.ones(2), "sum"), torch.full((2,), 2.0))
+
+
+def test_what_ranks_cannot_share_is_an_error_before_anything_is_exchanged():
+    run_ranks(impossible, 2)
 
 
 def wrong_splits(member):
@@ -220,7 +274,7 @@ def test_all_to_all_checks_what_it_is_sent():
 def silent(member):
     collective = member.join()
     if member.rank == 0:
-        with pytest.raises(CollectiveBroken, match=r"rank 0 waited 0.2 s for rank 1 at turn 1"):
+        with pytest.raises(CollectiveBroken, match=r"rank 0 waited 0.2 s for rank 1 at turn 1, piece 1 of step 0"):
             collective.all_reduce(torch.ones(2), "sum")
     member.barrier.wait(30)
 
@@ -262,7 +316,7 @@ def wrap_around(member):
     collective = member.join()
     # As if so many turns had passed.
     collective._turn = TURNS - 20
-    collective._lines[member.rank].turn = TURNS - 20
+    collective._words[collective._own] = TURNS - 20
     member.barrier.wait(30)
     for step in range(60):
         got = collective.all_reduce(torch.full((5,), float(step + member.rank)), "sum")
@@ -271,7 +325,7 @@ def wrap_around(member):
     # Ended just after the turns began anew; nobody may still be reading.
     member.barrier.wait(30)
     collective._turn = TURNS - 1
-    collective._lines[member.rank].turn = TURNS - 1
+    collective._words[collective._own] = TURNS - 1
     member.barrier.wait(30)
     collective.all_reduce(torch.ones(2), "sum")
     member.lifetime.end()
