@@ -7,6 +7,7 @@ and is killed and forked anew. What gloo sends is plaintext.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shardserve.agent.collectives.errors import CollectiveBroken
+from shardserve.agent.collectives.errors import CollectiveBroken, check_splits, rows_of_a_part
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.settings import Settings
 
@@ -34,6 +35,9 @@ _REDUCE = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
+
+# What gloo can't reduce, as something that gives the same result. Of bools, a sum is "any".
+_WIDER = {torch.bool: torch.uint8, torch.int16: torch.int32}
 
 
 class GlooCollective:
@@ -90,8 +94,7 @@ class GlooCollective:
             self._blocked = False
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
-        # gloo has no bool: 0 and 1 as bytes give the same result for every operation but sum, which is "any".
-        out = x.to(torch.uint8) if x.dtype == torch.bool else x.clone()
+        out = x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x.clone()
         options = dist.AllreduceOptions()
         options.reduceOp = _REDUCE[op]
         self._wait(self._group.allreduce([out], options))
@@ -101,18 +104,27 @@ class GlooCollective:
 
     def all_gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._wait(self._group.allgather([parts], [x]))
+        self._wait(self._group.allgather([[_bytes(part) for part in parts]], [_bytes(x)]))
         return torch.cat(parts)
 
     def reduce_scatter(self, x: Tensor, op: str) -> Tensor:
-        return self.all_reduce(x, op).chunk(self.size)[self.rank].contiguous()
+        rows = rows_of_a_part(x, self.size)
+        return self.all_reduce(x, op)[self.rank * rows : (self.rank + 1) * rows]
 
     def all_to_all(self, x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]) -> Tensor:
+        check_splits(x, input_splits, self.size)
         out = x.new_empty((sum(output_splits), *x.shape[1:]))
-        self._wait(self._group.alltoall_base(out, x, list(output_splits), list(input_splits)))
+        if width := math.prod(x.shape[1:]) * x.element_size():
+            sizes = [[count * width for count in splits] for splits in (output_splits, input_splits)]
+            self._wait(self._group.alltoall_base(_bytes(out), _bytes(x), *sizes))
         return out
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         out = x.clone()
-        self._wait(self._group.broadcast(out, src))
+        self._wait(self._group.broadcast(_bytes(out), src))
         return out
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """What is only passed on goes as bytes: gloo doesn't know all dtypes."""
+    return x.reshape(-1).view(torch.uint8)
