@@ -240,7 +240,12 @@ class _Builder:
             raise ShardError(f"{node.op} takes a tensor, not {node.args[0]}")
         if node.shape is None or node.kwargs:
             raise ShardError(f"{node.op} needs the shape of what it is given, and takes no keywords")
-        to_dtype(node.dtype)
+        dtype = to_dtype(node.dtype)
+        if not gather and not operators.can_reduce(reductions[0], dtype):
+            raise ShardError(f"{node.op} can't form the {reductions[0]} of {node.dtype} tensors")
+        ranks = self.program.config.tensor_parallel_size
+        if kind == "reduce_scatter" and (not node.shape or (isinstance(node.shape[0], int) and node.shape[0] % ranks)):
+            raise ShardError(f"{node.op} of {list(node.shape)}: its first dim can't be divided by {ranks} ranks")
         for size in node.shape:
             if isinstance(size, str):
                 self.size(size)

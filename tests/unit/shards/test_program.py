@@ -112,9 +112,12 @@ def test_another_graph_than_the_config_names(shard: Path) -> None:
         Program.load(shard / "other.graph.json")
 
 
-def append(op: str, *args: Any, **kwargs: Any) -> Callable[[dict[str, Any]], None]:
+def append(
+    op: str, *args: Any, shape: list[int] | None = None, dtype: str | None = None, **kwargs: Any
+) -> Callable[[dict[str, Any]], None]:
     def change(graph: dict[str, Any]) -> None:
-        graph["nodes"].append({"name": "extra", "op": op, "args": list(args), "kwargs": kwargs})
+        node = {"name": "extra", "op": op, "args": list(args), "kwargs": kwargs, "shape": shape, "dtype": dtype}
+        graph["nodes"].append(node)
 
     return change
 
@@ -138,6 +141,9 @@ X = {"node": "x"}
         (append("collective.all_gather"), "arguments"),
         (append("collective.all_gather", 3), "takes a tensor"),
         (append("collective.all_reduce", X, "sum"), "needs the shape"),
+        (append("collective.all_reduce", X, "avg", shape=[4], dtype="int64"), "can't form the avg of int64 tensors"),
+        (append("collective.all_reduce", X, "sum", shape=[4], dtype="uint32"), "can't form the sum of uint32 tensors"),
+        (append("collective.reduce_scatter", X, "sum", shape=[], dtype="float32"), "first dim can't be divided by 1"),
         (append("aten.relu.default", {"node": "nowhere"}), "'nowhere' is used and not defined"),
         (append("aten.relu.default", {"code": "exit()"}), "not an argument"),
         (append("aten.relu.default", {"expr": "exit()"}), "unexpected"),
