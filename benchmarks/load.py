@@ -93,7 +93,12 @@ def drive(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, s
 
 def drive_count(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, count: int) -> float:
     """As `drive`, until so many requests were answered."""
-    return asyncio.run(_drive(address, itertools.islice(itertools.cycle(requests), count), in_flight))
+    return asyncio.run(drive_count_async(address, requests, in_flight, count))
+
+
+async def drive_count_async(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, count: int) -> float:
+    """As `drive_count`, inside a running event loop."""
+    return await _drive(address, itertools.islice(itertools.cycle(requests), count), in_flight)
 
 
 async def _drive(address: str, requests: Iterator[pb.PredictRequest], in_flight: int) -> float:
