@@ -59,12 +59,56 @@ class _Trace:
     stages: list[MethodStage] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Placeholder:
-    """Stands for a value while a method is traced; only its own trace may use it."""
+    """Stands for a value while a method is traced; only its own trace may use it. There is no value to compute with:
+    what asks for one would be decided once, here, for every instance that ever comes, so it is an error."""
 
     source: Source
     trace: _Trace
+    what: str
+
+    def __getattr__(self, name: str) -> Any:
+        # Python and its libraries ask any object for names of this kind, and take it that there is none.
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        raise _has_no_value(self, f".{name}")
+
+
+def _has_no_value(placeholder: _Placeholder, asked: str) -> ConfigError:
+    return ConfigError(
+        f"method {placeholder.trace.method!r}: {asked} of {placeholder.what}: a method's function is traced once, with "
+        "placeholders that have no value, so it can't compute or decide anything: put that into a Python function and "
+        "add_stage the function"
+    )
+
+
+def _refusing(asked: str) -> Callable[..., Any]:
+    def refuse(self: _Placeholder, *_: object, **__: object) -> Any:
+        raise _has_no_value(self, asked)
+
+    return refuse
+
+
+_NAMED = {
+    "the truth": "bool",
+    "len()": "len",
+    "iteration": "iter reversed",
+    "'in'": "contains",
+    "[]": "getitem setitem delitem",
+    "the array": "array",
+    "the text": "format str",
+    "the number": "int float complex index round",
+    "comparison": "eq ne lt le gt ge",
+    "arithmetic": "neg pos invert abs divmod rdivmod",
+}
+_BINARY = "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor"
+_ASKED = {
+    **{name: asked for asked, names in _NAMED.items() for name in names.split()},
+    **{f"{side}{name}": "arithmetic" for side in ("", "r", "i") for name in _BINARY.split()},
+}
+for _operator, _what in _ASKED.items():
+    setattr(_Placeholder, f"__{_operator}__", _refusing(_what))
 
 
 _tracing: list[_Trace] = []
@@ -110,7 +154,10 @@ def add_stage(
         default = getattr(stage, "__name__", f"stage {len(trace.stages) + 1}")
         added = PythonStage(stage, batch_size, inputs, outputs_count, tag or default)
     trace.stages.append(added)
-    outputs = tuple(_Placeholder(Source(len(trace.stages), i), trace) for i in range(outputs_count))
+    outputs = tuple(
+        _Placeholder(Source(len(trace.stages), i), trace, f"output {i} (of {outputs_count}) of stage {added.tag!r}")
+        for i in range(outputs_count)
+    )
     return outputs[0] if outputs_count == 1 else outputs
 
 
@@ -140,7 +187,7 @@ def trace_method(function: Callable[..., Any], output_names: tuple[str, ...]) ->
     trace = _Trace(name)
     _tracing.append(trace)
     try:
-        result = function(*(_Placeholder(Source(0, i), trace) for i in range(len(inputs))))
+        result = function(*(_Placeholder(Source(0, i), trace, f"input {own!r}") for i, own in enumerate(inputs)))
     finally:
         _tracing.pop()
     outputs = result if isinstance(result, tuple | list) else (result,)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from shardserve.errors import ConfigError
@@ -141,3 +142,51 @@ def test_a_method_that_raises_leaves_no_trace_behind():
         trace(broken, "y")
     with pytest.raises(ConfigError, match=r"called outside of a method"):
         add_stage(MODEL, outputs_count=1)
+
+
+def branches(x):
+    return add_stage(MODEL if x else coroutine, x, outputs_count=1)
+
+
+def compares(x):
+    return add_stage(MODEL, x, outputs_count=1) if x == 3 else x
+
+
+def unpacks(x):
+    a, b = add_stage(MODEL, x, outputs_count=1)
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (branches, "the truth of input 'x'"),
+        (compares, "comparison of input 'x'"),
+        (unpacks, r"iteration of output 0 \(of 1\) of stage 'stage 1'"),
+        (lambda x: max(x, 1), "comparison of input 'x'"),
+        (lambda x: x + 1, r"arithmetic of input 'x'"),
+        (lambda x: 2 * x, r"arithmetic of input 'x'"),
+        (lambda x: -x, "arithmetic of input 'x'"),
+        (lambda x: x[0], r"\[\] of input 'x'"),
+        (lambda x: len(x), r"len\(\) of input 'x'"),
+        (lambda x: 3 in x, "'in' of input 'x'"),
+        (lambda x: x in (1, 2), "comparison of input 'x'"),
+        (lambda x: int(x), r"the number of input 'x'"),
+        (lambda x: f"{x}", "the text of input 'x'"),
+        (lambda x: x.shape, r"\.shape of input 'x'"),
+        (lambda x: np.exp(x), "the array of input 'x'"),
+    ],
+)
+def test_a_placeholder_has_no_value_to_compute_or_decide_with(function, said):
+    with pytest.raises(
+        ConfigError, match=rf"^method '.*': {said}: a method's function is traced once.*Python function"
+    ):
+        trace(function, "y")
+
+
+def test_a_method_may_ask_which_placeholder_it_has():
+    def predict(x, mask):
+        seen = {x: "x"}
+        return add_stage(MODEL, x if x is not mask and x in seen else mask, outputs_count=1)
+
+    assert trace(predict, "y").stages[0].inputs == (Source(0, 0),)
