@@ -22,7 +22,7 @@ FORM = "{desc}: {n_fmt} of {total_fmt} |{bar}| {elapsed}"
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Progress]:
     """A Progress that draws on stderr until it is left; if that is no terminal, one that does nothing."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield quietly
         return
     with logging_redirect_tqdm(), contextlib.closing(Bars()) as bars:

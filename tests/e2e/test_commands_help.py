@@ -14,7 +14,7 @@ import pytest
 from hosts import Hosts, need_hosts
 from serving import EXAMPLES, Processes, copy_matmul_example, export_transformer, load_module, write_servable
 
-from shardserve.cli import parser
+from shardserve.cli.commands import parser
 from shardserve.export import Plan, export
 
 pytestmark = pytest.mark.timeout(150)
@@ -99,7 +99,7 @@ def test_export_inspect_and_rank_table(shell, tmp_path):
     assert '"server_id": "10.0.0.2"' in (tmp_path / "rank_table.json").read_text()
 
 
-def test_up_status_and_infer(shell, tmp_path):
+def test_up_status_infer_bench_and_trace(shell, tmp_path):
     copy_matmul_example(tmp_path / "examples")
     script = tmp_path / "examples" / "matmul_distributed" / "export_model" / "export_model.py"
     subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL)
@@ -111,6 +111,14 @@ def test_up_status_and_infer(shell, tmp_path):
         assert shell.output(ALL["status"][1], tmp_path) == '"ready"\n'
     assert "y: float32 [128, 16]" in shell.output(ALL["infer"][0], tmp_path)
     assert (np.load(tmp_path / "results" / "y.npy") == -48).all()
+    assert len(shell.output(ALL["bench"][0], tmp_path).splitlines()) == 1 + 6
+    assert len(shell.output(ALL["bench"][1], tmp_path).splitlines()) == 1 + 2
+    assert "<svg" in (tmp_path / "matmul.svg").read_text()
+    assert (tmp_path / "matmul.json").exists()
+    assert "trace.json: steps: " in shell.output(ALL["trace"][0], tmp_path)
+    (tmp_path / "trace.json").unlink()
+    shell.output(ALL["trace"][1], tmp_path)
+    assert "traceEvents" in (tmp_path / "trace.json").read_text()
     shell.stop(up)
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from shardserve.cli import main, parser
+from shardserve.cli import main
+from shardserve.cli.commands import parser
 
 COMMANDS = next(
     action.choices for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
@@ -13,6 +14,8 @@ COMMANDS = next(
 
 EXPORT = ("export", "m:f", "--name", "m", "--out", "o")
 AGENTS = ("agents", "a.json", "b.json")
+BENCH = ("bench", "127.0.0.1:5500", "m", "p")
+TRACE = ("trace", "127.0.0.1:5500", "--out", "t.json")
 
 WRONG_USAGE = [
     ((), "COMMAND"),
@@ -74,6 +77,20 @@ WRONG_USAGE = [
     (("infer", "127.0.0.1:5500", "m", "p", "--input", "x"), "--input: 'x'"),
     (("infer", "127.0.0.1:5500", "m", "p", "--version", "-1"), "--version"),
     (("infer", "127.0.0.1:5500", "m", "p", "--timeout", "0"), "--timeout: '0'"),
+    (("bench", "127.0.0.1:5500", "m"), "METHOD"),
+    ((*BENCH, "--input", "x"), "--input: 'x' isn't NAME=FILE.npy"),
+    ((*BENCH, "--input", "x=a.npy", "--npz", "b.npz"), "--input and --npz: give one of them"),
+    ((*BENCH, "--concurrency", "1,0"), "--concurrency: '0' isn't a number of 1 or more"),
+    ((*BENCH, "--concurrency", "1,,2"), "--concurrency: ''"),
+    ((*BENCH, "--concurrency", "2,1,2"), "--concurrency: '2,1,2' has a number twice"),
+    ((*BENCH, "--seconds", "0"), "--seconds: '0' isn't more than 0"),
+    ((*BENCH, "--seconds", "inf"), "--seconds: 'inf'"),
+    ((*BENCH, "--warmup", "-1"), "--warmup: '-1'"),
+    ((*BENCH, "--instances", "0"), "--instances: '0'"),
+    ((*BENCH, "--plot", "plot.pdf"), "--plot: 'plot.pdf' ends neither with .svg nor with .png"),
+    (("trace", "127.0.0.1:5500"), "--out"),
+    ((*TRACE, "--seconds", "-1"), "--seconds: '-1'"),
+    ((*TRACE, "--version", "x"), "--version: 'x'"),
 ]
 
 
@@ -180,6 +197,10 @@ def test_options_that_are_missing_or_do_not_go_together_are_exit_code_2(folder, 
         ),
         (("status", "127.0.0.1:1"), "127.0.0.1:1: UNAVAILABLE"),
         (("infer", "127.0.0.1:1", "m", "p", "--input", "x=nowhere.npy"), "nowhere.npy"),
+        (("bench", "127.0.0.1:1", "m", "p"), "127.0.0.1:1: UNAVAILABLE"),
+        (("bench", "127.0.0.1:1", "m", "p", "--json", "nowhere/b.json"), "there is no directory {folder}/nowhere"),
+        (("trace", "127.0.0.1:1", "--out", "trace.json"), "127.0.0.1:1: UNAVAILABLE"),
+        (("trace", "127.0.0.1:1", "--out", "empty"), "{folder}/empty is a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
