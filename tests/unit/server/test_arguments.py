@@ -189,7 +189,7 @@ def test_every_public_function_is_among_those():
     assert public - {"stop", "distributed", "register"} == WRONG.keys()
 
 
-def test_a_host_that_there_is_not_is_an_error_at_once_for_the_server_that_would_listen_there():
+def test_a_host_that_there_is_not_is_an_error_at_once():
     call, good = GOOD["start_servable"]
     with pytest.raises(ConfigError) as caught:
         call(**{**good, "distributed_address": "no-such-host.invalid:6200"})
