@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import shardserve
-from shardserve.cli import agents, export, infer, inspect, rank_table, serve, status, up
+from shardserve.cli import agents, bench, export, infer, inspect, rank_table, serve, status, trace, up
 from shardserve.cli.codes import INTERRUPTED, WrongUsage
 from shardserve.errors import ShardserveError
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="shardserve", description=shardserve.__doc__)
     top.add_argument("--version", action="version", version=f"shardserve {shardserve.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (export, inspect, rank_table, up, serve, agents, status, infer):
+    for command in (export, inspect, rank_table, up, serve, agents, status, infer, bench, trace):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.formatter_class = _Formatter

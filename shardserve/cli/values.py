@@ -12,6 +12,13 @@ from shardserve.errors import ConfigError
 from shardserve.wire.sockets import parse_address
 
 HIGHEST_PORT = 65535
+# More than any host has; so that a slip of the finger doesn't run for ever.
+HIGHEST_DEVICE = 65535
+
+
+def counted(count: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def path(text: str) -> Path:
@@ -78,6 +85,24 @@ def grpc_address(text: str) -> str:
     return f"unix:{path(text.removeprefix('unix:'))}"
 
 
+def server_address(text: str) -> str:
+    """`host:port` or `unix:path`: of a server that there is."""
+    try:
+        return grpc_address(text)
+    except argparse.ArgumentTypeError as error:
+        if text.startswith("unix:"):
+            raise
+        said = f"{text!r} isn't host:port with a port of 1 to {HIGHEST_PORT}, and not unix:path"
+        raise argparse.ArgumentTypeError(said) from error
+
+
+def device_count(text: str) -> int:
+    """How many devices a host has."""
+    if not _digits(text) or not 1 <= int(text) <= HIGHEST_DEVICE + 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of devices, 1 to {HIGHEST_DEVICE + 1}")
+    return int(text)
+
+
 def device_ids(text: str) -> list[int]:
     """Device ids with commas and ranges: `0,2-4`."""
     ids: list[int] = []
@@ -85,7 +110,17 @@ def device_ids(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not _digits(first) or (dash and not _digits(last)) or int(last or first) < int(first):
             raise argparse.ArgumentTypeError(f"{part!r} is no device id and no range of them")
+        if int(last or first) > HIGHEST_DEVICE:
+            raise argparse.ArgumentTypeError(f"{part!r}: the highest device id is {HIGHEST_DEVICE}")
         ids += range(int(first), int(last or first) + 1)
     if len(set(ids)) < len(ids):
         raise argparse.ArgumentTypeError(f"{text!r} has a device twice")
     return ids
+
+
+def check_folder(file: Path) -> None:
+    """ConfigError if a file can't be there; told before the work whose result it is to hold."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: there is no directory {file.parent}")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a directory")

@@ -117,6 +117,11 @@ def _outputs(instance: pb.Instance, where: str) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
+def first_error(reply: pb.PredictReply) -> ShardserveError | None:
+    """Of the instances, or of the request as a whole; None if all is well. Looks at nothing else of the reply."""
+    return next((_error(entry) for entry in reply.error_msg if entry.error_code), None)
+
+
 def failed(error: ShardserveError, raise_errors: bool) -> Reply:
     """What a request that failed as a whole gives."""
     if raise_errors:

@@ -111,8 +111,8 @@ def test_up_status_infer_bench_and_trace(shell, tmp_path):
         assert shell.output(ALL["status"][1], tmp_path) == '"ready"\n'
     assert "y: float32 [128, 16]" in shell.output(ALL["infer"][0], tmp_path)
     assert (np.load(tmp_path / "results" / "y.npy") == -48).all()
-    assert len(shell.output(ALL["bench"][0], tmp_path).splitlines()) == 1 + 6
-    assert len(shell.output(ALL["bench"][1], tmp_path).splitlines()) == 1 + 2
+    assert len(shell.output(ALL["bench"][0], tmp_path).splitlines()) == 3
+    assert len(shell.output(ALL["bench"][1], tmp_path).splitlines()) == 4
     assert "<svg" in (tmp_path / "matmul.svg").read_text()
     assert (tmp_path / "matmul.json").exists()
     assert "trace.json: steps: " in shell.output(ALL["trace"][0], tmp_path)
