@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardserve.cli import values
+from shardserve.cli import userland, values
+from shardserve.cli.codes import WrongUsage
 from shardserve.cli.progress import shown_progress
 from shardserve.errors import ExportError, ShardserveError
+from shardserve.shards.config import FILE_NAME
 
 if TYPE_CHECKING:
     from shardserve.export import Plan
@@ -39,7 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="package.module:function that gives the model; see below")
-    parser.add_argument("--name", required=True, metavar="NAME", help="names the graph files: NAME.graph.json")
+    parser.add_argument(
+        "--name", required=True, type=_name, metavar="NAME", help="names the graph files: NAME.graph.json"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
     for option, meaning in (("--tp", "tensor-parallel ranks of a pipeline stage"), ("--pp", "pipeline stages")):
         parser.add_argument(option, type=values.count, default=1, metavar="N", help=f"{meaning} (default %(default)s)")
@@ -57,7 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     for later in _LATER:
         parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
-    parser.add_argument("--strict", action="store_true", help="fail if the plan shards no parameter")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail if the plan of several --tp ranks shards no parameter"
+    )
     parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
     for option in ("--atol", "--rtol"):
         parser.add_argument(
@@ -83,10 +88,11 @@ def _export(args: argparse.Namespace) -> int:
     for later in _LATER:
         if getattr(args, later[2:].replace("-", "_")) is not None:
             raise ExportError(f"{later} is not supported yet")
+    _check_source(args.source)
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
-        function = _function(args.source)
-        model, example, options = _returned(args.source, function())
+        function = userland.load(args.source)
+        model, example, options = _returned(args.source, userland.call(args.source, function))
         from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
 
         plan = _plan(args.plan, options.pop("plan", None))
@@ -119,25 +125,20 @@ def _export(args: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _function(source: str) -> Any:
+def _name(text: str) -> str:
+    if not FILE_NAME.match(text):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't made of letters, digits, '_', '-' and '.', to name a file")
+    return text
+
+
+def _check_source(source: str) -> None:
     if source.endswith(".pt2") or Path(source).is_dir():
         raise ExportError(
             f"'{source}': .pt2 files and Hugging Face folders are not supported yet; give module:function"
         )
-    module_name, colon, name = source.partition(":")
-    if not colon or not module_name or not name:
-        raise ExportError(f"'{source}' isn't package.module:function")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that the user's own module misses is that module's error, told by its name all the same.
-        raise ExportError(f"can't import '{module_name}': {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ExportError(f"'{module_name}' has no function '{name}'")
-    return function
+    module, _, function = source.partition(":")
+    if not module or not function:
+        raise WrongUsage(f"SOURCE: {source!r} isn't package.module:function")
 
 
 def _returned(source: str, returned: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ from shardserve.export.report import Report, StageReport
 from shardserve.export.trace import Trace, ordered, trace
 from shardserve.export.write import Writer
 from shardserve.progress import Progress, quietly
-from shardserve.shards.config import ShardConfig, Signature, TensorSpec
+from shardserve.shards.config import FILE_NAME, ShardConfig, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
 
 _CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
 def export(
@@ -94,7 +92,7 @@ def export(
 
 
 def _check(name: str, tensor_parallel: int, pipeline_parallel: int, plan: Plan | None) -> None:
-    if not _NAME.match(name):
+    if not FILE_NAME.match(name):
         raise ExportError(f"name '{name}' must be letters, digits, '_', '-' and '.', to name a file")
     for what, count in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
         if count < 1:

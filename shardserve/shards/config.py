@@ -22,7 +22,7 @@ _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64
 DTYPES = frozenset({"bool", *_INTEGERS, "float16", "bfloat16", "float32", "float64"})
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
 class DimRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,7 +193,7 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not 0 <= self.rank < self.rank_size:
             raise ValueError(f"rank {self.rank} isn't one of rank_size {self.rank_size}")
         for file in (self.graph_file, self.weights_file):
-            if not _FILE_NAME.match(file):
+            if not FILE_NAME.match(file):
                 raise ValueError(f"'{file}' isn't a plain file name")
         for digest in (self.graph_sha256, self.weights_sha256):
             if not _SHA256.match(digest):

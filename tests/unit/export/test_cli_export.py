@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from shardserve.cli import main
 from shardserve.cli.export import add_parser
 
 MODULE = """
@@ -28,16 +29,28 @@ def wrong():
 
 def unknown():
     return nn.Linear(4, 4), (torch.randn(2, 4),), {"dynamic": 1}
+
+def raises():
+    raise ValueError("out of cheese")
+
+def inside():
+    return torch.zeros(-1)
+
+def leaves():
+    raise SystemExit(3)
 """
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "userland.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("\nnothing\n")
+    (tmp_path / "half.py").write_text("x = (\n")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
-    sys.modules.pop("userland", None)
+    for name in ("userland", "broken", "half"):
+        sys.modules.pop(name, None)
 
     def call(*words: str) -> tuple[int, str, str]:
         parser = argparse.ArgumentParser()
@@ -84,16 +97,39 @@ def test_fails_above_the_tolerance(run) -> None:
         (("userland:wrong",), "must return (model, args)"),
         (("userland:unknown",), "unknown option 'dynamic'"),
         (("nowhere:f",), "can't import 'nowhere'"),
-        (("userland",), "isn't package.module:function"),
+        (("userland:raises",), "userland:raises raised: {here}/userland.py, line {line}: ValueError: out of cheese"),
+        (("userland:inside",), "userland:inside raised: {here}/userland.py, line {deep}: RuntimeError: "),
+        (("userland:leaves",), "userland:leaves raised: {here}/userland.py, line"),
+        (("broken:f",), "can't import 'broken': {here}/broken.py, line 2: NameError: name 'nothing' is not defined"),
+        (("half:f",), "can't import 'half': SyntaxError: "),
         (("folder",), "not supported yet"),
         (("model.pt2",), "not supported yet"),
         (("userland:plain", "--cut", "x"), "1 pipeline stages need 0 cuts"),
     ],
 )
-def test_what_is_wrong_is_said(run, words: tuple[str, ...], message: str) -> None:
+def test_what_is_wrong_is_said(run, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     code, _, err = run(*words, "--name", "m", "--out", "model")
+    lines = MODULE.splitlines()
+    line, deep = (
+        number for number, text in enumerate(lines, 1) if "out of cheese" in text or "torch.zeros(-1)" in text
+    )
     assert code == 1
-    assert message in err
+    assert message.format(here=tmp_path, line=line, deep=deep) in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["userland", "userland:", ":f"])
+def test_what_is_no_source_is_wrong_usage(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", source, "--name", "m", "--out", "model"]) == 2
+    assert f"SOURCE: {source!r} isn't package.module:function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "ü"])
+def test_a_name_that_can_name_no_file_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "userland:plain", "--name", name, "--out", "model"])
+    assert ended.value.code == 2
+    assert f"--name: {name!r} isn't made of letters" in capsys.readouterr().err
 
 
 def test_wrong_usage_exits_with_2(run) -> None:
