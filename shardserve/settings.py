@@ -65,6 +65,9 @@ class Settings:
     """For a servable_config.py to run, with all that it imports; then its Worker is ended, and its start an error."""
     start_timeout: float = 60.0
     """For Main, a Worker or a fork server to answer its first order, and for a process of Python stages to be ready."""
+    heartbeat_timeout: float = 20.0
+    """For Main or a Worker to answer its launcher's ping, four of which are sent in that time; then it is taken for
+    frozen, killed and respawned. A Worker that still runs its servable_config.py isn't asked."""
     waiting_notice: float = 10.0
     """Until a start that waits says in the log what for; it says it again each time after twice as long."""
     max_restarts: int = 10

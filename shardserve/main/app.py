@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from typing import TypeAlias
 
 from shardserve.errors import InternalError, ShardserveError
 from shardserve.main.grpc_front import GrpcFront
@@ -19,6 +20,8 @@ from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
 
+Order: TypeAlias = launch.Attach | launch.Detach | launch.StartGrpc | launch.StartRest | launch.Stop
+
 
 class Main:
     """Obeys the launcher until it says stop or its connection ends, which ends the process at once."""
@@ -29,6 +32,7 @@ class Main:
         self._fronts: list[GrpcFront | RestFront] = []
         self._stream: FrameStream[launch.ToMain] = FrameStream(launch.ToMain, self._on_order, self._on_lost)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._stopped = asyncio.Event()
 
@@ -38,9 +42,13 @@ class Main:
         await self._stopped.wait()
 
     def _on_order(self, order: launch.ToMain, payload: Payload) -> None:
+        if isinstance(order, launch.Ping):
+            self._stream.send(launch.Pong())
+            return
         task = asyncio.get_running_loop().create_task(self._answer(order))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        kept = self._opening if isinstance(order, launch.StartGrpc | launch.StartRest) else self._tasks
+        kept.add(task)
+        task.add_done_callback(kept.discard)
 
     def _on_lost(self, reason: Exception | None) -> None:
         if self._stopping:
@@ -49,7 +57,7 @@ class Main:
         logger.warning("the launcher is gone%s", f": {reason}" if reason else "")
         os._exit(1)
 
-    async def _answer(self, order: launch.ToMain) -> None:
+    async def _answer(self, order: Order) -> None:
         try:
             await self._obey(order)
         except ShardserveError as error:
@@ -65,7 +73,7 @@ class Main:
             self._stopping = True
             self._stream.close()  # Once Done has left, the connection is lost and `run` returns.
 
-    async def _obey(self, order: launch.ToMain) -> None:
+    async def _obey(self, order: Order) -> None:
         match order:
             case launch.Attach():
                 await self._router.attach(order.name, order.version, order.address)
@@ -76,6 +84,9 @@ class Main:
             case launch.StartRest():
                 self._fronts.append(await RestFront.start(self._router, order))
             case launch.Stop():
+                # A front end that is being opened has to be closed, too.
+                while self._opening:
+                    await asyncio.wait(self._opening)
                 end = time.monotonic() + order.grace
                 await self._router.stop(order.grace)
                 flush = max(self._settings.flush_timeout, end - time.monotonic())

@@ -16,17 +16,26 @@ from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
 from shardserve.wire.stream import FrameStream
 
+# Of heartbeat_timeout: the pause between an answered ping and the next.
+PINGS = 4
+
 
 class Child:
-    """`python -m MODULE CONTROL FDS…`. `on_death` is called once, when it has ended and its orders have failed."""
+    """`python -m MODULE CONTROL FDS…`. `on_death` is called once, when it has ended and its orders have failed.
+
+    Once it has said anything it has to answer a ping within `heartbeat` seconds, or it is killed."""
 
     def __init__(
         self,
         module: str,
         fds: Sequence[int],
+        heartbeat: float,
         on_death: Callable[[Child], None],
         on_incarnation: Callable[[int], None] | None = None,
     ) -> None:
+        self._heartbeat = heartbeat
+        self._beat: asyncio.TimerHandle | None = None
+        self._killed_for = ""
         self._on_death = on_death
         self._on_incarnation = on_incarnation
         self.on_loaded: Callable[[], None] = lambda: None
@@ -48,6 +57,7 @@ class Child:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._stream: FrameStream[launch.ToLauncher] = FrameStream(launch.ToLauncher, self._frame, lambda _: None)
         self.ended = asyncio.Event()
+        self._ending = False
         self._loop.add_reader(self._pidfd, self._died)
 
     @property
@@ -79,7 +89,12 @@ class Child:
             self._orders.pop(number, None)
 
     def _frame(self, message: launch.ToLauncher, payload: Payload) -> None:
+        if self._beat is None:
+            self._ping()
         match message:
+            case launch.Pong() if self._beat is not None:
+                self._beat.cancel()
+                self._beat = self._loop.call_later(self._heartbeat / PINGS, self._ping)
             case launch.Done(order=number):
                 self._settle(number, None)
             case launch.Refused(order=number, error=error, message=text):
@@ -91,6 +106,16 @@ class Child:
             case launch.Incarnation(incarnation=incarnation):
                 if self._on_incarnation is not None:
                     self._on_incarnation(incarnation)
+
+    def _ping(self) -> None:
+        if not self._ending:
+            self._stream.send(launch.Ping())
+            # After a stop of this process itself (a suspended host), what has come is read before timers are looked at.
+            self._beat = self._loop.call_later(self._heartbeat, self._frozen)
+
+    def _frozen(self) -> None:
+        if not self._ending:
+            self.kill(f"did not answer for {self._heartbeat:g} s (heartbeat_timeout)")
 
     def fail(self, number: int, error: Exception) -> None:
         """The order of this number, if it waits for an answer, raises this."""
@@ -106,6 +131,9 @@ class Child:
             done.set_exception(error)
 
     def _died(self) -> None:
+        self._ending = True
+        if self._beat is not None:
+            self._beat.cancel()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._process.wait()
@@ -115,14 +143,23 @@ class Child:
         self.ended.set()
         self._on_death(self)
 
-    def _ended_error(self) -> StartError:
-        return StartError(f"{self._module} (pid {self.pid}) ended with code {self._process.returncode}")
+    @property
+    def end_in_words(self) -> str:
+        """How it ended, with its pid."""
+        code = f"ended with code {self._process.returncode}"
+        return f"(pid {self.pid}) {f'was killed: it {self._killed_for}' if self._killed_for else code}"
 
-    def kill(self) -> None:
+    def _ended_error(self) -> StartError:
+        return StartError(f"{self._module} {self.end_in_words}")
+
+    def kill(self, reason: str = "") -> None:
+        """Ends it at once; `reason` continues "it …" for whoever asks why it ended."""
+        self._killed_for = self._killed_for or reason
         self._process.kill()
 
     async def end(self, message: msgspec.Struct, timeout: float) -> None:
         """Sends the stop order and waits for the process's end; kills it after `timeout` seconds."""
+        self._ending = True
         self._stream.send(message)
         try:
             await asyncio.wait_for(self.ended.wait(), timeout)

@@ -145,6 +145,7 @@ class Launcher:
         worker = Child(
             "shardserve.worker",
             fds,
+            self._settings.heartbeat_timeout,
             lambda child: self._worker_died(service, child),
             lambda incarnation: setattr(service, "incarnation", incarnation),
         )
@@ -200,7 +201,7 @@ class Launcher:
         if not service.restarts.spend():
             self._fail(f"the Worker of {key[0]!r} ended {service.restarts}: stopping")
             return
-        logger.error("the Worker of %r (pid %d) ended; it is respawned", key[0], child.pid)
+        logger.error("the Worker of %r %s; it is respawned", key[0], child.end_in_words)
         service.incarnation += 1
         # Agents that stay away are waited for as long as it takes: they were all there before.
         service.options = replace(service.options, wait_agents_time_in_seconds=0)
@@ -227,7 +228,7 @@ class Launcher:
     async def _ensure_main(self) -> Child:
         async with self._main_lock:
             if self._main is None:
-                self._main = Child("shardserve.main", (), self._main_died)
+                self._main = Child("shardserve.main", (), self._settings.heartbeat_timeout, self._main_died)
                 await self._main.connect()
             return self._main
 
@@ -238,7 +239,7 @@ class Launcher:
         if not self._main_restarts.spend():
             self._fail(f"Main died {self._main_restarts}: stopping")
             return
-        logger.error("Main (pid %d) died; it is respawned", child.pid)
+        logger.error("Main %s; it is respawned", child.end_in_words)
         self._in_background(self._restore_main())
 
     async def _restore_main(self) -> None:

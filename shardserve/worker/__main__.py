@@ -54,6 +54,9 @@ async def run(control: socket.socket, listeners: list[socket.socket]) -> None:
     tasks = set()
 
     def on_frame(message: launch.ToWorker, payload: Payload) -> None:
+        if isinstance(message, launch.Ping):
+            stream.send(launch.Pong())
+            return
         task = loop.create_task(serve(message) if isinstance(message, launch.Serve) else stop(message))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

@@ -8,6 +8,7 @@ import threading
 
 import grpc
 import numpy as np
+import pytest
 from load import SECONDS_TO_RECOVER, Load
 from serving import Processes, copy_matmul_example
 
@@ -40,6 +41,21 @@ def test_main(transformer):
             assert load.wait(1) < SECONDS_TO_RECOVER
             load.wait(20)
             assert up.pids() == before
+        assert up.stop() == 0
+
+
+@pytest.mark.parametrize("role", ["worker", "main"])
+def test_one_that_is_frozen_is_replaced(transformer, role):
+    """Nothing of it ends by itself: only the heartbeat tells."""
+    with transformer.up(SHARDSERVE_HEARTBEAT_TIMEOUT="2") as up:
+        before = up.pids()
+        (frozen,) = up.of(f"shardserve.{role}")
+        with Load(up, transformer.model, clients=1, allowed_errors=("UNAVAILABLE",)) as load:
+            os.kill(frozen, signal.SIGSTOP)
+            assert load.wait(1) < 3 + SECONDS_TO_RECOVER
+            load.wait(20)
+            assert up.pids() == before
+        assert frozen not in up.of(f"shardserve.{role}")
         assert up.stop() == 0
 
 

@@ -115,8 +115,17 @@ class Waiting(Message, frozen=True):
 
     total: int
     missing: tuple[int, ...]
+    reason: str = ""
 
 
-ToMain = Attach | Detach | StartGrpc | StartRest | Stop
-ToWorker = Serve | Stop
-ToLauncher = Done | Refused | Incarnation | Loaded | Waiting
+class Ping(Message, frozen=True):
+    """To Main or a Worker that has said something already: answered by a `Pong` at once, whatever else it does."""
+
+
+class Pong(Message, frozen=True):
+    pass
+
+
+ToMain = Attach | Detach | StartGrpc | StartRest | Stop | Ping
+ToWorker = Serve | Stop | Ping
+ToLauncher = Done | Refused | Incarnation | Loaded | Waiting | Pong

@@ -8,8 +8,9 @@ import grpc
 import httpx
 import numpy as np
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from main_harness import Launcher, Worker, attached, echo, keep
+from main_harness import Launcher, Worker, attached, echo, free_port, keep
 
 from shardserve.client import AsyncClient
 from shardserve.wire.messages import front, launch
@@ -62,6 +63,19 @@ def test_stop_ends_what_is_not_answered_within_the_grace():
                 assert await asyncio.to_thread(launcher.process.wait, 10) == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [launch.StartGrpc, launch.StartRest])
+def test_a_front_end_that_is_being_opened_when_the_stop_comes_is_closed(kind, capfd):
+    async def run():
+        async with Launcher() as launcher:
+            opened = launcher.give(kind, f"127.0.0.1:{free_port()}", 100, None)
+            await launcher.order(launch.Stop, 0.1)
+            assert isinstance(await opened, launch.Done)
+            assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+
+    asyncio.run(run())
+    assert "Event loop is closed" not in capfd.readouterr().err
 
 
 def test_stop_with_idle_connections_is_quick():

@@ -70,6 +70,31 @@ def test_a_servable_config_that_never_ends(tmp_path, free_port, text):
         assert script.end()[0] == 0
 
 
+def test_a_servable_config_that_takes_longer_than_the_heartbeat_is_not_taken_for_frozen(tmp_path, free_port):
+    write_servable(tmp_path, "import re\nre.match('(a+)+b', 'a' * 25)\n" + SERVABLE)
+    call = start(free_port, "wait_agents_time_in_seconds=0.1")
+    environment = {"SHARDSERVE_HEARTBEAT_TIMEOUT": "1"}
+    with Script(tmp_path, call, **environment) as script:
+        _, stderr = script.end(120)
+    assert "0 of 2 agents came within" in stderr
+    assert "heartbeat_timeout" not in stderr
+
+
+def test_a_worker_that_freezes_while_it_waits_for_agents_fails_the_start(tmp_path, free_port):
+    write_servable(tmp_path)
+    with Script(
+        tmp_path, start(free_port), SHARDSERVE_HEARTBEAT_TIMEOUT="1", SHARDSERVE_WAITING_NOTICE="0.1"
+    ) as script:
+        while "waits for agents" not in script.process.stderr.readline():
+            pass
+        [worker] = [child for child in script.children() if "shardserve.worker" in child.cmdline()]
+        worker.suspend()
+        code, stderr = script.end()
+    assert code == 1
+    said = f"shardserve.worker (pid {worker.pid}) was killed: it did not answer for 1 s (heartbeat_timeout)"
+    assert f"StartError: {said}" in stderr
+
+
 def test_what_failed_may_be_started_again(tmp_path, free_port):
     """Its port, its name and its processes are free again."""
     write_servable(tmp_path)

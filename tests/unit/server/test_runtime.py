@@ -175,7 +175,7 @@ def test_main_is_respawned_with_its_front_ends(tmp_path, free_port):
         script.process.send_signal(signal.SIGTERM)
         code, stderr = script.end()
         assert code == 0
-        assert f"Main (pid {main.pid}) died; it is respawned" in stderr
+        assert f"Main (pid {main.pid}) ended with code -9; it is respawned" in stderr
 
 
 def test_all_die_with_the_script(tmp_path, free_port):
