@@ -167,6 +167,13 @@ class Supervisor:
         """`connect_within` on a thread of its own: executors take no work once the script's last line has run."""
         done: asyncio.Future[socket.socket | None] = self._loop.create_future()
 
+        def tell(connected: socket.socket | None) -> None:
+            # The loop's end cancels whoever waited, possibly between this call and its turn.
+            if not done.done():
+                done.set_result(connected)
+            elif connected is not None:
+                connected.close()
+
         def work() -> None:
             interval = self._settings.connect_retry_interval
             peer_timeout = self._settings.peer_timeout
@@ -175,7 +182,10 @@ class Supervisor:
             )
             # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(done.set_result, connected)
+                self._loop.call_soon_threadsafe(tell, connected)
+                return
+            if connected is not None:
+                connected.close()
 
         threading.Thread(target=work, name="connect", daemon=True).start()
         return await done

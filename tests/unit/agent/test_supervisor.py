@@ -1,7 +1,9 @@
+import asyncio
 import json
 import os
 import signal
 import socket
+import threading
 
 import numpy as np
 import psutil
@@ -241,6 +243,25 @@ async def test_stopped_before_a_worker_came(tmp_path, ports):
         pass
     with pytest.raises(Unavailable, match=r"stopped before all agents were registered"):
         host.ready.result()
+
+
+@asynchronous
+async def test_whoever_waited_for_the_connection_may_be_gone(ports):
+    """At the loop's end everything is cancelled, possibly after the connecting thread has said that it gives up."""
+    complaints = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    supervisor = Host(ports[0], ["w"], ports[1]).supervisor
+    waiting = asyncio.ensure_future(supervisor._connect(float("inf")))
+    await asyncio.sleep(0)
+    [connecting] = [thread for thread in threading.enumerate() if thread.name == "connect"]
+    supervisor._stopping.set()
+    connecting.join(10)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.sleep(0)
+    assert not complaints
 
 
 @asynchronous
