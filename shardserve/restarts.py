@@ -22,11 +22,15 @@ class RestartBudget:
 
     def spend(self) -> bool:
         """Counts a death; False if it was one too many."""
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self._settings.restart_window:
+        self._deaths.append(time.monotonic())
+        return not self.spent
+
+    @property
+    def spent(self) -> bool:
+        """Whether there were too many; not any more when enough of them are out of the window."""
+        while self._deaths and self._deaths[0] < time.monotonic() - self._settings.restart_window:
             self._deaths.popleft()
-        return len(self._deaths) <= self._settings.max_restarts
+        return len(self._deaths) > self._settings.max_restarts
 
     def forgive(self) -> None:
         """A death turned out to be a request's fault, not of what died."""

@@ -81,6 +81,11 @@ class Settings:
     """Inputs of those requests, which Main keeps until they are answered."""
     max_receiving_bytes: int = 2 << 30
     """Bodies of REST requests that are being received and read; over it, Overloaded."""
+    receive_timeout: float = 60.0
+    """Without any more of the body of a REST request; then it is DeadlineExceeded, and its connection is closed."""
+    json_timeout: float = 120.0
+    """For the process that reads and writes large JSON bodies, for one of them; then it is killed and replaced, and the
+    request gets DeadlineExceeded."""
     max_calls: int = 8192
     """gRPC calls under way at one address, those that watch the health included; over it, RESOURCE_EXHAUSTED."""
     max_unsent_bytes: int = 1 << 30

@@ -5,48 +5,62 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
-import subprocess
-import sys
+import time
 from collections.abc import Mapping, Sequence
 
-from shardserve.errors import ShardserveError, Unavailable, from_wire
+from shardserve.errors import DeadlineExceeded, ShardserveError, Unavailable, from_wire
 from shardserve.main import rest_codec
+from shardserve.main.json_link import Answer, JsonLink
 from shardserve.main.router import Decoded
 from shardserve.main.servable import Result
-from shardserve.wire.frames import Buffer, FrameError, Payload, split
+from shardserve.restarts import RestartBudget
+from shardserve.settings import Settings
+from shardserve.wire.frames import Buffer, FrameError, split
 from shardserve.wire.messages import bodies, front
-from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
 
 LARGE = 256 << 10
 """Bytes of a body, or of a reply's tensors, that take the event loop some 5 ms; more of them go to the process."""
 
-Answer = tuple[bodies.ToMain, Payload]
+
+def is_large(pieces: list[bytes]) -> bool:
+    """Whether a body in pieces goes to the process."""
+    return sum(map(len, pieces)) > LARGE
 
 
 class JsonBodies:
     """Starts the process with the first large body, and another with the next one after it has died: only the body that
-    it had then is refused. It has one at a time, the others wait for their turn."""
+    it had then is refused. It has one at a time, the others wait for their turn; whoever gives up before leaves
+    nothing, and what it has already it finishes, within json_timeout.
 
-    def __init__(self) -> None:
+    deadline: a reading of time.monotonic(), after which DeadlineExceeded is raised; None: none but json_timeout.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()
-        self._stream: FrameStream[bodies.ToMain] | None = None
-        self._awaited = 0
-        self._answer: asyncio.Future[Answer] | None = None
-        self._ended: asyncio.Event | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._link: JsonLink | None = None
+        self._budget = RestartBudget(settings)
         self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def decode(self, pieces: list[bytes], dtypes: Mapping[str, str], max_instances: int) -> list[Decoded]:
-        """As rest_codec.decode_request, of a body in pieces. Unavailable if the process died of it."""
-        if sum(map(len, pieces)) <= LARGE:
+    @property
+    def unsent(self) -> int:
+        """Bytes that the process hasn't taken yet."""
+        return self._link.unsent if self._link is not None else 0
+
+    async def decode(
+        self, pieces: list[bytes], dtypes: Mapping[str, str], max_instances: int, deadline: float | None = None
+    ) -> list[Decoded]:
+        """As rest_codec.decode_request, of a body in pieces. Unavailable if the process died of it, or too often."""
+        if not is_large(pieces):
             return rest_codec.decode_request(b"".join(pieces), dtypes, max_instances)
         sizes = [len(piece) for piece in pieces]
         message = bodies.ReadBody(next(self._numbers), sizes, dict(dtypes), max_instances)
-        answer, payload = await self._ask(message, list(pieces))
+        what = f"a JSON body of {sum(sizes)} bytes to be read"
+        answer, payload = await self._ask(message, list(pieces), what, deadline)
         if not isinstance(answer, bodies.Read):
             raise FrameError(f"{type(answer).__name__} came where Read belongs")
         read = [instance for instance in answer.instances if isinstance(instance, dict)]
@@ -58,11 +72,12 @@ class JsonBodies:
             for instance in answer.instances
         ]
 
-    async def encode(self, results: Sequence[Result]) -> bytes | memoryview:
-        """As rest_codec.encode_reply. Unavailable if the process died of it."""
+    async def encode(self, results: Sequence[Result], deadline: float | None = None) -> bytes | memoryview:
+        """As rest_codec.encode_reply. Unavailable if the process died of it, or too often."""
         good = [result for result in results if not isinstance(result, ShardserveError)]
         parts = [part for _, found in good for part in found]
-        if sum(part.nbytes for part in parts) <= LARGE:
+        nbytes = sum(part.nbytes for part in parts)
+        if nbytes <= LARGE:
             return rest_codec.encode_reply(results)
         outcomes: list[front.InstanceOutputs | front.InstanceError] = [
             front.InstanceError(type(result).__name__, str(result))
@@ -71,67 +86,77 @@ class JsonBodies:
             for result in results
         ]
         message = bodies.WriteBody(next(self._numbers), outcomes)
-        answer, payload = await self._ask(message, [part.data for part in parts])
+        what = f"outputs of {nbytes} bytes to be written as JSON"
+        answer, payload = await self._ask(message, [part.data for part in parts], what, deadline)
         if not isinstance(answer, bodies.Written):
             raise FrameError(f"{type(answer).__name__} came where Written belongs")
         return payload[: answer.nbytes].data
 
     async def close(self) -> None:
-        """Ends the process; what it has is refused."""
+        """Ends the process; what it has is refused, and so are those that wait."""
         self._closed = True
-        if self._stream is not None:
-            self._stream.abort()
-        if self._ended is not None:
-            await self._ended.wait()
+        if self._link is not None:
+            self._link.end("the server is stopping")
+        async with self._turn:  # After all that wait for it.
+            await asyncio.gather(*self._tasks)
 
-    async def _ask(self, message: bodies.ToProcess, buffers: list[Buffer]) -> Answer:
-        async with self._turn:
-            if self._closed:
-                raise Unavailable("the server is stopping")
-            stream = self._stream or await self._start()
-            # Whoever asked before may have been cancelled: the answer is then still to come, and nobody's.
-            self._awaited = message.request
-            self._answer = asyncio.get_running_loop().create_future()
-            stream.send(message, buffers)
-            answer, payload = await self._answer
+    async def _ask(self, message: bodies.ToProcess, buffers: list[Buffer], what: str, deadline: float | None) -> Answer:
+        began = time.monotonic()
+        asking = self._ask_in_turn(message, buffers, what)
+        try:
+            answer, payload = await asyncio.wait_for(asking, None if deadline is None else deadline - began)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(f"waited {time.monotonic() - began:.3f} s for {what}") from None
         if isinstance(answer, bodies.Refused):
             raise from_wire(answer.error, answer.message)
         return answer, payload
 
-    async def _start(self) -> FrameStream[bodies.ToMain]:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "shardserve.main.json_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-            )
-        ours.setblocking(False)
-        ended = self._ended = asyncio.Event()
-        stream: FrameStream[bodies.ToMain] = FrameStream(
-            bodies.ToMain, self._on_frame, lambda reason: self._on_lost(process, ended, reason)
-        )
-        await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=ours)
-        self._stream = stream
-        return stream
+    async def _ask_in_turn(self, message: bodies.ToProcess, buffers: list[Buffer], what: str) -> Answer:
+        await self._turn.acquire()
+        try:
+            link = await self._living()
+            answered = link.ask(message, buffers, what, self._settings.json_timeout)
+        except BaseException:
+            self._turn.release()
+            raise
+        # Not when the asker gives up: what was sent is in the process, or on its way there, until it is answered, and
+        # the next one's would come on top of it.
+        answered.add_done_callback(lambda _: self._turn.release())
+        return await asyncio.shield(answered)
 
-    def _on_frame(self, message: bodies.ToMain, payload: Payload) -> None:
-        if message.request == self._awaited and self._answer is not None and not self._answer.done():
-            self._answer.set_result((message, payload))
-
-    def _on_lost(self, process: subprocess.Popen[bytes], ended: asyncio.Event, reason: Exception | None) -> None:
-        self._stream = None
-        process.kill()  # Without its connection it is of no use.
-        reaping = asyncio.get_running_loop().create_task(_reap(process, ended))
-        self._tasks.add(reaping)
-        reaping.add_done_callback(self._tasks.discard)
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(Unavailable("the process that had this large JSON body ended; try it again"))
+    async def _living(self) -> JsonLink:
+        """The link to the process, which is started if there is none."""
         if self._closed:
+            raise Unavailable("the server is stopping")
+        if self._link is not None:
+            return self._link
+        if self._budget.spent:
+            raise Unavailable(
+                f"the process for large JSON bodies died {self._budget} (max_restarts, restart_window); until that is "
+                "over none is started"
+            )
+        try:
+            link = JsonLink(self._lost)
+        except OSError as error:
+            raise Unavailable(f"the process for large JSON bodies can't be started: {error}") from error
+        try:
+            await link.connect()
+        except BaseException:
+            link.end("it was not needed any more")
+            raise
+        if self._closed:
+            link.end("the server is stopping")
+            raise Unavailable("the server is stopping")
+        self._link = link
+        return link
+
+    def _lost(self, link: JsonLink, reason: str) -> None:
+        task = asyncio.get_running_loop().create_task(link.reap())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if link is not self._link:
             return
-        logger.error("the process for large JSON bodies (pid %d) ended%s", process.pid, f": {reason}" if reason else "")
-
-
-async def _reap(process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
-    await asyncio.to_thread(process.wait)
-    ended.set()
+        self._link = None
+        if not self._closed:
+            self._budget.spend()
+            logger.error("the process for large JSON bodies (pid %d) is gone: %s", link.pid, reason)

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,27 +18,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from shardserve.errors import (
-    DeadlineExceeded,
     InternalError,
     InvalidInput,
-    MessageTooLarge,
     NotFound,
     Overloaded,
     ShardserveError,
     Unavailable,
 )
 from shardserve.main import addresses, rest_codec, tls
-from shardserve.main.json_bodies import JsonBodies
+from shardserve.main.json_bodies import JsonBodies, is_large
+from shardserve.main.rest_body import RestBody, Stalled
 from shardserve.main.router import Decoded, Router, infer
-from shardserve.main.servable import Result
 from shardserve.wire.messages import front
 from shardserve.wire.messages.launch import StartRest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the client waits for the answer; without it, as long as it keeps the connection."""
-
 
 # Seconds, of answers that may be better soon. What waits is bounded, so a queue is hardly longer than that.
 RETRY_AFTER = "1"
@@ -58,7 +58,7 @@ class RestFront:
             Route("/healthz", self._healthz, methods=["GET"]),
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _bug})
-        self._bodies = JsonBodies()
+        self._bodies = JsonBodies(router.settings)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -92,20 +92,13 @@ class RestFront:
 
     async def _predict(self, request: Request) -> Response:
         try:
-            results = await self._infer(request)
+            return await self._answer(request)
         except ClientDisconnect:
             return Response(status_code=499)  # Nobody reads it.
         except ShardserveError as error:
             return _failed(error)
-        errors = [result for result in results if isinstance(result, ShardserveError)]
-        status = errors[0].http_status if len(errors) == len(results) else 200
-        try:
-            body = await self._bodies.encode(results)
-        except ShardserveError as error:
-            return _failed(error)
-        return Response(body, status, media_type="application/json")
 
-    async def _infer(self, request: Request) -> list[Result]:
+    async def _answer(self, request: Request) -> Response:
         parameters = request.path_params
         version = parameters.get("version", "0")
         if not version.isdecimal() or len(version) > MAX_VERSION_DIGITS:
@@ -114,41 +107,24 @@ class RestFront:
         servable, info = self._router.resolve(parameters["servable"], int(version), method)
         deadline = _deadline(request)
         instances = await self._instances(request, info, deadline)
-        answer = asyncio.ensure_future(infer(servable, method, info, instances, deadline))
-        leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
-        try:
-            await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise ClientDisconnect
-            return answer.result()
-        finally:
-            answer.cancel()
-            leaving.cancel()
+
+        async def run() -> Response:
+            results = await infer(servable, method, info, instances, deadline)
+            errors = [result for result in results if isinstance(result, ShardserveError)]
+            status = errors[0].http_status if len(errors) == len(results) else 200
+            body = await self._bodies.encode(results, deadline)
+            return Response(body, status, media_type="application/json")
+
+        return await _unless_it_leaves(request, run())
 
     async def _instances(self, request: Request, info: front.MethodInfo, deadline: float | None) -> list[Decoded]:
-        began = time.monotonic()
+        settings = self._router.settings
         with self._router.intake.body() as came:
-            reading = self._read(request, info, came)
-            try:
-                return await asyncio.wait_for(reading, None if deadline is None else deadline - began)
-            except asyncio.TimeoutError:
-                passed = time.monotonic() - began
-                raise DeadlineExceeded(f"waited {passed:.3f} s for the body to come and to be read") from None
-
-    async def _read(self, request: Request, info: front.MethodInfo, came: Callable[[int], None]) -> list[Decoded]:
-        too_large = MessageTooLarge(f"the body is larger than {self._limit} bytes, this server's max_msg_mb_size")
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._limit:
-            raise too_large
-        pieces: list[bytes] = []
-        size = 0
-        async for piece in request.stream():
-            size += len(piece)
-            if size > self._limit:
-                raise too_large
-            came(len(piece))
-            pieces.append(piece)
-        return await self._bodies.decode(pieces, info.dtypes, self._router.settings.max_instances)
+            pieces = await RestBody(request, self._limit, came).receive(settings.receive_timeout, deadline)
+            reading = self._bodies.decode(pieces, info.dtypes, settings.max_instances, deadline)
+            if not is_large(pieces):
+                return await reading  # At once.
+            return await _unless_it_leaves(request, reading)
 
     async def _healthz(self, request: Request) -> Response:
         ready = self._router.ready
@@ -176,8 +152,26 @@ def _deadline(request: Request) -> float | None:
     return time.monotonic() + timeout
 
 
+async def _unless_it_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The outcome of `work`, which is cancelled if the client leaves: ClientDisconnect. For when the body has come."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
 def _failed(error: ShardserveError) -> Response:
-    headers = {"retry-after": RETRY_AFTER} if isinstance(error, Overloaded | Unavailable) else None
+    headers = {}
+    if isinstance(error, Overloaded | Unavailable):
+        headers["retry-after"] = RETRY_AFTER
+    if isinstance(error, Stalled):
+        headers["connection"] = "close"
     return Response(rest_codec.encode_error(error), error.http_status, headers, media_type="application/json")
 
 

@@ -226,9 +226,48 @@ def test_a_deadline_while_the_body_comes():
         writer.write(head + b'{"instances": {')
         reply = await asyncio.wait_for(reader.readuntil(b"}"), 10)
         assert reply.startswith(b"HTTP/1.1 504 ")
-        assert b"for the body to come and to be read" in reply
+        assert b"s for the body to come; 15 bytes of 100 came" in reply
         writer.close()
         await writer.wait_closed()
+
+    rest(test)
+
+
+def test_a_body_that_stalls_ends_with_its_connection(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "1")
+    monkeypatch.setenv("SHARDSERVE_MAX_RECEIVING_BYTES", "100000")
+    start = b'{"instances": {"x": 1}}' + b" " * 120_000
+    said = b"waited 1 s (receive_timeout) for more of the body; %d bytes%b came"
+
+    async def test(launcher, worker, http):
+        for header, chunk, of in [
+            (b"Content-Length: 200000", start, b" of 200000"),
+            (b"Transfer-Encoding: chunked", b"%x\r\n%b\r\n" % (len(start), start), b""),
+        ]:
+            reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+            writer.write(b"POST /model/echo:predict HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n%b" % (header, chunk))
+            reply = await asyncio.wait_for(reader.read(), 10)  # Up to the end of the connection.
+            assert reply.startswith(b"HTTP/1.1 504 ")
+            assert said % (len(start), of) in reply
+            writer.close()
+            # It counts no more: over the bound only a body that comes alone is taken.
+            assert (await http.post("/model/echo:predict", content=start)).status_code == 200
+
+    rest(test)
+
+
+def test_a_body_that_comes_slowly_is_taken(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "1.5")
+
+    async def pieces():
+        for byte in b'{"instances": {"x": 1}}':
+            await asyncio.sleep(0.1)
+            yield bytes([byte])
+
+    async def test(launcher, worker, http):
+        began = time.monotonic()
+        assert (await http.post("/model/echo:predict", content=pieces())).status_code == 200
+        assert time.monotonic() - began > 1.5
 
     rest(test)
 
