@@ -8,7 +8,7 @@ from pathlib import Path
 from shardserve.cli import values
 from shardserve.cli.arguments import add_agent_arguments, add_distributed_address
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.guard import add_guard_arguments, join_secret_file, ssl_config
+from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
 from shardserve.cli.serving import in_foreground
 from shardserve.progress import Progress
 from shardserve.server import distributed
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         configs = _by_rank("--group-config", args.group_config, len(args.model_files))
     if (args.agent_ip is None) != (args.rank_start is None):
         raise WrongUsage("--agent-ip and --rank-start: give both or neither")
+    check_guarded(args)
     return in_foreground("agents", lambda progress: _start(args, graphs, configs, progress))
 
 
@@ -107,4 +108,4 @@ def _start(
         insecure=args.insecure,
         progress=progress,
     ).result()
-    return f"{len(graphs)} agents of the server at {args.distributed_address}"
+    return f"{values.counted(len(graphs), 'agent')} of the server at {args.distributed_address}"

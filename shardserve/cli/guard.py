@@ -8,6 +8,8 @@ from shardserve.cli import values
 from shardserve.cli.codes import WrongUsage
 from shardserve.server import SSLConfig
 from shardserve.settings import Settings
+from shardserve.wire.security import is_loopback
+from shardserve.wire.sockets import parse_address
 
 
 def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,17 @@ def join_secret_file(args: argparse.Namespace) -> str | None:
     """As given or by the environment, from the current directory."""
     file = args.join_secret_file or Settings.from_environment().join_secret_file
     return str(values.path(str(file))) if file else None
+
+
+def check_guarded(args: argparse.Namespace) -> None:
+    """WrongUsage if the distributed address is beyond loopback and nothing says who may join."""
+    guarded = args.insecure or join_secret_file(args) is not None or ssl_config(args) is not None
+    host = parse_address(args.distributed_address, "--distributed-address").host
+    if not guarded and not is_loopback(host):
+        raise WrongUsage(
+            f"--distributed-address: {host} can be reached from other hosts: give --join-secret-file, or --certificate "
+            "and --private-key, or --insecure if whoever reaches it may join"
+        )
 
 
 def ssl_config(args: argparse.Namespace, prefix: str = "") -> SSLConfig | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardserve.cli.progress import shown_progress
+from shardserve.cli.values import counted
 from shardserve.errors import ShardError
 from shardserve.shards.config import CONFIG_FILE, ShardConfig, TensorSpec
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{**shard, "config": shard["config"].to_dict()} for shard in shards], indent=2))
         return 0
-    ranks, stages = _counted(first.rank_size, "rank"), _counted(first.stage_size, "pipeline stage")
+    ranks, stages = counted(first.rank_size, "rank"), counted(first.stage_size, "pipeline stage")
     print(f"{first.name}: {ranks}, {stages}, export {first.export_id}")
     for name, bounds in first.signature.dims.items():
         print(f"  dim {name}: {bounds}")
@@ -87,10 +88,6 @@ def _shard(directory: Path) -> dict[str, Any]:
         "operators": len(graph.nodes) - sum(kinds.values()),
         "collectives": dict(kinds),
     }
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _print_tensors(what: str, specs: tuple[TensorSpec, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 
 from shardserve.cli import values
@@ -45,12 +46,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _host(text: str) -> tuple[str, list[int]]:
     address, _, devices = text.rpartition(":")
-    address = address.strip("[]")
+    address = address.removeprefix("[").removesuffix("]")
     if not address or not devices:
         raise argparse.ArgumentTypeError(f"{text!r} isn't IP:DEVICES")
-    if devices.isdecimal() and int(devices) > 0:
-        return address, list(range(int(devices)))
     try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {address!r} isn't an IP address") from None
+    try:
+        if devices.isascii() and devices.isdecimal():
+            return address, list(range(values.device_count(devices)))
         return address, values.device_ids(devices)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None

@@ -13,8 +13,9 @@ from shardserve.cli.arguments import (
     add_servable_arguments,
 )
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.guard import add_guard_arguments, join_secret_file, ssl_config
+from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
 from shardserve.cli.serving import fronts, in_foreground, is_local, servable_name, start_fronts, start_local
+from shardserve.errors import ConfigError
 from shardserve.progress import Progress
 from shardserve.server import distributed
 
@@ -62,11 +63,16 @@ def run(args: argparse.Namespace) -> int:
     if is_local(args, name, {"--rank-table": args.rank_table}):
         return in_foreground("serve", lambda progress: start_local(args, name, progress))
     if args.rank_table is None:
-        raise WrongUsage("the following arguments are required: --rank-table")
+        # Wrong usage is what is wrong whatever the files say.
+        raise ConfigError(
+            f"servable {name!r} is distributed: give its --rank-table; one that is not has a folder of a version, such "
+            f"as {args.directory / name / '1'}"
+        )
     if args.device_type is not None:
         raise WrongUsage(
             "--device-type: what the ranks run on is said to their agents: shardserve agents --device-type"
         )
+    check_guarded(args)
     return in_foreground("serve", lambda progress: _start(args, name, progress))
 
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from shardserve.cli import values
 from shardserve.cli.codes import INTERRUPTED, WrongUsage
 from shardserve.cli.guard import ssl_config
 from shardserve.cli.progress import shown_progress
@@ -55,7 +56,7 @@ def start_local(args: argparse.Namespace, name: str, progress: Progress) -> str:
         str(args.directory), name, devices, args.version or 0, args.device_type, args.num_parallel_workers
     )
     start_and_tell(config, progress)
-    return f"{name} on {len(devices)} device{'s' * (len(devices) > 1)}; {fronts(args)}"
+    return f"{name} on {values.counted(len(devices), 'device')}; {fronts(args)}"
 
 
 def fronts(args: argparse.Namespace) -> str:
@@ -63,7 +64,7 @@ def fronts(args: argparse.Namespace) -> str:
 
 
 def servable_name(args: argparse.Namespace) -> str:
-    """--servable, else the only one in DIR. WrongUsage if there are several, ConfigError if there is none."""
+    """--servable, else the only one in DIR. ConfigError if there are several or none."""
     directory: Path = args.directory
     if args.servable is not None:
         return str(args.servable)
@@ -71,7 +72,7 @@ def servable_name(args: argparse.Namespace) -> str:
         raise ConfigError(f"there is no directory {directory}")
     found = sorted(path.parent.name for path in directory.glob("*/servable_config.py"))
     if len(found) > 1:
-        raise WrongUsage(f"{directory}: has {len(found)} servables ({', '.join(found)}): say which with --servable")
+        raise ConfigError(f"{directory}: has {len(found)} servables ({', '.join(found)}): say which with --servable")
     if not found:
         raise ConfigError(f"{directory}: has no servable; a servable is a folder with a servable_config.py")
     return found[0]
@@ -79,12 +80,21 @@ def servable_name(args: argparse.Namespace) -> str:
 
 def is_local(args: argparse.Namespace, name: str, distributed: dict[str, object]) -> bool:
     """Whether the servable is one that is not distributed: --devices says so, or its folder of a version does where
-    nothing speaks for the other kind, whose options are `distributed` (name → value). WrongUsage for both of them."""
+    nothing speaks for the other kind, whose options are `distributed` (name → value). WrongUsage for both of them,
+    ConfigError for --devices where only shards of ranks are found."""
     given = [option for option, value in distributed.items() if value is not None]
     if args.devices is not None and given:
         raise WrongUsage(f"--devices is for a servable that is not distributed, {given[0]} for one that is")
-    if args.devices is not None or given:
-        return args.devices is not None
+    if given:
+        return False
     versions = (args.directory / name).glob("[1-9]*")
     has_version = any(path.is_dir() and path.name.isdecimal() for path in versions)
-    return has_version and not (args.directory / MODEL_FOLDER).is_dir()
+    distributed_model = args.directory / MODEL_FOLDER
+    if args.devices is None:
+        return has_version and not distributed_model.is_dir()
+    if not has_version and distributed_model.is_dir():
+        raise ConfigError(
+            f"--devices is for a servable that is not distributed; {name!r} has its ranks' shards in "
+            f"{distributed_model}, and no folder of a version, such as {args.directory / name / '1'}"
+        )
+    return True

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from shardserve.cli import values
+from shardserve.cli.codes import WrongUsage
 from shardserve.client import SSLConfig, channel, status
 from shardserve.errors import ConfigError, ShardserveError
 
@@ -35,7 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def add_address_argument(parser: argparse.ArgumentParser) -> None:
     """ADDRESS, of every command that talks to a server."""
     parser.add_argument(
-        "address", metavar="ADDRESS", type=values.grpc_address, help="the server's gRPC address: host:port or unix:path"
+        "address",
+        metavar="ADDRESS",
+        type=values.server_address,
+        help="the server's gRPC address: host:port or unix:path",
     )
 
 
@@ -60,9 +64,11 @@ def add_connection_arguments(parser: argparse.ArgumentParser, timeout: float | N
 
 
 def tls_config(args: argparse.Namespace) -> SSLConfig | None:
-    """What the TLS arguments say; None without any. ConfigError if they don't go together."""
+    """What the TLS arguments say; None without any. WrongUsage if they don't go together."""
     if args.custom_ca is None and args.certificate is None and args.private_key is None:
         return None
+    if (args.certificate is None) != (args.private_key is None):
+        raise WrongUsage("--certificate and --private-key: give both or neither")
     return SSLConfig(args.certificate, args.private_key, args.custom_ca)
 
 
@@ -92,6 +98,8 @@ def table(found: dict[str, Any]) -> list[str]:
             generation = ".".join(map(str, replica["generation"]))
             where = f"  replica {replica['replica']}: {replica['state']}, generation {generation}"
             lines.append(f"{where}, restarts {replica['restarts']}")
+            if replica["reason"]:
+                lines.append(f"    {replica['reason']}")
             rows = [RANK_COLUMNS, *(tuple(_cell(rank, key) for key in RANK_COLUMNS) for rank in replica["ranks"])]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["    " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -16,7 +16,7 @@ from shardserve.cli.arguments import (
     add_front_arguments,
     add_servable_arguments,
 )
-from shardserve.cli.guard import add_guard_arguments, join_secret_file, ssl_config
+from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
 from shardserve.cli.serving import (
     MODEL_FOLDER,
     fronts,
@@ -26,10 +26,11 @@ from shardserve.cli.serving import (
     start_fronts,
     start_local,
 )
-from shardserve.errors import ConfigError
+from shardserve.errors import ConfigError, RankTableError
 from shardserve.progress import Progress
 from shardserve.server import distributed
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
+from shardserve.wire.sockets import is_local as is_local_host
 from shardserve.worker.rank_table import load_rank_table, make_rank_table
 
 EXAMPLE = """The model of a servable that is not distributed (declare_model) is in DIR/NAME/VERSION, such as DIR/NAME/1.
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     name = servable_name(args)
     if is_local(args, name, {"--model-dir": args.model_dir, "--rank-table": args.rank_table}):
         return in_foreground("up", lambda progress: start_local(args, name, progress))
+    check_guarded(args)
     shards = _shards(args.model_dir or [args.directory / MODEL_FOLDER], args.directory / name)
     return in_foreground("up", lambda progress: _start(args, name, shards, progress))
 
@@ -85,7 +87,13 @@ def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progres
     else:
         # Only the count is needed here; the Worker checks the table against the servable's own stage_size.
         table = str(args.rank_table)
-        count = len(load_rank_table(table, len(shards), 1).entries)
+        known = load_rank_table(table, len(shards), 1)
+        count = len(known.entries)
+        if foreign := [host for host in known.hosts if not is_local_host(host)]:
+            raise ConfigError(
+                f"rank table {table}: {', '.join(foreign)} is no address of this host, where `up` starts all; for "
+                "several hosts there are `shardserve serve` and `shardserve agents`"
+            )
     # A replica's ranks load the same shards again.
     files = [shards[rank % len(shards)] for rank in range(count)]
     guard = {
@@ -103,6 +111,7 @@ def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progres
         args.distributed_address,
         **guard,
         num_parallel_workers=args.num_parallel_workers,
+        own_agents=True,
         progress=progress,
     )
     # Without one of its ranks the only replica can't serve: whoever watches this process should know.
@@ -115,9 +124,19 @@ def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progres
         vital=count == len(shards),
         with_server=True,
     )
-    for done in concurrent.futures.as_completed((servable, agents)):
-        done.result()
-    return f"{name} of {count} ranks; {fronts(args)}"
+    try:
+        for done in concurrent.futures.as_completed((servable, agents)):
+            done.result()
+    except RankTableError as error:
+        if args.rank_table is not None:
+            raise
+        # A table that the user has never seen was made of the shards.
+        raise ConfigError(str(error).replace(f"rank table {table}: $", f"the model in {_folders(shards)}")) from error
+    return f"{name} of {values.counted(count, 'rank')}; {fronts(args)}"
+
+
+def _folders(shards: list[list[str]]) -> str:
+    return ", ".join(str(Path(graph).parent.parent) for graph in shards[0])
 
 
 def _shards(model_dirs: list[Path], servable: Path) -> list[list[str]]:
@@ -125,7 +144,9 @@ def _shards(model_dirs: list[Path], servable: Path) -> list[list[str]]:
     subgraphs = [_graphs(model_dir, servable) for model_dir in model_dirs]
     for model_dir, graphs in zip(model_dirs, subgraphs, strict=True):
         if len(graphs) != len(subgraphs[0]):
-            raise ConfigError(f"{model_dirs[0]} has {len(subgraphs[0])} ranks, {model_dir} has {len(graphs)}")
+            raise ConfigError(
+                f"{model_dirs[0]} has {values.counted(len(subgraphs[0]), 'rank')}, {model_dir} has {len(graphs)}"
+            )
     return [list(graphs) for graphs in zip(*subgraphs, strict=True)]
 
 

@@ -27,7 +27,8 @@ def path(text: str) -> Path:
 
 
 def _digits(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    # No longer than a 64-bit integer: Python refuses to convert thousands of digits.
+    return text.isascii() and text.isdecimal() and len(text) <= 20
 
 
 def count(text: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from certificates import Authority
-from serving import EXAMPLES, Processes, free_ports, load_module
+from serving import EXAMPLES, Processes, free_ports, load_module, write_servable
 from terminal import OnTerminal
 
 from shardserve.client import Client, SSLConfig, status
@@ -257,7 +257,7 @@ def test_the_wrong_kind_is_an_error_that_names_the_option(local, subgraphs):
                 ("--model-dir", subgraphs / "model" / "read"),
                 "start it with server.start_servables (shardserve up --devices)",
             ),
-            (subgraphs, ("--devices", "0"), "has no version"),
+            (subgraphs, ("--devices", "0"), "--devices is for a servable that is not distributed"),
         ):
             command = [SCRIPT, "up", folder, *flags, *served.fronts, *served.agents]
             done = subprocess.run(
@@ -266,4 +266,19 @@ def test_the_wrong_kind_is_an_error_that_names_the_option(local, subgraphs):
             assert done.returncode == 1
             assert said in done.stderr
             assert "Traceback" not in done.stderr
+        served.wait_all_ended(5)
+
+
+def test_shards_of_other_ranks_than_the_servable_declares(subgraphs, tmp_path):
+    """No table was given, so none is spoken of."""
+    write_servable(tmp_path, "words", "rank_size=4, stage_size=1", "x", "y")
+    with Served(tmp_path) as served:
+        command = [SCRIPT, "up", tmp_path, "--model-dir", subgraphs / "model" / "read", *served.fronts, *served.agents]
+        done = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, env=served._environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert f"the model in {subgraphs}/model/read has 2 ranks; the servable declares rank_size=4" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "shardserve up: " in done.stderr
         served.wait_all_ended(5)

@@ -93,10 +93,10 @@ def stop(on_hosts):
     on_hosts.wait_all_ended(10)
 
 
-def refused(on_hosts, scene, host, ranks, *options):
+def refused(on_hosts, scene, host, ranks, *options, code=1):
     """What agents write that can't join."""
     process = on_hosts.agents(host, scene.files(ranks), *options)
-    assert process.wait(60) == 1
+    assert process.wait(60) == code
     output = on_hosts.log(on_hosts.started.index(process)).read_text()
     assert "Traceback" not in output
     return output
@@ -129,9 +129,9 @@ def test_agents_with_a_wrong_secret_or_none_are_refused_and_right_ones_are_taken
         output = refused(on_hosts, scene, 1, PIPELINE[1], "--insecure")
         assert "came without a join secret: give join_secret_file" in output
         on_hosts.wait_in_log(0, "came without a join secret")
-        output = refused(on_hosts, scene, 1, PIPELINE[1])
-        assert f"distributed_address {scene.hosts.address(0)} can be reached from other hosts" in output
-        assert "join_secret_file" in output
+        output = refused(on_hosts, scene, 1, PIPELINE[1], code=2)
+        assert f"--distributed-address: {scene.hosts.address(0)} can be reached from other hosts" in output
+        assert "--join-secret-file" in output
         scene.start(on_hosts, PIPELINE, lambda host: right, only=(1, 2))
         on_hosts.wait_ready(server)
         with on_hosts.client("transformer", raise_errors=True) as client:

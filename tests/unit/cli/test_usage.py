@@ -71,6 +71,29 @@ WRONG_USAGE = [
     ((*AGENTS, "--subgraph", "c", "d", "--group-config", "e", "f"), "--group-config: 1 times for 2 subgraphs"),
     ((*AGENTS, "--certificate", "cert.pem"), "--certificate and --private-key: TLS needs both"),
     ((*AGENTS, "--verify-client"), "--certificate and --private-key: TLS needs both"),
+    *(
+        (
+            (*words, "--distributed-address", f"{address}:6200"),
+            f"--distributed-address: {address} can be reached from "
+            "other hosts: give --join-secret-file, or --certificate and --private-key, or --insecure",
+        )
+        for address in ("192.0.2.1", "0.0.0.0")
+        for words in (AGENTS, ("up", ".", "--servable", "s"), ("serve", ".", "--servable", "s", "--rank-table", "r"))
+    ),
+    (("rank-table", "--host", "10.0.0.1:0"), "'0' isn't a number of devices, 1 to 65536"),
+    (("rank-table", "--host", "10.0.0.1:99999999"), "'99999999' isn't a number of devices"),
+    (("rank-table", "--host", f"10.0.0.1:0-{'9' * 30}"), "the highest device id is 65535|is no device id"),
+    (("rank-table", "--host", "1.2.3:1"), "'1.2.3' isn't an IP address"),
+    (("rank-table", "--host", "localhost:2"), "'localhost' isn't an IP address"),
+    (("up", ".", "--devices", "0-99999999"), "the highest device id is 65535"),
+    *(
+        (words, "--certificate and --private-key: give both or neither")
+        for words in (
+            ("status", "127.0.0.1:1", "--certificate", "x"),
+            ("infer", "127.0.0.1:1", "m", "p", "--private-key", "x"),
+        )
+    ),
+    (("infer", "nope", "m", "p"), "'nope' isn't host:port with a port of 1 to 65535, and not unix:path"),
     (("status",), "ADDRESS"),
     (("status", "nonsense"), "'nonsense'"),
     (("infer", "127.0.0.1:5500", "m"), "METHOD"),
@@ -106,10 +129,11 @@ def run(arguments, capsys):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current one: two servables, and one that is exported as not distributed in local/."""
-    for name in ("one", "two", "local/mlp", "model-only/net"):
+    for name in ("one", "two", "local/mlp", "model-only/net", "sharded/net"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "servable_config.py").touch()
     (tmp_path / "local" / "mlp" / "1").mkdir()
+    (tmp_path / "sharded" / "model").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
     monkeypatch.chdir(tmp_path)
@@ -159,11 +183,8 @@ def test_a_wrong_command_line_is_exit_code_2(arguments, said, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("up", "."), "has 2 servables (one, two): say which with --servable"),
-        (("serve", ".", "--rank-table", "r.json"), "has 2 servables (one, two): say which with --servable"),
         (("serve", "local", "--rank-table", "r.json", "--devices", "0"), "--devices is for a servable that is not"),
         (("up", "local", "--model-dir", "m", "--devices", "0"), "--devices is for a servable that is not distributed"),
-        (("serve", ".", "--servable", "one"), "--rank-table"),
         (("serve", ".", "--servable", "one", "--rank-table", "r", "--device-type", "cpu"), "--device-type"),
     ],
 )
@@ -184,6 +205,13 @@ def test_options_that_are_missing_or_do_not_go_together_are_exit_code_2(folder, 
         (("rank-table", "--host", "10.0.0.1:2", "--out", "nowhere/table.json"), "nowhere/table.json: No such file"),
         (("up", "nowhere"), "there is no directory {folder}/nowhere"),
         (("up", "empty"), "{folder}/empty: has no servable"),
+        (("up", "."), "has 2 servables (one, two): say which with --servable"),
+        (("serve", ".", "--rank-table", "r.json"), "has 2 servables (one, two): say which with --servable"),
+        (("serve", ".", "--servable", "one"), "servable 'one' is distributed: give its --rank-table"),
+        (
+            ("up", "sharded", "--devices", "0,1"),
+            "--devices is for a servable that is not distributed; 'net' has its ranks' shards in {folder}/sharded/",
+        ),
         (
             ("up", "model-only"),
             "there is no {folder}/model-only/model/device0/group_config.json: export the model first",
@@ -191,10 +219,6 @@ def test_options_that_are_missing_or_do_not_go_together_are_exit_code_2(folder, 
         (("serve", "nowhere", "--rank-table", "r.json"), "there is no directory {folder}/nowhere"),
         (("agents", "nowhere.json"), "there is no file {folder}/nowhere.json"),
         ((*AGENTS, "--join-secret-file", "nowhere"), "join_secret_file {folder}/nowhere: No such file"),
-        (
-            (*AGENTS, "--distributed-address", "192.0.2.1:6200"),
-            "distributed_address 192.0.2.1 can be reached from other hosts: give join_secret_file or ssl_config",
-        ),
         (("status", "127.0.0.1:1"), "127.0.0.1:1: UNAVAILABLE"),
         (("infer", "127.0.0.1:1", "m", "p", "--input", "x=nowhere.npy"), "nowhere.npy"),
         (("bench", "127.0.0.1:1", "m", "p"), "127.0.0.1:1: UNAVAILABLE"),
@@ -210,6 +234,19 @@ def test_what_is_not_there_is_exit_code_1_in_one_line(folder, arguments, said, c
     assert output == ""
     assert error.startswith(f"shardserve {arguments[0]}: ")
     assert said.format(folder=folder) in error
+    assert error.count("\n") == 1
+
+
+def test_up_says_that_a_table_of_other_hosts_is_not_for_it(folder, capsys):
+    exported = folder / "one" / "model" / "device0"
+    exported.mkdir(parents=True)
+    (exported / "group_config.json").write_text(json.dumps(CONFIG))
+    main(["rank-table", "--host", "127.0.0.1:1", "--host", "192.0.2.1:1", "--out", "two.json"])
+    arguments = ["up", ".", "--servable", "one", "--model-dir", "one/model", "--rank-table", "two.json"]
+    code, _, error = run(arguments, capsys)
+    assert code == 1
+    assert f"rank table {folder}/two.json: 192.0.2.1 is no address of this host" in error
+    assert "`shardserve serve` and `shardserve agents`" in error
     assert error.count("\n") == 1
 
 
