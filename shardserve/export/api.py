@@ -17,7 +17,7 @@ from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
 from shardserve.export.trace import Trace, ordered, trace
-from shardserve.export.write import Writer
+from shardserve.export.write import Writer, folder_of
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import FILE_NAME, ShardConfig, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
@@ -46,49 +46,46 @@ def export(
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
     after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
-    each later stage; without them, stages are balanced by their parameters' bytes. `strict` refuses a
-    tensor-parallel export whose plan shards no parameter. `progress` hears of what is traced, cut and written. Raises
+    each later stage; without them, stages are balanced by their parameters' bytes. `strict` refuses a plan that shards
+    no parameter, if tensor_parallel is more than 1. `progress` hears of what is traced, cut and written. Raises
     ExportError.
     """
     started = time.perf_counter()
     _check(name, tensor_parallel, pipeline_parallel, plan)
-    try:
-        # Before the tracing, which takes its time.
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"the shards can't be written to {out}: {error.strerror}") from error
-    plan = plan or Plan()
-    kwargs = ordered(model, kwargs or {})
-    progress("tracing the model", 0, 1)
-    traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
-    trace_seconds = time.perf_counter() - started
-    shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
-    placements = _placements(model, plan, shapes, tensor_parallel)
-    if strict and _only_replicated(placements, tensor_parallel):
-        raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
-    cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
-    stages = cut.assign(traced, cuts)
-    graphs: list[LocalGraph] = []
-    for rank in range(tensor_parallel):
-        progress("cutting the graph", rank, tensor_parallel)
-        graphs.append(propagate(traced, placements, stages, tensor_parallel, rank))
-    signature = _signature(traced, graphs[0])
-    shards = assemble(name, traced, graphs, signature, pipeline_parallel)
-    reports = _write(Path(out), name, traced, shards, progress)
-    return Report(
-        name,
-        Path(out),
-        shards[0][0].config.export_id,
-        tensor_parallel * pipeline_parallel,
-        pipeline_parallel,
-        signature,
-        tuple(cuts),
-        reports,
-        dict(graphs[0].gathered),
-        _warnings(graphs[0], placements, tensor_parallel),
-        trace_seconds,
-        time.perf_counter() - started,
-    )
+    # Before the tracing, which takes its time.
+    with folder_of(Path(out)):
+        plan = plan or Plan()
+        kwargs = ordered(model, kwargs or {})
+        progress("tracing the model", 0, 1)
+        traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
+        trace_seconds = time.perf_counter() - started
+        shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
+        placements = _placements(model, plan, shapes, tensor_parallel)
+        if strict and _only_replicated(placements, tensor_parallel):
+            raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
+        cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
+        stages = cut.assign(traced, cuts)
+        graphs: list[LocalGraph] = []
+        for rank in range(tensor_parallel):
+            progress("cutting the graph", rank, tensor_parallel)
+            graphs.append(propagate(traced, placements, stages, tensor_parallel, rank))
+        signature = _signature(traced, graphs[0])
+        shards = assemble(name, traced, graphs, signature, pipeline_parallel)
+        reports = _write(Path(out), name, traced, shards, progress)
+        return Report(
+            name,
+            Path(out),
+            shards[0][0].config.export_id,
+            tensor_parallel * pipeline_parallel,
+            pipeline_parallel,
+            signature,
+            tuple(cuts),
+            reports,
+            dict(graphs[0].gathered),
+            _warnings(graphs[0], placements, tensor_parallel),
+            trace_seconds,
+            time.perf_counter() - started,
+        )
 
 
 def _check(name: str, tensor_parallel: int, pipeline_parallel: int, plan: Plan | None) -> None:

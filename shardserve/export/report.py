@@ -43,7 +43,8 @@ class Report:
         return Counter(kind for stage in self.stages for kind in stage.collectives)
 
     def __str__(self) -> str:
-        ranks = f"{self.rank_size} ranks, {self.stage_size} pipeline stage{'s' * (self.stage_size > 1)}"
+        stages = f"{self.stage_size} pipeline stage{'s' * (self.stage_size > 1)}"
+        ranks = f"{self.rank_size} rank{'s' * (self.rank_size > 1)}, {stages}"
         lines = [
             f"{self.name}: {ranks}, in {self.out} ({self.seconds:.1f} s, {self.trace_seconds:.1f} s of it tracing)"
         ]

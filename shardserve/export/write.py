@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -112,6 +113,24 @@ def part(tensor: Tensor, placement: Replicate | Shard, size: int, coordinate: in
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+@contextmanager
+def folder_of(out: Path) -> Iterator[None]:
+    """Makes `out`, and removes what it has made of it if nothing comes into it. ExportError if it can't be made."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"the shards can't be written to {out}: {error.strerror}") from error
+        yield
+    except BaseException:
+        for folder in made:
+            # What somebody else has put there in the meantime stays, and the folder with it.
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 class Writer:
     """Writes all ranks of one export into a hidden folder of `out`, then puts the device folders in place."""
 
@@ -146,15 +165,21 @@ class Writer:
             _flush(path)
         old = self.folder / "old"
         old.mkdir()
+        replaced: set[str] = set()
         for rank in self.ranks:
             target = self.out / f"device{rank}"
             if target.exists():
+                if (config := _config(target)) is not None:
+                    replaced.add(config.export_id)
                 target.rename(old / target.name)
             (self.folder / target.name).rename(target)
-        rank = len(self.ranks)
-        while _is_shard_of(self.out / f"device{rank}", self.name):
-            (self.out / f"device{rank}").rename(old / f"device{rank}")
-            rank += 1
+        # An export is replaced whole: those of its ranks that are no more would be half of a model.
+        for path in list(self.out.glob("device*")):
+            config = _config(path)
+            if config is None or path.name != f"device{config.rank}" or config.rank in self.ranks:
+                continue
+            if config.name == self.name or config.export_id in replaced:
+                path.rename(old / path.name)
         self.discard()
 
     def discard(self) -> None:
@@ -192,11 +217,12 @@ def empty_config(
     )
 
 
-def _is_shard_of(folder: Path, name: str) -> bool:
+def _config(folder: Path) -> ShardConfig | None:
+    """That of the shard in a folder; None if there is none."""
     try:
-        return ShardConfig.load(folder / CONFIG_FILE).name == name
+        return ShardConfig.load(folder / CONFIG_FILE)
     except ShardError:
-        return False
+        return None
 
 
 def _digest(path: Path) -> str:
