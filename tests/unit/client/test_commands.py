@@ -55,7 +55,7 @@ def test_status_as_a_table(capsys):
 
 def test_status_of_a_rank_that_is_absent(capsys):
     ranks = front.RankStatus(0, 0, "10.0.0.7", "", 0, "absent"), front.RankStatus(1, 1, "10.0.0.8", "cpu", 9, "joined")
-    replica = front.ReplicaStatus(0, Generation(2, 1), "waiting", 3, ranks, 4)
+    replica = front.ReplicaStatus(0, Generation(2, 1), "waiting", 3, ranks, 4, "rank 0: no such file")
     greeting = structs.replace(announce(state="starting", reason="1 of 2"), replicas=(replica,))
 
     def test(address):
@@ -64,19 +64,20 @@ def test_status_of_a_rank_that_is_absent(capsys):
     serve(test, greeting)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "echo version 1: starting (1 of 2)"
-    assert [line.split() for line in lines[4:7]] == [
+    assert lines[4] == "    rank 0: no such file"
+    assert [line.split() for line in lines[5:8]] == [
         ["rank", "stage", "host", "device", "pid", "state"],
         ["0", "0", "10.0.0.7", "-", "-", "absent"],
         ["1", "1", "10.0.0.8", "cpu", "9", "joined"],
     ]
-    [found] = json.loads("\n".join(lines[7:]))["servables"][0]["replicas"]
-    assert (found["restarts"], found["dropped"]) == (3, 4)
+    [found] = json.loads("\n".join(lines[8:]))["servables"][0]["replicas"]
+    assert (found["restarts"], found["dropped"], found["reason"]) == (3, 4, "rank 0: no such file")
     assert found["ranks"][0] == {
         "rank": 0,
         "stage": 0,
         "host": "10.0.0.7",
         "device": "",
-        "pid": 0,
+        "pid": None,
         "state": "absent",
     }
 
@@ -140,7 +141,7 @@ COMMAND = ["127.0.0.1:1", "echo", "predict"]
             for value in ("-1", "x", "1.0", str(2**64))
         ),
         *(
-            ([address, "echo", "predict"], f"ADDRESS: {address!r} isn't ip:port")
+            ([address, "echo", "predict"], f"ADDRESS: {address!r} isn't host:port")
             for address in ("127.0.0.1", "http://127.0.0.1:1500", "127.0.0.1:70000")
         ),
         (["unix:", "echo", "predict"], "ADDRESS: 'unix:' has no path"),
