@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
-.PHONY: help system-packages demo test unit e2e lint format stubs bench-smoke clean
+.PHONY: help system-packages demo test unit e2e lint format stubs bench bench-peers clean
 
 help: ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,8 +48,16 @@ format: $(VENV)/.installed-dev ## have ruff format everything
 stubs: $(VENV)/.installed-dev ## generate the gRPC stubs from protos/
 	$(BIN)/python protos/generate.py
 
-bench-smoke: $(VENV)/.installed-dev ## time to ready, p50 beside a bare gRPC echo, time to recover from kill -9
-	$(BIN)/python -m benchmarks.smoke
+BENCHMARKS := smoke overhead collectives sharded pipelining batching front large dispatch steady
+
+bench: $(addprefix bench-,$(BENCHMARKS)) ## all figures of docs/performance.md, one after the other, on a machine that does nothing else
+
+bench-%: $(VENV)/.installed-dev ## one of them: bench-smoke, bench-overhead, bench-collectives, bench-sharded, …
+	$(BIN)/python -m benchmarks.$*
+
+bench-peers: $(VENV)/.installed-dev ## beside a running Triton: make bench-peers TRITON="ADDRESS MODEL"
+	$(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt 'tritonclient[grpc]'
+	$(BIN)/python -m benchmarks.peers --triton $(TRITON)
 
 clean: ## remove what make made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info examples/*/model results
