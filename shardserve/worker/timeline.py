@@ -34,9 +34,12 @@ class StepTimeline:
         self, generation: Generation, step: int, batch: Batch, sent: float, answered: float, failed: bool, ended: bool
     ) -> None:
         """Keeps nothing of the batch but its dims, which steps of the same shapes share."""
-        calls, size = batch.calls, len(batch.calls)
-        # Mostly there is one, and this is done for each step.
-        queued = calls[0].arrived if size == 1 else min([call.arrived for call in calls], default=sent)
+        queued = sent
+        # Not `min`: this is done for each step, and batches are mostly small.
+        for call in batch.calls:
+            if call.arrived < queued:
+                queued = call.arrived
+        size = len(batch.calls)
         self._records.append(
             (generation, step, batch.subgraph, size, batch.dims, queued, sent, answered, failed, ended)
         )
