@@ -38,20 +38,32 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
+    # What is wrong with files here isn't the server's.
+    instance = inputs.load_instance(args.input)
+    if args.output_dir is not None:
+        _check_output_dir(args.output_dir)
+    config = tls_config(args)
     try:
-        instance = inputs.load_instance(args.input)
-        config = tls_config(args)
         with Client(args.address, args.name, args.method, args.version, config, raise_errors=True) as client:
             outputs = client.infer(instance, args.timeout)
-        assert isinstance(outputs, list)
-        for name, value in outputs[0].items():
-            _show(name, value)
-            if args.output_dir is not None:
-                _save(args.output_dir / f"{name}.npy", value)
     except ShardserveError as error:
         print(f"shardserve infer: {args.address}: {error}", file=sys.stderr)
         return 1
+    assert isinstance(outputs, list)
+    for name, value in outputs[0].items():
+        _show(name, value)
+        if args.output_dir is not None:
+            _save(args.output_dir / f"{name}.npy", value)
     return 0
+
+
+def _check_output_dir(folder: Path) -> None:
+    """ConfigError, before the request is sent, if nothing can be written below it."""
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise ConfigError(f"--output-dir: {path} is a file, not a directory")
 
 
 def _show(name: str, value: Any) -> None:

@@ -99,5 +99,9 @@ def load_arrays(path: Path) -> dict[str, Any]:
 def _read(path: Path, what: str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InvalidInput(f"{what}{path}: {error.strerror or error}") from error
     except UNREADABLE as error:
-        raise InvalidInput(f"{what}{path}: {error}") from error
+        # numpy takes whatever isn't its own for a pickle, and says how to load that: pickles run code.
+        said = "is no .npy or .npz file, or holds Python objects" if "allow_pickle" in str(error) else f": {error}"
+        raise InvalidInput(f"{what}{path}{' ' * (said[0] != ':')}{said}") from error

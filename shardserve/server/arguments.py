@@ -27,8 +27,10 @@ def check_optional_path(name: str, value: object) -> str | None:
 
 def check_servable_name(name: str, value: object) -> str:
     """That of a folder: it is found by it, and part of a REST path."""
-    if not isinstance(value, str) or value in ("", ".", "..") or any(c in value for c in "/:\0"):
+    if not isinstance(value, str) or value in ("", ".", ".."):
         raise ConfigError(f"{name}={value!r} is not the name of a servable's folder")
+    if wrong := [c for c in "/:\0" if c in value]:
+        raise ConfigError(f"{name}={value!r} is not the name of a servable's folder: it has {wrong[0]!r} in it")
     return value
 
 

@@ -105,7 +105,8 @@ class Batching:
         )
         self._dim: str | None = None
         self._size: int | None = None
-        self._largest = 1
+        # The batch dim's maximum.
+        self.exported_size = 1
         self._instance: Signature | None = None
         self._padding: Padding | None = None
         self.max_size = 1
@@ -144,7 +145,7 @@ class Batching:
                 raise ConfigError(f"with_batch_dim=True, but the batch dim is the expression {front}, not a dim")
             self._dim = front
             largest = self._signature.dims[front].max or UNBOUNDED_BATCH
-        self._largest = largest
+        self.exported_size = largest
         self.max_size = min(self._model.max_batch_size or largest, largest)
         if self.max_size > 1:
             self._check_outputs(front)
@@ -270,7 +271,7 @@ class Batching:
         specs = self._signature.inputs
         names = {spec.name: dtype for spec, dtype in zip(specs, dtypes, strict=True)}
         refused: InvalidInput | None = None
-        for size in range(count, max(self._largest, count) + 1):
+        for size in range(count, max(self.exported_size, count) + 1):
             sizes = {
                 spec.name: (size, *shape) if batched else shape
                 for spec, shape, batched in zip(specs, shapes, self._batched, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardserve.errors import InvalidInput
+from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import Model, Servable
 from shardserve.shards.config import Signature
 from shardserve.worker.answer import Answer
@@ -23,7 +23,19 @@ def program_number(servable: Servable, model: Model, subgraph: int) -> int:
 def model_batchings(servable: Servable, signatures: Sequence[Signature]) -> list[Batching]:
     """One for each program of an agent. ConfigError if a signature doesn't fit what its model declares."""
     owners = [model for model in servable.models for _ in model.files or signatures]
-    return [Batching(model, signature) for model, signature in zip(owners, signatures, strict=True)]
+    batchings = [Batching(model, signature) for model, signature in zip(owners, signatures, strict=True)]
+    for model in servable.models:
+        asked = model.max_batch_size
+        # Of several subgraphs, some may take fewer.
+        largest = max(
+            batching.exported_size for batching, owner in zip(batchings, owners, strict=True) if owner is model
+        )
+        if asked is not None and model.with_batch_dim and asked > largest:
+            raise ConfigError(
+                f"max_batch_size={asked} is more than the {largest} that the model was exported for; export it with a "
+                "larger maximum of the batch dim"
+            )
+    return batchings
 
 
 class ModelCalls:

@@ -1,4 +1,3 @@
-import argparse
 import asyncio
 import json
 
@@ -8,15 +7,12 @@ import pytest
 from main_harness import Launcher, Worker, announce, attached, free_port
 from msgspec import structs
 
-from shardserve.cli import infer, status
+from shardserve.cli import infer, main, status
 from shardserve.wire.messages import Generation, front
 
 
 def run_command(module, *arguments):
-    parser = argparse.ArgumentParser(prog="shardserve")
-    module.add_parser(parser.add_subparsers())
-    args = parser.parse_args([module.__name__.rpartition(".")[2], *map(str, arguments)])
-    return args.run(args)
+    return main([module.__name__.rpartition(".")[2], *map(str, arguments)])
 
 
 def serve(test, greeting=None):
@@ -111,7 +107,20 @@ def test_infer_from_files_to_files(tmp_path, capsys):
 def test_pickles_are_not_read(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
     assert run_command(infer, "127.0.0.1:1", "echo", "predict", "--input", f"x={tmp_path}/x.npy") == 1
-    assert "allow_pickle=False" in capsys.readouterr().err
+    (tmp_path / "y.npy").write_text("1 2 3")
+    assert run_command(infer, "127.0.0.1:1", "echo", "predict", "--input", f"y={tmp_path}/y.npy") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"shardserve infer: input {name!r}: {tmp_path}/{name}.npy is no .npy or .npz file, or holds Python objects"
+        for name in "xy"
+    ]
+
+
+def test_an_output_dir_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "y.npy").touch()
+    for folder in ("y.npy", "y.npy/deeper"):
+        assert run_command(infer, "127.0.0.1:1", "echo", "predict", "--output-dir", tmp_path / folder) == 1
+        error = capsys.readouterr().err
+        assert error == f"shardserve infer: --output-dir: {tmp_path}/y.npy is a file, not a directory\n"
 
 
 def test_wrong_usage_and_help(capsys):

@@ -25,6 +25,7 @@ def predict(x):
     ("options", "said"),
     [
         ({"servable_name": ""}, "servable_name='' is not the name of a servable's folder"),
+        ({"servable_name": "ü:z"}, "servable_name='ü:z' is not the name of a servable's folder: it has ':' in it"),
         ({"version_number": -1}, "version_number=-1 is not an integer from 0 to "),
         ({"num_parallel_workers": True}, "num_parallel_workers=True is not an integer of at least 0"),
         ({"device_ids": []}, "device_ids=[] are not different device numbers"),

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from shardserve.errors import ConfigError, InvalidInput
-from shardserve.servable import Model
+from shardserve.servable import Model, Servable
 from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.frames import FrameError, padded
 from shardserve.worker.batching import UNBOUNDED_BATCH, Batching, Call
+from shardserve.worker.model_calls import model_batchings
 
 
 def spec(text):
@@ -222,6 +223,20 @@ def test_greatest_batch():
     assert size((1, 8), max_batch_size=30) == 8
     assert size((1, None)) == UNBOUNDED_BATCH
     assert size((1, None), max_batch_size=1000) == UNBOUNDED_BATCH
+
+
+def test_a_greatest_batch_that_was_not_exported_is_an_error():
+    def batchings(size, *dims):
+        servable = Servable("s")
+        servable.add_model(Model(rank_size=1, stage_size=1, max_batch_size=size))
+        signatures = [signature(["x float32 batch"], ["y float32 batch"], batch=ends) for ends in dims]
+        return [batching.max_size for batching in model_batchings(servable, signatures)]
+
+    assert batchings(8, (1, 8)) == [8]
+    # The subgraphs of one model.
+    assert batchings(8, (1, 8), (1, 4)) == [8, 4]
+    with pytest.raises(ConfigError, match=r"^max_batch_size=9 is more than the 8 that the model was exported for"):
+        batchings(9, (1, 8), (1, 4))
 
 
 @pytest.mark.parametrize(
