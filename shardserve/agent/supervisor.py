@@ -200,7 +200,9 @@ class Supervisor:
             self._fail(reason)
         elif not self._stopping.is_set() and not self._ended.is_set():
             gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
-            logger.warning("%s; waiting for it to come back", gone)
+            # Whoever runs the server in this process knows of its Worker's end, and of the reason, already.
+            level = logging.INFO if self._options.with_server else logging.WARNING
+            logger.log(level, "%s; waiting for it to come back", gone)
             # One that ends connections without a word may do so for ever.
             pause = 0.0 if self._spoken else self._settings.connect_retry_interval
             self._loop.call_later(pause, self._spawn, lambda: self._join(self._settings.reconnect_timeout))

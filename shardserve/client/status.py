@@ -15,9 +15,9 @@ def status(address: str, timeout: float | None = None, ssl_config: channel.SSLCo
     """`{"servables": [{"name", "version", "state", "rank_size", "stage_size", "replicas": […], …}]}`.
 
     A generation is [incarnation, counter], so that comparing two tells which is later. A rank whose state is absent has
-    device "" and pid 0. `restarts` (generations that ended) and `dropped` (frames that came from an agent in another
-    generation) count since the Worker started; the incarnation tells when that changes. Raises the class of
-    shardserve.errors that fits, Unavailable if nobody answers.
+    device "" and pid None (os.kill of 0 would end the caller's own group). `restarts` (generations that ended) and
+    `dropped` (frames that came from an agent in another generation) count since the Worker started; the incarnation
+    tells when that changes. Raises the class of shardserve.errors that fits, Unavailable if nobody answers.
     """
     seconds = channel.seconds(timeout)
     with channel.connect(address, ssl_config) as connection:
@@ -54,6 +54,7 @@ def _replica(replica: pb.ReplicaStatus) -> dict[str, Any]:
         "replica": replica.replica,
         "generation": [replica.generation.incarnation, replica.generation.counter],
         "state": replica.state,
+        "reason": replica.reason,
         "restarts": replica.restarts,
         "dropped": replica.dropped,
         "ranks": [
@@ -62,7 +63,7 @@ def _replica(replica: pb.ReplicaStatus) -> dict[str, Any]:
                 "stage": rank.stage,
                 "host": rank.host,
                 "device": rank.device,
-                "pid": rank.pid,
+                "pid": rank.pid or None,
                 "state": rank.state,
             }
             for rank in replica.ranks

@@ -49,4 +49,5 @@ def _replica(replica: front.ReplicaStatus) -> pb.ReplicaStatus:
         restarts=replica.restarts,
         ranks=ranks,
         dropped=replica.dropped,
+        reason=replica.reason,
     )

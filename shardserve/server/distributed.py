@@ -80,11 +80,13 @@ def begin_servable(
     ssl_config: SSLConfig | None = None,
     insecure: bool = False,
     num_parallel_workers: int = 1,
+    own_agents: bool = False,
     progress: Progress = quietly,
 ) -> Future[None]:
     """As `start_servable`, but returns as soon as agents can come; the future is done when every agent is ready.
 
-    num_parallel_workers: processes for Python stages. progress hears of the agents that come.
+    num_parallel_workers: processes for Python stages. own_agents: this process starts the agents, too. progress hears
+    of the agents that come.
     """
     address = check_known_address("distributed_address", distributed_address)
     options = ServableOptions(
@@ -95,6 +97,7 @@ def begin_servable(
         distributed_address=address,
         wait_agents_time_in_seconds=check_seconds("wait_agents_time_in_seconds", wait_agents_time_in_seconds),
         num_parallel_workers=num_parallel_workers,
+        own_agents=own_agents,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
     current = launcher()

@@ -37,7 +37,7 @@ STOP_MARGIN = 1.0
 @dataclass(frozen=True, kw_only=True)
 class ServableOptions:
     """A servable to start; paths are absolute. devices: of one that is not distributed, which needs no rank table; its
-    distributed address is a free port of this host (port 0)."""
+    distributed address is a free port of this host (port 0). own_agents: this process has its agents, too."""
 
     servable_directory: str
     servable_name: str
@@ -48,6 +48,7 @@ class ServableOptions:
     num_parallel_workers: int = 1
     devices: tuple[int, ...] | None = None
     security: SecurityFiles = UNGUARDED
+    own_agents: bool = False
 
 
 @dataclass(eq=False)
@@ -163,6 +164,7 @@ class Launcher:
             num_parallel_workers=options.num_parallel_workers,
             devices=options.devices,
             security=options.security,
+            own_agents=options.own_agents,
         )
         seconds = self._settings.config_timeout
         watch = asyncio.get_running_loop().call_later(seconds, self._config_timed_out, worker, order)
@@ -180,7 +182,8 @@ class Launcher:
             reminder.cancel()
 
     def _waits(self, service: Service, message: launch.Waiting) -> None:
-        service.waits_for = agents_waited_for(message.total, message.missing)
+        reason = f"; {message.reason}" if message.reason else ""
+        service.waits_for = agents_waited_for(message.total, message.missing) + reason
         service.progress("loading agents", message.total - len(message.missing), message.total)
 
     def _config_timed_out(self, worker: Child, order: launch.Serve) -> None:

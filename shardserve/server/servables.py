@@ -80,6 +80,7 @@ class ServableStartConfig:
             wait_agents_time_in_seconds=0,
             num_parallel_workers=max(1, self.num_parallel_workers),
             devices=self.devices,
+            own_agents=True,
         )
 
 

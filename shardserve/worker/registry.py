@@ -252,6 +252,11 @@ class Registry:
                 return reason
         return None
 
+    @property
+    def given_up_first(self) -> str:
+        """Why the first of the ranks that won't come won't; "" if none is given up."""
+        return next(iter(self._given_up.values()), "")
+
     def forgive(self, rank: int) -> None:
         """A death of this rank was a request's fault."""
         for host in self.hosts:

@@ -71,6 +71,8 @@ class Worker:
         self._joining: dict[FrameStream[group.FromGroup], None] = {}
         self._all_left = asyncio.Event()
         self._ready_order: int | None = serve.order
+        # The level of what else the process of the agents says: who has both in one wants to hear it once.
+        self.complaints = logging.INFO if serve.own_agents else logging.WARNING
 
     async def start(self, distributed: socket.socket, local: socket.socket, front_listener: socket.socket) -> None:
         """Takes agents on the first two listeners (TCP and its local twin), Main on the third."""
@@ -87,17 +89,19 @@ class Worker:
 
     def _tell_waiting(self) -> None:
         if self._ready_order is not None:
-            self._launcher.send(launch.Waiting(len(self._table.entries), tuple(self._registry.missing)))
+            missing, reason = tuple(self._registry.missing), self._registry.given_up_first
+            self._launcher.send(launch.Waiting(len(self._table.entries), missing, reason))
 
     def _waited_enough(self) -> None:
         if self._ready_order is None:
             return
         total, missing = len(self._table.entries), self._registry.missing
+        reason = f"; {self._registry.given_up_first}" if self._registry.given_up_first else ""
         self._refuse_start(
             StartError(
                 f"servable {self._servable.name!r}: {total - len(missing)} of {total} agents came within "
                 f"wait_agents_time_in_seconds={self._serve.wait_agents_time_in_seconds:g}; "
-                f"missing: rank {', '.join(map(str, missing))}"
+                f"missing: rank {', '.join(map(str, missing))}{reason}"
             )
         )
 
@@ -150,9 +154,11 @@ class Worker:
         self._tell_waiting()
         state, reason = self._derived_state()
         if state == "failed" and self._state != "failed":
-            logger.error("%s", reason)
             self._scheduler.close(reason)
-            self._refuse_start(StartError(reason))
+            if not self._registry.given_up_first:
+                logger.error("%s", reason)
+                self._refuse_start(StartError(reason))
+            # Else other agents may come in the place of those, so a start goes on to wait.
         elif state != "failed":
             self._scheduler.reopen()
         self._set_state(state, reason)
@@ -201,7 +207,13 @@ class Worker:
         return self._registry.register(stream, message, self._incarnation)
 
     def gave_up(self, message: group.GaveUp) -> None:
+        replica = message.rank // self._model.rank_size
+        first = self._registry.given_up(replica) is None
         self._registry.give_up(message.rank, message.reason)
+        if first:
+            logger.log(
+                self.complaints, "replica %d waits for other agents: %s", replica, self._registry.given_up(replica)
+            )
         self.group_changed()
 
     def _stages_failed(self, reason: str) -> None:
@@ -288,8 +300,9 @@ class Worker:
             else:
                 state = "serving" if replica.state == "serving" else "joined"
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
+        reason = self._registry.given_up(replica.replica) or replica.failure or ""
         return front.ReplicaStatus(
-            replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks), replica.dropped
+            replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks), replica.dropped, reason
         )
 
 
@@ -341,7 +354,9 @@ class GroupConnection:
                 case _:
                     raise FrameError(f"{type(message).__name__} came out of turn")
         except ShardserveError as error:
-            logger.warning("refused: %s", error)
+            # An agent's own supervisor hears why it ended, and tells this Worker if it is for good.
+            level = logging.INFO if isinstance(message, group.Register) else self._worker.complaints
+            logger.log(level, "refused: %s", error)
             self.stream.send(group.Refuse(type(error).__name__, str(error)))
             self.stream.close()
 

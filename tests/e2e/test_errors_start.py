@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -293,6 +295,30 @@ def test_up_with_a_wrong_table_and_then_with_the_right_one(scene, capfd):
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("model, x,", "modl, x,", "name 'modl' is not defined"),
+        ("stage_size=2", "stage_size=1", "its shard is of rank_size=2, stage_size=2; servable 'net' declares 2, 1"),
+        ("model, x,", "model, x, x,", "method 'predict' gives the model 2 inputs; its shards take 1"),
+        ("", "", "weights.safetensors: No such file or directory"),
+    ],
+    ids=["config", "layout", "inputs", "weights"],
+)
+def test_up_says_what_is_wrong_in_one_line(tmp_path, was, becomes, said):
+    write_model(tmp_path / "model")
+    config = write_servable(tmp_path, "net", "rank_size=2, stage_size=2", "x", "y") / "net" / "servable_config.py"
+    config.write_text(config.read_text().replace(was, becomes))
+    if not was:
+        (tmp_path / "model" / "device1" / "weights.safetensors").unlink()
+    up = Up(tmp_path, tmp_path / "model", "net")
+    ended = subprocess.run([sys.executable, *map(str, up.command)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("shardserve up: ")
+    assert said in line
+
+
 def test_servers_that_are_started_wrongly_and_then_rightly(scene):
     """Its port, its name and its processes are free again each time; a script that fails so goes on as it likes."""
     grpc, distributed, first, last = (free_ports(1)[0], free_ports(1)[0], *free_ports(2))
@@ -326,6 +352,11 @@ def test_servers_that_are_started_wrongly_and_then_rightly(scene):
     right = scene.servable(distributed_address=address, rank_table_json_file=name)
     server.begin("start_servable", **right)
     files = {"distributed_address": address, "agent_start_port": first, "agent_ip": None, "rank_start": None}
+    # Agents that don't fit end alone, also where they are the first: the start waits for others.
+    said = agents.ask(
+        "startup_agents", **scene.agents(**files, model_files=graphs("whole", [0]) + graphs("model", [1]))
+    )
+    assert said == "ShardError: rank 0: its shard is of rank_size=1, stage_size=1; servable 'net' declares 2, 2"
     assert agents.ask("startup_agents", **scene.agents(**files)) == DONE
     assert server.answer() == DONE
     assert last == first + 1

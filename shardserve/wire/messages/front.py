@@ -80,7 +80,8 @@ class RankStatus(msgspec.Struct, frozen=True, array_like=True):
 
 class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
     """state: waiting (for agents), forming, serving, ending. restarts: generations that ended since the Worker started;
-    dropped: frames since then that came from an agent in another generation, as of the last change of anything else."""
+    dropped: frames since then that came from an agent in another generation, as of the last change of anything else.
+    reason: why it won't be complete before an operator has done something, or ""."""
 
     replica: int
     generation: Generation
@@ -88,6 +89,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
     restarts: int
     ranks: tuple[RankStatus, ...]
     dropped: int = 0
+    reason: str = ""
 
 
 class Announce(Message, frozen=True):

@@ -86,7 +86,8 @@ class Serve(Message, frozen=True):
     """To a Worker, its first message: all that it needs to know.
 
     num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each
-    replica; there is no rank table then."""
+    replica; there is no rank table then. own_agents: the launcher's process has its agents, too, and says itself what is
+    wrong with them."""
 
     order: int
     servable_directory: str
@@ -98,6 +99,7 @@ class Serve(Message, frozen=True):
     security: SecurityFiles = SecurityFiles()
     num_parallel_workers: int = 1
     devices: tuple[int, ...] | None = None
+    own_agents: bool = False
 
 
 class Incarnation(Message, frozen=True):
@@ -111,7 +113,8 @@ class Loaded(Message, frozen=True):
 
 
 class Waiting(Message, frozen=True):
-    """From a Worker that isn't ready: how many agents it needs, and which ranks' have not registered."""
+    """From a Worker that isn't ready: how many agents it needs, which ranks' have not registered, and why one of them,
+    unless another comes in its place, never will ("" as long as none is given up)."""
 
     total: int
     missing: tuple[int, ...]

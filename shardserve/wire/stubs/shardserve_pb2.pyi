@@ -69,20 +69,22 @@ class MethodStatus(_message.Message):
     def __init__(self, inputs: _Optional[_Iterable[str]] = ..., outputs: _Optional[_Iterable[str]] = ..., dtypes: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "generation", "state", "restarts", "ranks", "dropped")
+    __slots__ = ("replica", "generation", "state", "restarts", "ranks", "dropped", "reason")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     replica: int
     generation: Generation
     state: str
     restarts: int
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
     dropped: int
-    def __init__(self, replica: _Optional[int] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ..., state: _Optional[str] = ..., restarts: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., dropped: _Optional[int] = ...) -> None: ...
+    reason: str
+    def __init__(self, replica: _Optional[int] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ..., state: _Optional[str] = ..., restarts: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., dropped: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("incarnation", "counter")

@@ -366,17 +366,47 @@ async def test_incarnation_is_greater_than_any_agents(tmp_path, free_port):
 
 
 @asynchronous
-async def test_a_rank_that_is_given_up_fails_the_start(tmp_path, free_port):
+async def test_a_start_waits_for_others_in_the_place_of_agents_that_gave_up(tmp_path, free_port, caplog):
     async with Scene(tmp_path, free_port) as scene:
         main = await scene.main()
         main.send(*infer(5))
         supervisor = await scene.supervisor()
         supervisor.send(group.GaveUp(1, "model/w: No such file"))
-        [refused] = await scene.said(launch.Refused)
-        assert (refused.error, refused.message) == ("StartError", "rank 1: model/w: No such file")
-        assert (await state(main, "failed")).reason == "rank 1: model/w: No such file"
+        announced = await state(main, "failed")
+        assert announced.reason == announced.replicas[0].reason == "rank 1: model/w: No such file"
         failed = await main.next(front.Failed)
         assert (failed.error, failed.message) == ("Unavailable", "rank 1: model/w: No such file")
+        assert scene.launcher.take(launch.Waiting)[-1] == launch.Waiting(2, (0, 1), "rank 1: model/w: No such file")
+        assert caplog.messages.count("replica 0 waits for other agents: rank 1: model/w: No such file") == 1
+        assert not scene.launcher.take(launch.Refused)
+        await scene.agents(0, 1)
+        assert (await state(main, "ready")).replicas[0].reason == ""
+        assert await scene.said(launch.Done)
+
+
+@asynchronous
+async def test_a_start_that_waited_long_enough_says_why_agents_gave_up(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, wait=0.2) as scene:
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(1, "model/w: No such file"))
+        [refused] = await scene.said(launch.Refused)
+        assert refused.message.endswith("missing: rank 0, 1; rank 1: model/w: No such file")
+
+
+@asynchronous
+async def test_a_first_agent_that_does_not_fit_the_methods_does_not_end_the_start(tmp_path, free_port, caplog):
+    two_inputs = SERVABLE.replace("predict(x)", "predict(x, z)").replace("model, x,", "model, x, z,")
+    async with Scene(tmp_path, free_port, servable=two_inputs) as scene:
+        refused = await (await scene.agent(0)).next(group.Refuse)
+        assert refused.message == "method 'predict' gives the model 2 inputs; its shards take 1"
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(0, refused.message))
+        while not any(said.reason for said in await scene.said(launch.Waiting)):
+            await asyncio.sleep(0.005)
+        assert not scene.launcher.take(launch.Refused)
+        assert [record.message for record in caplog.records if refused.message in record.message] == [
+            f"replica 0 waits for other agents: rank 0: {refused.message}"
+        ]
 
 
 @asynchronous
