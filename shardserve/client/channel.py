@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import ssl
 from dataclasses import dataclass
 from numbers import Real
@@ -12,6 +13,7 @@ import grpc
 
 from shardserve.errors import ConfigError
 from shardserve.wire.sockets import parse_address
+from shardserve.wire.tls import why
 
 OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -45,7 +47,23 @@ class SSLConfig:
             raise ConfigError("SSLConfig takes both certificate and private_key, or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """What a secure channel takes; ConfigError names a file that can't be read."""
+        """What a secure channel takes; ConfigError names a file that can't be read or isn't what it should be."""
+        # gRPC takes any bytes, and then no connection comes about.
+        _check_pem(self.custom_ca, "CERTIFICATE")
+        _check_pem(self.certificate, "CERTIFICATE")
+        _check_pem(self.private_key, "PRIVATE KEY")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.certificate is not None:
+                # A password is never asked for on a terminal: gRPC takes keys without one.
+                context.load_cert_chain(self.certificate, self.private_key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(f"TLS files {self.certificate} and {self.private_key}: {why(error)}") from error
+        try:
+            if self.custom_ca is not None:
+                context.load_verify_locations(self.custom_ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"TLS file {self.custom_ca}: {why(error)}") from error
         return grpc.ssl_channel_credentials(
             _read(self.custom_ca) if self.custom_ca is not None else _system_roots(),
             _read(self.private_key),
@@ -100,6 +118,12 @@ def _read(path: str | None) -> bytes | None:
         return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"TLS file {path}: {error.strerror}") from error
+
+
+def _check_pem(path: str | None, what: str) -> None:
+    content = _read(path)
+    if content is not None and not re.search(rf"-----BEGIN [A-Z ]*{what}-----".encode(), content):
+        raise ConfigError(f"TLS file {path}: is no PEM file with a line -----BEGIN {what}-----")
 
 
 def _system_roots() -> bytes | None:

@@ -137,8 +137,18 @@ def from_status(
     if error is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # gRPC's own words, of a message over the limit or of too many calls at once.
         error = MessageTooLarge if "larger than max" in (details or "") else Overloaded
+        if error is MessageTooLarge:
+            details = f"{details}: the server's max_msg_mb_size is the limit"
+    elif error is None and "failed to connect" in (details or ""):
+        details = f"{details}{_tls_hint(str(details))}"
     error = error or _BY_STATUS.get(code.name, InternalError)
     return error(f"{code.name}: {details or 'no details'}")
+
+
+def _tls_hint(details: str) -> str:
+    if details.endswith("Socket closed"):
+        return ": does the server want TLS (ssl_config)?"
+    return ": the server speaks no TLS" if "WRONG_VERSION_NUMBER" in details else ""
 
 
 def cancelled() -> ShardserveError:

@@ -9,6 +9,9 @@ import stat
 from shardserve.errors import StartError
 from shardserve.wire.sockets import Address, listen_tcp, parse_address
 
+# The kernel's sun_path has 108 bytes, the last of which is a NUL.
+LONGEST_PATH = 107
+
 
 def listen(address: str, what: str) -> socket.socket:
     """A socket that listens on exactly this `ip:port`; StartError names it and the reason, ConfigError what is none."""
@@ -27,6 +30,10 @@ def check_free(address: str, what: str) -> str:
     path = path.removeprefix("//") if path.startswith("///") else path
     if not path:
         parse_address(address, what, "ip:port or unix:path")
+    if (length := len(os.fsencode(path))) > LONGEST_PATH:
+        raise StartError(f"{what} {address}: a socket's path has at most {LONGEST_PATH} bytes, this has {length}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise StartError(f"{what} {address}: there is no folder {os.path.dirname(path)}")
     try:
         is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
     except FileNotFoundError:

@@ -381,6 +381,30 @@ def test_tls_files():
         Client("localhost:1", "echo", "predict", ssl_config=SSLConfig(custom_ca="/nowhere/ca.pem"))
 
 
+def test_tls_files_that_are_something_else(tmp_path):
+    """gRPC would take them, and never say which one is wrong."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    key.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    for config, said in [
+        (SSLConfig(custom_ca=str(key)), f"TLS file {key}: is no PEM file with a line -----BEGIN CERTIFICATE-----"),
+        (
+            SSLConfig(str(certificate), str(certificate)),
+            f"TLS file {certificate}: is no PEM file with a line -----BEGIN PRIVATE KEY-----",
+        ),
+        (SSLConfig(str(certificate), str(key)), f"TLS files {certificate} and {key}: "),
+        (SSLConfig(custom_ca=str(certificate)), f"TLS file {certificate}: "),
+    ]:
+        with pytest.raises(ConfigError) as raised:
+            Client("localhost:1", "echo", "predict", ssl_config=config)
+        assert str(raised.value).startswith(said)
+
+
+def test_a_message_over_the_limit_names_the_setting():
+    error = codec.from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (2 vs. 1)", None)
+    assert str(error).endswith("larger than max (2 vs. 1): the server's max_msg_mb_size is the limit")
+
+
 def test_the_async_client_in_many_tasks():
     async def run():
         worker = Worker()

@@ -397,6 +397,13 @@ def test_a_busy_port_is_an_error_that_names_it(tmp_path):
             unix = f"unix:{tmp_path}/grpc.sock"
             await launcher.order(launch.StartGrpc, unix, 100, None)
             assert "in use" in (await launcher.give(launch.StartGrpc, unix, 100, None)).message
+            long = f"unix:/{'d' * 107}"
+            refused = await launcher.give(launch.StartGrpc, long, 100, None)
+            said = f"gRPC address {long}: a socket's path has at most 107 bytes, this has 108"
+            assert (refused.error, refused.message) == ("StartError", said)
+            refused = await launcher.give(launch.StartGrpc, f"unix:{tmp_path}/no/such.sock", 100, None)
+            assert refused.error == "StartError"
+            assert refused.message == f"gRPC address unix:{tmp_path}/no/such.sock: there is no folder {tmp_path}/no"
             for wrong in ("5500", "127.0.0.1:", "127.0.0.1:99999", "unix:"):
                 refused = await launcher.give(launch.StartGrpc, wrong, 100, None)
                 assert refused.error == "ConfigError"

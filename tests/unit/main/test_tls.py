@@ -52,6 +52,11 @@ def test_both_front_ends_speak_tls(files, verify_client):
                     async with AsyncClient(grpc_address, "echo", "predict", ssl_config=config) as client:
                         answer = await client.infer({"x": 1}, timeout=10)
                     assert isinstance(answer, list) == works, answer
+                    if config is None:
+                        assert answer["error"].endswith("does the server want TLS (ssl_config)?")
+                plain = await launcher.grpc()
+                async with AsyncClient(plain, "echo", "predict", ssl_config=own) as client:
+                    assert (await client.infer({"x": 1}, timeout=10))["error"].endswith("the server speaks no TLS")
                 for verify, works in [(context, True), (strange, not verify_client)]:
                     async with httpx.AsyncClient(verify=verify) as http:
                         post = http.post(f"https://{rest_address}/model/echo:predict", json={"instances": {"x": 1}})
