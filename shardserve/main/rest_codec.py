@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 OBJECTS = 2
 """Below the body itself: instances, and their base64 objects."""
 
+TRUNCATED = "Input data was truncated"
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u)")
+NEAR_END = 16
+"""msgspec says the first, too, when it looks for the other half of the second beyond the body's last bytes."""
+
 TOO_DEEP = "the body is nested too deeply"
 
 
@@ -37,7 +43,9 @@ def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -
     try:
         document = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"the body isn't JSON: {error}") from None
+        half = HALF_PAIR.search(body, max(0, len(body) - NEAR_END)) if str(error) == TRUNCATED else None
+        why = f"the escape {half[0].decode()} is half of a surrogate pair" if half else error
+        raise InvalidInput(f"the body isn't JSON: {why}") from None
     except RecursionError:
         raise InvalidInput(TOO_DEEP) from None
     if not isinstance(document, dict) or "instances" not in document:

@@ -118,6 +118,8 @@ def test_what_is_wrong_is_named_with_its_path(value, dtype, text):
         (b'{"instances": \xff}', "the body isn't JSON"),
         (b'{"instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is nested too deeply"),
         (b'{"instances": {"x": ' + b"9" * 10_000 + b"}}", "the body isn't JSON: Integer value out of range"),
+        (rb'{"instances":[{"text":"\ud800"}]}', r"the body isn't JSON: the escape \\ud800 is half of a surrogate pair"),
+        (rb'{"instances":[{"text":"\ud800 and more"}]}', "the body isn't JSON: .* surrogate pair"),
         (b"[1]", 'the body isn\'t an object with "instances"'),
         (b'{"instance": {}}', 'the body isn\'t an object with "instances"'),
         (b'{"instances": 1}', "instances is neither"),
