@@ -48,7 +48,7 @@ class StageCaller:
                 results = [self.stage.function(*instance)]
             else:
                 results = self._results(self.stage.function(list(instances)), len(instances))
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: signals don't raise here.
             if isinstance(error, ShardserveError) and not error.in_reply:
                 raise
             logger.exception("%s raised", self.where)

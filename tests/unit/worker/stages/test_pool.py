@@ -84,7 +84,7 @@ def sleeps(x):
 
 
 def leaves(x):
-    raise SystemExit("bye")
+    raise KeyboardInterrupt if x[0] == 2 else SystemExit("bye")
 
 
 def calls(x):
@@ -205,8 +205,9 @@ async def test_what_a_function_does_wrong_fails_its_instance_alone(tmp_path):
         wrong, good = await s.results("two", 9, 1)
         assert str(wrong) == "method 'two', stage 'the tag': gave 1 outputs for an instance; outputs_count=2"
         assert good[1].tolist() == [2]
-        [left] = await s.results("leaves", 1)
+        left, interrupted = await s.results("leaves", 1, 2)
         assert str(left) == "method 'leaves', stage 'the tag': SystemExit: bye"
+        assert str(interrupted) == "method 'leaves', stage 'the tag': KeyboardInterrupt"
         [pid] = await s.run("one", "pid")
         assert s.pool.pids == [int(pid[0])]
 
