@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 from shardserve.errors import ShardserveError, StartError
+from shardserve.log import log_in_scripts
 
 T = TypeVar("T")
 
@@ -164,6 +165,7 @@ def current_runtime() -> Runtime:
     """The process's runtime, started if there is none."""
     global _runtime
     if _runtime is None or not _runtime.alive:
+        log_in_scripts()
         _runtime = Runtime()
         _handle_signals(_runtime)
         _stop_on_uncaught(_runtime)
