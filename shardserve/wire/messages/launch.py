@@ -86,8 +86,8 @@ class Serve(Message, frozen=True):
     """To a Worker, its first message: all that it needs to know.
 
     num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each
-    replica; there is no rank table then. own_agents: the launcher's process has its agents, too, and says itself what is
-    wrong with them."""
+    replica; there is no rank table then. own_agents: the launcher's process has its agents, too, and says itself what
+    is wrong with them."""
 
     order: int
     servable_directory: str
