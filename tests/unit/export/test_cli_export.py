@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from shardserve.cli import main
 from shardserve.cli.export import add_parser
+
+from .conftest import ROOT
 
 MODULE = """
 import torch

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYOUTS, Exported, example_module
 from models.zoo import CASES
 
 from shardserve.export import Plan, export, verify
 from shardserve.export.verify import Shards
 from shardserve.shards.config import ShardConfig
 from shardserve.shards.graph import GraphFile
+
+from .conftest import LAYOUTS, Exported, example_module
 
 BLOCKS = 2
 Layout = Callable[[int, int], Exported]
@@ -83,7 +84,7 @@ def test_balanced_cut(layout: Layout) -> None:
 
 def test_more_stages_than_two_forward_the_mask(layout: Layout, tmp_path: Path) -> None:
     """The mask that the last block needs passes through the stage between."""
-    from conftest import PLAN, transformer
+    from .conftest import PLAN, transformer
 
     model, args, options = transformer(blocks=3)
     cuts = ("blocks.1", "blocks.2")
@@ -95,7 +96,7 @@ def test_more_stages_than_two_forward_the_mask(layout: Layout, tmp_path: Path) -
 
 
 def test_a_column_sharded_head_is_gathered_once(tmp_path: Path) -> None:
-    from conftest import PLAN, transformer
+    from .conftest import PLAN, transformer
 
     model, args, options = transformer(blocks=1)
     plan = Plan({**PLAN.parameters, "head.weight": "Shard(0)"})

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAN, example_module, transformer
 from models.zoo import CASES
 from torch import nn
 
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export
 from shardserve.export.placements import Replicate, Shard, parse_placement
+
+from .conftest import PLAN, example_module, transformer
 
 SHAPES = {"a.weight": (8, 6), "a.bias": (8,), "b.weight": (6, 8)}
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Exported
 from torch import Tensor
 
 from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.verify import Shards
 from shardserve.shards.program import Program
+
+from .conftest import Exported
 
 Layout = Callable[[int, int], Exported]
 
