@@ -22,6 +22,7 @@ MOST_STEPS = 1 << 18
 
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo"),
+    "compile": ("off", "inductor"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
 }
 
@@ -121,6 +122,9 @@ class Settings:
 
     collective: str = "auto"
     """Of tensor-parallel groups on CPU. auto: shared_memory on one host, else gloo; or one of the two for all."""
+    compile: str = "off"
+    """Of a shard's graph, on CPU. inductor: each agent starts eager, compiles its graph beside its steps when the cores
+    are idle, and changes over when that is done; needs a C++ compiler on the host."""
     log_level: str = "WARNING"
     """Of our own processes: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
     join_secret_file: str = ""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shardserve.agent.compilation import Compilation
 from shardserve.agent.forking import ForkRequest, LastWords
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
@@ -72,6 +73,9 @@ class Agent:
             Program.load(model, config, request.device, weights)
             for model, config in zip(request.model_files, request.config_files, strict=True)
         ]
+        if settings.compile == "inductor":
+            for program, model, config in zip(self._programs, request.model_files, request.config_files, strict=True):
+                Compilation(program, model, config, request.threads).start()
         self._security = Security.load(request.security)
         self._stage_address = Address(request.host, request.stage_port)
         self._listeners = self._listen()

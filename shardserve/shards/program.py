@@ -21,6 +21,9 @@ from shardserve.shards.graph import Device, GraphFile, Node, Ref, Size, decode_a
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _HASH_CHUNK = 1 << 20
 
+Forward = Callable[..., Sequence[Tensor]]
+"""A graph as a function of the dims, the inputs and the parameters."""
+
 
 class Program:
     """The shard of one local rank. One thread at a time may call `run` or `drain`."""
@@ -30,11 +33,16 @@ class Program:
     ) -> None:
         self.config = config
         self.device = device
-        self._dims = graph.dims
+        self.dims = graph.dims
         self._parameters = list(parameters)
+        # What the graph calls for each of its collectives.
+        self.issued: dict[Callable[..., Any], Node] = {}
         builder = _Builder(self, graph)
         self._collectives = builder.collectives
+        self.graph = builder.graph
         self._forward = builder.compile()
+        # Asked once a step, with the dims' sizes: what to run instead of the graph itself, if there is something.
+        self.compiled: Callable[[tuple[int, ...]], Forward | None] | None = None
         self._collective: Collective | None = None
         self._completed = 0
 
@@ -92,8 +100,9 @@ class Program:
         Raises what the operators raise: an IndexError for an id out of range, out of memory, …; then call `drain`.
         """
         self._collective, self._completed = collective, 0
-        sizes = [dims[dim] for dim in self._dims]
-        return list(self._forward(*sizes, *inputs, *self._parameters))
+        sizes = tuple(dims[dim] for dim in self.dims)
+        forward = (self.compiled and self.compiled(sizes)) or self._forward
+        return list(forward(*sizes, *inputs, *self._parameters))
 
     def drain(self, dims: Mapping[str, int], collective: Collective) -> list[Tensor]:
         """After `run` raised: take part in the step's remaining collectives with zeros, and give zeros to send.
@@ -123,6 +132,7 @@ class Program:
             self._completed += 1
             return result
 
+        self.issued[issue] = node
         return issue
 
 
@@ -193,8 +203,8 @@ class _Builder:
                 raise ShardError(f"node '{node.name}': {error}") from error
         self.graph.output([self.value(name) for name in graph.outputs])
 
-    def compile(self) -> Callable[..., Sequence[Tensor]]:
-        forward: Callable[..., Sequence[Tensor]] = fx.GraphModule(torch.nn.Module(), self.graph).forward
+    def compile(self) -> Forward:
+        forward: Forward = fx.GraphModule(torch.nn.Module(), self.graph).forward
         return forward
 
     def define(self, name: str, node: fx.Node) -> None:

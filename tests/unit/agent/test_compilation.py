@@ -1,0 +1,234 @@
+"""A shard's graph compiled for real, by g++: the same answers, errors and collectives as eager."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from shardserve.agent.compilation import Compilation, CompilationError, Manifest, cache_folder, manifest_name
+from shardserve.export import Plan, export
+from shardserve.export.threads import ThreadGroup
+from shardserve.shards.program import Program
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+# A C++ compiler takes its time, and has the cores last.
+pytestmark = pytest.mark.timeout(300)
+RANKS = 2
+GRAPH = "block.graph.json"
+
+
+class Block(nn.Module):
+    """A lookup that may raise, between two collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.layers = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x, ids):
+        return self.layers(x), self.head(self.table(ids))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("block")
+    shapes = ({0: Dim("rows", min=1, max=64)},) * 2
+    plan = Plan.from_dict(
+        {"parameters": {"layers.1.*": "Shard(0)", "layers.3.weight": "Shard(1)", "head.*": "Shard(0)"}}
+    )
+    args = torch.randn(2, 8), torch.tensor([1, 2])
+    export(Block(), args, name="block", out=out, dynamic_shapes=shapes, plan=plan, tensor_parallel=RANKS)
+    return [out / f"device{rank}" / GRAPH for rank in range(RANKS)]
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from shardserve.agent import compile_shard
+graph, folder = Path(sys.argv[1]), Path(sys.argv[2])
+compile_shard.write(graph, graph.with_name("group_config.json"), folder, frozenset())
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(shards, tmp_path_factory):
+    """Rank 0's program is compiled, rank 1's is not yet. As an agent's compiler does, but not only on idle cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return [prepared(shards[0]), Program.load(shards[1])]
+
+
+def prepared(shard):
+    program = Program.load(shard)
+    folder = cache_folder(program.config.graph_sha256, 1)
+    if not (folder / manifest_name(frozenset())).exists():
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        subprocess.run([sys.executable, "-c", BUILD, str(shard), str(folder)], env=environment, check=True)
+    compilation = Compilation(program, str(shard), None, 1)
+    program.compiled = compilation.choose
+    compilation.prepare(frozenset())
+    return program
+
+
+def step(programs, rows, ids=None):
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
+    ids = torch.arange(rows) % 10 if ids is None else ids
+    group = ThreadGroup(RANKS)
+    dims = {"rows": rows}
+
+    def run(collective):
+        program = programs[collective.rank]
+        try:
+            return program.run(dims, [x, ids], collective)
+        except IndexError as error:
+            return [str(error), *program.drain(dims, collective), len(collective.given)]
+
+    return group.run(run)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [2, 3, 7, 64])
+def test_same_answers(shards, compiled, rows):
+    assert compiled[0].compiled((rows,)) is not None
+    eager = step([Program.load(shard) for shard in shards], rows)
+    for mine, theirs in zip(step(compiled, rows), eager, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_an_exception_between_two_collectives(shards, compiled):
+    """As eager: the same error, and the rest of the collectives with zeros."""
+    wrong = torch.tensor([1, 99, 2])
+    eager = step([Program.load(shard) for shard in shards], 3, wrong)
+    results = step(compiled, 3, wrong)
+    for mine, theirs in zip(results, eager, strict=True):
+        assert mine[0] == theirs[0]
+        assert torch.equal(mine[1], torch.zeros(3, 8))
+        assert torch.equal(mine[2], torch.zeros(3, 8))
+        assert mine[3] == theirs[3] == compiled[0].collective_count
+    assert compiled[0].collective_count == 2
+
+
+def test_the_variant_that_a_step_asks_for_is_wanted_once(shards):
+    program = Program.load(shards[0])
+    compilation = Compilation(program, str(shards[0]), None, 1)
+    assert compilation.choose((1,)) is None
+    assert compilation._wanted.get_nowait() == {"rows"}
+    assert compilation.choose((1,)) is None
+    assert compilation._wanted.empty()
+    assert compilation.choose((0,)) is None
+
+
+def test_conditions_that_do_not_hold(shards):
+    program = Program.load(shards[0])
+    compilation = Compilation(program, str(shards[0]), None, 1)
+    compilation._ready[frozenset()] = program._forward, Manifest((), ("rows % 2 == 0", "rows < 50"))
+    assert compilation.choose((4,)) is program._forward
+    assert compilation.choose((5,)) is None
+    assert compilation.choose((50,)) is None
+
+
+def test_a_compilation_that_fails_is_a_warning(shards, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    program = Program.load(shards[0])
+    compilation = Compilation(program, str(shards[0]), None, 1)
+    program.compiled = compilation.choose
+    compilation.prepare(frozenset())
+    assert "rank 0: steps stay eager: the compiler of" in caplog.text
+    assert "more in" in caplog.text
+    assert program.compiled((3,)) is None
+
+
+def test_no_compiler_is_a_warning(shards, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    program = Program.load(shards[0])
+    Compilation(program, str(shards[0]), None, 1).start()
+    assert "needs the C++ compiler no-such-compiler; install g++" in caplog.text
+    assert program.compiled is None
+
+
+def test_the_cache_is_private(tmp_path):
+    folder = cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert folder.parent == tmp_path / "cache/shardserve/compiled"
+    assert folder.name.startswith("ab" * 16 + f"-torch{torch.__version__}-")
+    for made in (folder, folder.parent, folder.parent.parent):
+        assert made.stat().st_mode & 0o777 == 0o700
+    assert folder == cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert folder != cache_folder("ab" * 32, 2, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+
+
+@pytest.mark.parametrize("part", ["shardserve", "shardserve/compiled"])
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_cache_that_others_may_write_to_is_refused(tmp_path, part, mode):
+    cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path)})
+    (tmp_path / part).chmod(mode)
+    with pytest.raises(CompilationError, match=rf"{part} has to be a directory that this user owns"):
+        cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path)})
+
+
+def test_a_cache_that_is_a_link_or_of_another_user_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "shardserve").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CompilationError, match="has to be a directory"):
+        cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path)})
+    if os.geteuid() == 0:
+        (tmp_path / "shardserve").unlink()
+        (tmp_path / "shardserve").mkdir()
+        os.chown(tmp_path / "shardserve", 12345, 12345)
+        with pytest.raises(CompilationError, match="this user owns"):
+            cache_folder("ab" * 32, 1, {"XDG_CACHE_HOME": str(tmp_path)})
+
+
+@needs_compiler
+def test_the_compiler_ends_with_its_agent(shards, tmp_path):
+    """Also when that is killed, and with the C++ compiler that it runs."""
+    script = (
+        "import subprocess, sys, os\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'shardserve.agent.compile_shard', *sys.argv[1:],"
+        " str(os.getpid())], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    # A C++ compiler that says when it runs, and doesn't end.
+    reached = tmp_path / "reached"
+    os.mkfifo(reached)
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {reached}\nexec sleep 60\n")
+    compiler.chmod(0o700)
+    environment = {
+        **os.environ,
+        "CXX": str(compiler),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    config = str(Path(shards[0]).with_name("group_config.json"))
+    agent = subprocess.Popen(
+        [sys.executable, "-c", script, str(shards[0]), config, str(tmp_path), "1", ""],
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    child = psutil.Process(int(agent.stdout.readline()))
+    deepest = psutil.Process(int(reached.read_text()))
+    assert os.sched_getscheduler(deepest.pid) == os.SCHED_IDLE
+    os.kill(agent.pid, signal.SIGKILL)
+    agent.wait()
+    agent.stdout.close()
+    gone, alive = psutil.wait_procs([child, deepest], timeout=10)
+    assert not alive, gone
+    assert not (tmp_path / manifest_name(frozenset())).exists()
