@@ -27,7 +27,7 @@ from shardserve.server.arguments import (
 from shardserve.server.front import SSLConfig, launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
-from shardserve.server.runtime import current_runtime
+from shardserve.server.runtime import current_runtime, settle
 from shardserve.settings import Settings
 from shardserve.wire.messages.launch import SecurityFiles
 from shardserve.wire.security import Security, check_guarded
@@ -196,7 +196,7 @@ def begin_agents(
         else:
             ready.set_exception(error)
 
-    current_runtime().settle(lambda: Supervisor(options, settings, on_ready, progress))
+    settle(lambda: Supervisor(options, settings, on_ready, progress))
     return ready
 
 

@@ -15,7 +15,7 @@ from shardserve.server.arguments import (
 )
 from shardserve.server.launcher import Launcher
 from shardserve.server.paths import resolve
-from shardserve.server.runtime import current_runtime
+from shardserve.server.runtime import current_runtime, settle
 from shardserve.settings import Settings
 from shardserve.wire.messages import launch
 
@@ -52,9 +52,8 @@ _launcher: Launcher | None = None
 def launcher() -> Launcher:
     """The process's launcher, started if there is none."""
     global _launcher
-    runtime = current_runtime()
-    if _launcher is None or not runtime.houses(_launcher):
-        settled = runtime.settle(lambda: Launcher(Settings.from_environment()))
+    if _launcher is None or not current_runtime().houses(_launcher):
+        settled = settle(lambda: Launcher(Settings.from_environment()))
         assert isinstance(settled, Launcher)
         _launcher = settled
     return _launcher

@@ -36,6 +36,10 @@ class Resident(Protocol):
     def stop(self) -> None: ...
 
 
+class RuntimeEnded(Exception):
+    """The last resident has ended meanwhile."""
+
+
 class Runtime:
     """One for the process, as long as any resident lives."""
 
@@ -44,6 +48,9 @@ class Runtime:
         self._started = threading.Event()
         self._residents: list[Resident] = []
         self._idle: asyncio.Event | None = None
+        self._lock = threading.Lock()
+        self._settling = 0
+        self._ended = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shardserve")
         self._stopping = False
@@ -54,7 +61,7 @@ class Runtime:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not (self._idle is not None and self._idle.is_set())
+        return self._thread.is_alive() and not self._ended
 
     def _run(self) -> None:
         try:
@@ -70,28 +77,38 @@ class Runtime:
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._started.set()
-        await self._idle.wait()
+        while not self._ended:
+            await self._idle.wait()
+            self._idle.clear()
+            with self._lock:
+                # Who is about to settle is promised that the loop runs.
+                self._ended = not self._residents and not self._settling
 
     def houses(self, resident: Resident) -> bool:
         return resident in self._residents
 
     def settle(self, make: Callable[[], Resident]) -> Resident:
-        """Makes a resident in the thread and lets it live there."""
+        """Makes a resident in the thread and lets it live there. RuntimeEnded if the thread has none any more."""
 
         async def settle() -> Resident:
             assert self._idle is not None
             try:
                 resident = make()
-            except BaseException:
+                self._residents.append(resident)
+            finally:
+                with self._lock:
+                    self._settling -= 1
                 # Without any resident nothing would ever end this thread, and with it the script.
                 if not self._residents:
                     self._idle.set()
-                raise
-            self._residents.append(resident)
             task = asyncio.ensure_future(self._live(resident))
             task.add_done_callback(_raise_in_loop)
             return resident
 
+        with self._lock:
+            if self._ended:
+                raise RuntimeEnded
+            self._settling += 1
         return self.call(settle())
 
     async def _live(self, resident: Resident) -> None:
@@ -170,6 +187,16 @@ def current_runtime() -> Runtime:
         _handle_signals(_runtime)
         _stop_on_uncaught(_runtime)
     return _runtime
+
+
+def settle(make: Callable[[], Resident]) -> Resident:
+    """Makes a resident of the process's runtime: of the next, if the present one is just ending."""
+    while True:
+        runtime = current_runtime()
+        try:
+            return runtime.settle(make)
+        except RuntimeEnded:
+            runtime.wait()
 
 
 def stop() -> None:

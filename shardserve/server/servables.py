@@ -112,9 +112,10 @@ class _Start:
     """A servable on its way: the Worker and the supervisor of its agents."""
 
     def __init__(self, config: ServableStartConfig, options: ServableOptions, progress: Progress) -> None:
+        current = launcher()
         runtime = current_runtime()
-        service = runtime.call(launcher().open_servable(options))
-        self._served: Future[None] = runtime.begin(launcher().run_servable(service, progress))
+        service = runtime.call(current.open_servable(options))
+        self._served: Future[None] = runtime.begin(current.run_servable(service, progress))
         self._agents_error: Exception | None = None
         host = HostOptions(
             distributed_address=str(service.options.distributed_address),

@@ -1,10 +1,14 @@
+import asyncio
 import contextlib
 import signal
 import socket
 import subprocess
+import threading
 import urllib.request
 
 import pytest
+
+from shardserve.server import runtime
 
 from .scripts import Script, write_servable
 
@@ -184,3 +188,50 @@ def test_all_die_with_the_script(tmp_path, free_port):
         [main] = script.children()
         script.process.kill()
         main.wait(10)
+
+
+class Lodger:
+    needs_others = False
+    failure = None
+
+    def __init__(self, last=lambda: None):
+        self.lives, self.leaves = threading.Event(), asyncio.Event()
+        self.last = last
+
+    async def run(self):
+        self.lives.set()
+        await self.leaves.wait()
+        self.last()
+
+    def stop(self):
+        self.leaves.set()
+
+
+def test_who_settles_while_the_last_resident_ends_lives_on():
+    """As a script does that starts agents again as soon as it heard why the first ones ended."""
+    home = runtime.Runtime()
+    begun, found = threading.Event(), []
+
+    def begin(work, begin=home.begin):
+        future = begin(work)
+        begun.set()
+        return future
+
+    def next_one():
+        thread = threading.Thread(target=lambda: found.append(home.settle(Lodger)))
+        thread.start()
+        # The loop's thread: the newcomer's turn can only come after this resident has ended.
+        assert begun.wait(10)
+
+    first = home.settle(lambda: Lodger(next_one))
+    home.begin = begin
+    home._loop.call_soon_threadsafe(first.stop)
+    assert begun.wait(10)
+    while not found:
+        first.lives.wait(0.01)
+    assert found[0].lives.wait(10)
+    home.request_stop()
+    home.wait()
+    with pytest.raises(runtime.RuntimeEnded):
+        home.settle(Lodger)
+    assert not home.alive
