@@ -94,8 +94,14 @@ class Pair:
             thread.join(10)
 
 
+@pytest.fixture(autouse=True)
+def own_pool(monkeypatch):
+    """The process has one, in which other tests' connections that were never told of their end may have left some."""
+    monkeypatch.setattr(pools, "_pool", None)
+
+
 @pytest.fixture
-def pair():
+def pair(own_pool):
     with contextlib.closing(Pair()) as pair:
         yield pair.accepted()
 
