@@ -2,7 +2,7 @@
 
 Both get protobuf requests that are built once, through generated stubs, from the same loops: p50 at one client, then
 requests a second at 8 and 32 clients. `--triton ADDRESS MODEL` names a running Triton that serves fp32 [128, 96] @
-full(0.5, [96, 16]), negated, on 2 ranks; without it, one is installed into --folder and started from --models.
+full(0.5, [96, 16]), negated, on 2 ranks; how to write and start it is Triton's.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class Up:
     grpc: str
     rest: str
     ready_seconds: float
-    processes: dict[str, list[psutil.Process]] = field(default_factory=dict)
 
     def find_processes(self) -> dict[str, list[psutil.Process]]:
         """The whole family by role: launcher, main, worker, fork_server, agent, stages."""
@@ -70,8 +70,6 @@ def _role(process: psutil.Process) -> str:
 @contextlib.contextmanager
 def up(folder: Path, name: str, *arguments: str, model_dir: Path | None = None, **environment: str) -> Iterator[Up]:
     """Serves folder/name with the shards of folder/model, on free ports of 127.0.0.1, until left."""
-    import os
-
     grpc, rest, distributed = (f"127.0.0.1:{free_port()}" for _ in range(3))
     command = [sys.executable, "-m", "shardserve.cli", "up", str(folder), "--servable", name]
     command += ["--model-dir", str(model_dir or folder / "model"), "--grpc-address", grpc, "--rest-address", rest]

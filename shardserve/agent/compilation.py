@@ -174,8 +174,13 @@ class Compilation:
 
     def _run_compiler(self, folder: Path, ones: frozenset[str], log: Path) -> None:
         arguments = [*self._files, os.fspath(folder), str(self._threads), ",".join(sorted(ones)), str(os.getpid())]
+        # Whatever a compiler that was killed has left goes when the next one starts; under the lock there is no other.
+        scratch = folder.parent / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(0o700, exist_ok=True)
         environment = {
             **os.environ,
+            "TMPDIR": os.fspath(scratch),
             "TORCHINDUCTOR_CACHE_DIR": os.fspath(folder / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }

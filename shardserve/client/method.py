@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from shardserve.client import channel, codec
@@ -12,7 +13,7 @@ from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceStub
 C = TypeVar("C")
 
 
-class MethodClient(Generic[C]):
+class MethodClient(ABC, Generic[C]):
     """Calls one method of one servable through a channel of type C.
 
     address: ip:port, name:port or unix:path. version_number: 0 is the latest. An argument that is wrong here or in a
@@ -40,8 +41,8 @@ class MethodClient(Generic[C]):
         # Any: the stub's type is that of grpc's blocking channels.
         self._predict: Any = MSServiceStub(self._channel).Predict  # type: ignore[no-untyped-call]
 
-    def _connect(self, address: str, ssl_config: channel.SSLConfig | None) -> C:
-        raise NotImplementedError
+    @abstractmethod
+    def _connect(self, address: str, ssl_config: channel.SSLConfig | None) -> C: ...
 
     def _check_open(self) -> None:
         if self._closed:

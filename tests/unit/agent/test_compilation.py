@@ -155,6 +155,22 @@ def test_a_compilation_that_fails_is_a_warning(shards, tmp_path, monkeypatch, ca
     assert program.compiled((3,)) is None
 
 
+def test_what_a_compiler_leaves_is_in_the_cache_and_goes_with_the_next(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho left > "$TMPDIR/left.s"\nexit 1\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    scratch = tmp_path / "shardserve/compiled/scratch"
+    scratch.mkdir(0o700, parents=True)
+    for folder in (scratch.parent, scratch.parent.parent):
+        folder.chmod(0o700)
+    (scratch / "of_one_that_was_killed").mkdir()
+    Compilation(Program.load(shards[0]), str(shards[0]), None, 1).prepare(frozenset())
+    assert (scratch / "left.s").exists()
+    assert not (scratch / "of_one_that_was_killed").exists()
+
+
 def test_no_compiler_is_a_warning(shards, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     program = Program.load(shards[0])
