@@ -23,6 +23,7 @@ MOST_STEPS = 1 << 18
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo"),
     "compile": ("off", "inductor"),
+    "weights": ("read", "mmap"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
 }
 
@@ -125,6 +126,10 @@ class Settings:
     compile: str = "off"
     """Of a shard's graph, on CPU. inductor: each agent starts eager, compiles its graph beside its steps when the cores
     are idle, and changes over when that is done; needs a C++ compiler on the host."""
+    weights: str = "read"
+    """How an agent on CPU has its weights. read: in memory of its own. mmap: as a view of the file, so that agents of
+    one host that serve the same file share it in the page cache; the file must not change, and on a network disk each
+    page that isn't cached any more is fetched again in the middle of a step."""
     log_level: str = "WARNING"
     """Of our own processes: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
     join_secret_file: str = ""

@@ -22,6 +22,7 @@ from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
 from shardserve.shards.program import Program
+from shardserve.shards.weights import Weights
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
@@ -68,7 +69,7 @@ class Agent:
         self._settings = settings
         _check_device(request)
         # Subgraphs of the same weights share them.
-        weights: dict[str, dict[str, torch.Tensor]] = {}
+        weights = Weights(mapped=settings.weights == "mmap")
         self._programs = [
             Program.load(model, config, request.device, weights)
             for model, config in zip(request.model_files, request.config_files, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def _write(
             written: list[ShardConfig] = []
             for shard in ranks:
                 progress("writing shards", shard.config.rank, count)
-                written.append(writer.write(shard.config, shard.graph, shard.parts(traced.tensors)))
+                values = partial(shard.part, tensors=traced.tensors)
+                written.append(writer.write(shard.config, shard.graph, shard.layout, values))
             sizes = tuple(config.parameter_bytes for config in written)
             reports.append(StageReport(ranks[0].collectives, ranks[0].config.sends, sizes))
         progress("writing shards", count, count)

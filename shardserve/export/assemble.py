@@ -13,6 +13,7 @@ from shardserve.errors import ExportError
 from shardserve.export import cut, write
 from shardserve.export.propagate import Bound, LocalGraph
 from shardserve.export.trace import Trace
+from shardserve.export.weights_file import Layout
 from shardserve.shards.config import ShardConfig, Signature
 from shardserve.shards.graph import GraphFile
 
@@ -30,13 +31,19 @@ class RankShard:
         """The kinds of collectives of a step, in order."""
         return tuple(node.op.partition(".")[2] for node in self.graph.nodes if node.op.startswith("collective."))
 
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the weights file, cut from the model's."""
-        size, coordinate = self.config.tensor_parallel_size, self.config.coordinate
+    @property
+    def layout(self) -> Layout:
+        """What the weights file will hold."""
         return {
-            stored: write.part(tensors[bound.tensor], bound.placement, size, coordinate)
-            for stored, bound in self.weights.items()
+            stored: (bound.dtype, tuple(int(size) for size in bound.shape)) for stored, bound in self.weights.items()
         }
+
+    def part(self, stored: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A tensor of the weights file, cut from the model's; a view of it where that is possible."""
+        bound = self.weights[stored]
+        return write.part(
+            tensors[bound.tensor], bound.placement, self.config.tensor_parallel_size, self.config.coordinate
+        )
 
 
 def assemble(

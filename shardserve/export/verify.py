@@ -19,6 +19,7 @@ from shardserve.progress import Progress, quietly
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, DimRange, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name
 from shardserve.shards.program import Program
+from shardserve.shards.weights import Weights
 
 _NEAR = 8
 _LARGE = 64  # what stands for the largest size of a dim without an upper end
@@ -44,7 +45,7 @@ class Shards:
         programs: list[Program] = []
         for rank, file in enumerate(files):
             progress("reading shards", rank, len(files))
-            programs.append(Program.load(file))
+            programs.append(Program.load(file, weights=Weights(mapped=True)))
         for rank, program in enumerate(programs):
             if program.config.export_id != first.export_id or program.config.rank != rank:
                 raise ShardError(f"{files[rank]} is not rank {rank} of the same export as device0")

@@ -6,13 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shardserve.errors import ExportError, ShardError
@@ -20,6 +19,7 @@ from shardserve.export.cut import StageGraph
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.propagate import LocalGraph
 from shardserve.export.symbols import Dim, Printer
+from shardserve.export.weights_file import Layout, write_weights
 from shardserve.shards.config import (
     CONFIG_FILE,
     DTYPES,
@@ -31,8 +31,6 @@ from shardserve.shards.config import (
     TensorSpec,
 )
 from shardserve.shards.graph import GraphFile, Node, Parameter, dtype_name, encode_argument
-
-_HASH_CHUNK = 1 << 20
 
 Meanings = Mapping[str, tuple[tuple[Dim, ...], str]]
 """Name in a rank's graph → local shape and dtype."""
@@ -105,12 +103,13 @@ def collectives(graph: GraphFile) -> list[tuple[object, ...]]:
 
 
 def part(tensor: Tensor, placement: Replicate | Shard, size: int, coordinate: int) -> Tensor:
-    """A rank's own copy of its part of a weight."""
+    """A rank's part of a weight, contiguous on the CPU; where it is so already, no copy."""
+    tensor = tensor.detach().cpu()
     if isinstance(placement, Shard):
         blocks = tensor.chunk(placement.blocks, placement.dim)
         parts = [block.chunk(size, placement.dim)[coordinate] for block in blocks]
-        return torch.cat(parts, placement.dim)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 @contextmanager
@@ -140,19 +139,23 @@ class Writer:
         self.folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
         self.ranks: list[int] = []
 
-    def write(self, config: ShardConfig, graph: GraphFile, weights: Mapping[str, Tensor]) -> ShardConfig:
-        """Write one rank; gives its config with the files' checksums."""
+    def write(
+        self, config: ShardConfig, graph: GraphFile, layout: Layout, tensor: Callable[[str], Tensor]
+    ) -> ShardConfig:
+        """Write one rank, with the tensors of `layout`, each asked for when its turn has come.
+
+        Gives its config with the files' checksums.
+        """
         folder = self.folder / f"device{config.rank}"
         folder.mkdir()
-        (folder / config.graph_file).write_bytes(graph.encode())
-        save_file(dict(weights), folder / config.weights_file)
-        # safetensors lets only its writer read the file; agents may run as somebody else.
-        (folder / config.weights_file).chmod((folder / config.graph_file).stat().st_mode)
+        content = graph.encode()
+        (folder / config.graph_file).write_bytes(content)
+        weights_sha256, parameter_bytes = write_weights(folder / config.weights_file, layout, tensor)
         config = msgspec.structs.replace(
             config,
-            graph_sha256=_digest(folder / config.graph_file),
-            weights_sha256=_digest(folder / config.weights_file),
-            parameter_bytes=sum(tensor.nbytes for tensor in weights.values()),
+            graph_sha256=hashlib.sha256(content).hexdigest(),
+            weights_sha256=weights_sha256,
+            parameter_bytes=parameter_bytes,
         )
         content = msgspec.json.format(msgspec.json.encode(config), indent=2)
         (folder / CONFIG_FILE).write_bytes(content + b"\n")
@@ -223,14 +226,6 @@ def _config(folder: Path) -> ShardConfig | None:
         return ShardConfig.load(folder / CONFIG_FILE)
     except ShardError:
         return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while chunk := content.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 from shardserve.errors import ShardError
@@ -17,9 +15,9 @@ from shardserve.shards import expressions, operators
 from shardserve.shards.collective import Collective
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.shards.graph import Device, GraphFile, Node, Ref, Size, decode_argument, dtype_name, to_dtype
+from shardserve.shards.weights import Weights, WeightsFile, check_digest, digest_of
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_HASH_CHUNK = 1 << 20
 
 Forward = Callable[..., Sequence[Tensor]]
 """A graph as a function of the dims, the inputs and the parameters."""
@@ -52,10 +50,10 @@ class Program:
         graph_file: str | Path,
         group_config_file: str | Path | None = None,
         device: str | torch.device = "cpu",
-        weights: dict[str, dict[str, Tensor]] | None = None,
+        weights: Weights | None = None,
     ) -> Program:
-        """Read a shard's files; the config defaults to the group_config.json beside the graph. weights: by the sha256
-        of a weights file, what was loaded from it on this device so far; programs that are given it share tensors.
+        """Read a shard's files; the config defaults to the group_config.json beside the graph. weights: how weights are
+        loaded, and what was so far; programs that are given the same share tensors.
 
         Raises ShardError, naming the file, when one is missing, altered, of another export or version, when the graph
         calls an operator that isn't allowed or when a weight is missing or has another shape or dtype.
@@ -66,7 +64,7 @@ class Program:
         if config.graph_file != graph_file.name:
             raise ShardError(f"{config_file} describes '{config.graph_file}', not '{graph_file.name}'")
         weights_file = graph_file.with_name(config.weights_file)
-        check_digest(graph_file, config.graph_sha256)
+        check_digest(graph_file, digest_of(graph_file), config.graph_sha256)
         graph = GraphFile.load(graph_file)
         if graph.export_id != config.export_id:
             raise ShardError(f"{graph_file} and {config_file} are of different exports")
@@ -76,10 +74,11 @@ class Program:
         ):
             if count != len(specs):
                 raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
-        check_digest(weights_file, config.weights_sha256)
+        file = WeightsFile.open(weights_file)
+        _check_parameters(graph, file)
         target = torch.device(device)
-        loaded = {} if weights is None else weights.setdefault(config.weights_sha256, {})
-        parameters = _load_parameters(graph, weights_file, target, loaded)
+        tensors = (weights or Weights()).load(file, config.weights_sha256, target)
+        parameters = [tensors[parameter.tensor] for parameter in graph.parameters]
         try:
             return cls(config, graph, parameters, target)
         except ShardError as error:
@@ -136,19 +135,6 @@ class Program:
         return issue
 
 
-def check_digest(file: Path, expected: str) -> None:
-    """ShardError unless the sha256 of the file's content is `expected`."""
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as content:
-            while chunk := content.read(_HASH_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise ShardError(f"{file}: {error.strerror}") from error
-    if digest.hexdigest() != expected:
-        raise ShardError(f"{file}: its sha256 is not the one in {CONFIG_FILE}: the file was altered or mixed up")
-
-
 def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
     kind = node.op.partition(".")[2]
     if kind == "all_reduce":
@@ -158,26 +144,16 @@ def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
     return collective.reduce_scatter(x, node.args[1])
 
 
-def _load_parameters(graph: GraphFile, file: Path, device: torch.device, loaded: dict[str, Tensor]) -> list[Tensor]:
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            available = set(tensors.keys())
-            for parameter in graph.parameters:
-                if parameter.tensor not in available:
-                    raise ShardError(f"{file}: tensor '{parameter.tensor}' is missing")
-                if parameter.tensor not in loaded:
-                    # A copy: on the CPU it is a view of the mapped file, which would change under a running model when
-                    # somebody writes to the file.
-                    loaded[parameter.tensor] = tensors.get_tensor(parameter.tensor).clone()
-                tensor = loaded[parameter.tensor]
-                if tuple(tensor.shape) != parameter.shape or dtype_name(tensor.dtype) != parameter.dtype:
-                    raise ShardError(
-                        f"{file}: tensor '{parameter.tensor}' is {dtype_name(tensor.dtype)} {list(tensor.shape)}; "
-                        f"the graph needs {parameter.dtype} {list(parameter.shape)}"
-                    )
-    except (OSError, SafetensorError) as error:
-        raise ShardError(f"{file}: {error}") from error
-    return [loaded[parameter.tensor] for parameter in graph.parameters]
+def _check_parameters(graph: GraphFile, file: WeightsFile) -> None:
+    for parameter in graph.parameters:
+        entry = file.entries.get(parameter.tensor)
+        if entry is None:
+            raise ShardError(f"{file.path}: tensor '{parameter.tensor}' is missing")
+        if entry.shape != parameter.shape or dtype_name(entry.dtype) != parameter.dtype:
+            raise ShardError(
+                f"{file.path}: tensor '{parameter.tensor}' is {dtype_name(entry.dtype)} {list(entry.shape)}; "
+                f"the graph needs {parameter.dtype} {list(parameter.shape)}"
+            )
 
 
 class _Builder:

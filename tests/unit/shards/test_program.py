@@ -19,6 +19,7 @@ from shardserve.shards import operators
 from shardserve.shards.collective import SingleRank
 from shardserve.shards.graph import Device, GraphFile, Node, Ref, Size, decode_argument, encode_argument
 from shardserve.shards.program import Program
+from shardserve.shards.weights import Weights
 
 
 class Small(nn.Module):
@@ -32,7 +33,7 @@ class Small(nn.Module):
 
 def test_programs_that_are_given_the_same_weights_share_them(exported: tuple[Path, nn.Module]) -> None:
     folder, _ = exported
-    weights: dict[str, dict[str, Tensor]] = {}
+    weights = Weights()
     one, two, alone = (Program.load(folder / "small.graph.json", weights=given) for given in (weights, weights, None))
     pointers = [[tensor.data_ptr() for tensor in program._parameters] for program in (one, two, alone)]
     assert pointers[0] == pointers[1]
