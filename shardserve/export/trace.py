@@ -131,12 +131,11 @@ def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list
 
 
 def _outputs(returned: list[Any], spec: pytree.TreeSpec, given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
-    structure = pytree.tree_unflatten(list(range(len(returned))), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
+    paths = _paths(pytree.tree_unflatten(list(range(len(returned))), spec))
     kept = [(path, value) for path, value in zip(paths, returned, strict=True) if value is not None]
     for path, value in kept:
         if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
-            raise ExportError(f"output {pytree.keystr(path) or '0'} is {value}, not a tensor")
+            raise ExportError(f"output {'.'.join(path) or '0'} is {value}, not a tensor")
     if given is not None:
         if len(given) != len(kept) or len(set(given)) < len(given):
             raise ExportError(f"output_names must name {len(kept)} outputs, each differently; got {list(given)}")
@@ -144,8 +143,27 @@ def _outputs(returned: list[Any], spec: pytree.TreeSpec, given: Sequence[str] | 
     return tuple((_path_name(path), value) for path, value in kept)
 
 
-def _path_name(path: tuple[Any, ...]) -> str:
-    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+def _paths(tree: Any) -> list[tuple[str, ...]]:
+    """The keys, outermost first, that lead to each leaf: names where the container has names, else indexes.
+
+    torch's own paths don't know classes that are registered without a function for keys, as the outputs of diffusers.
+    """
+    kind = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
+    if kind is None:
+        return [()]
+    if kind.flatten_with_keys_fn is not None:
+        children, _ = kind.flatten_with_keys_fn(tree)
+        named = [
+            (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))), child) for key, child in children
+        ]
+    else:
+        values, names = kind.flatten_fn(tree)
+        known = isinstance(names, (list, tuple)) and len(names) == len(values)
+        named = list(zip(names if known else range(len(values)), values, strict=True))
+    return [(str(name), *path) for name, child in named for path in _paths(child)]
+
+
+def _path_name(keys: tuple[str, ...]) -> str:
     if not keys:
         return "output"
     return "_".join(keys) if not keys[0].isdecimal() else "_".join(["output", *keys])

@@ -57,8 +57,8 @@ _ATEN = """
     triu_indices true_divide trunc type_as unbind unflatten unfold _unsafe_view unsqueeze upsample_bicubic2d
     _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real vstack where xlogy
-    __xor__ zeros zeros_like
+    upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real vstack _weight_norm where
+    xlogy __xor__ zeros zeros_like
 """
 ATEN = frozenset(_ATEN.split())
 

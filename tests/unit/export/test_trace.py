@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, InvalidInput
 from shardserve.export import export, verify
@@ -97,6 +98,32 @@ def test_outputs_are_named_after_their_structure(tmp_path: Path) -> None:
     model = small(lambda self, x: {"a": self.linear(x), "b": (x, None, x + 1)})
     report = export(model, (X,), name="m", out=tmp_path)
     assert [spec.name for spec in report.signature.outputs] == ["a", "b_0", "b_2"]
+    assert verify(model, (X,), None, tmp_path, "m").passed
+
+
+class Keyless(dict[str, Tensor]):
+    """As the outputs of diffusers: a container that torch knows, without a function for its keys."""
+
+
+pytree.register_pytree_node(
+    Keyless,
+    lambda tree: (list(tree.values()), list(tree)),
+    lambda values, names: Keyless(zip(names, values, strict=True)),
+)
+
+
+def test_outputs_in_containers_of_other_libraries(tmp_path: Path) -> None:
+    model = small(lambda self, x: Keyless(sample=self.linear(x), more=({1: x},)))
+    report = export(model, (X,), name="m", out=tmp_path)
+    assert [spec.name for spec in report.signature.outputs] == ["sample", "more_0_1"]
+    assert verify(model, (X,), None, tmp_path, "m").passed
+
+
+def test_parametrized_weights(tmp_path: Path) -> None:
+    """A weight that is made of others at each call, as the convolutions of speech models are."""
+    model = small(lambda self, x: self.linear(x))
+    nn.utils.parametrizations.weight_norm(model.linear)
+    export(model, (X,), name="m", out=tmp_path)
     assert verify(model, (X,), None, tmp_path, "m").passed
 
 
