@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -100,8 +100,7 @@ def _instance(instance: Any, dtypes: Mapping[str, str], path: str) -> Decoded:
 
 def parse_value(value: Any, path: str, dtype: str | None = None) -> tensors.Value:
     """A number, bool, string or base64 object (shape (1,)), or a nested rectangular array of them."""
-    shape, leaves = _flatten(value, path) if isinstance(value, list) else ((1,), [value])
-    kinds = set(map(type, leaves))
+    shape, leaves, kinds = _flatten(value, path) if isinstance(value, list) else ((1,), [value], {type(value)})
     if kinds == {dict}:
         if not isinstance(value, list):
             return _from_base64(value, path)
@@ -158,23 +157,29 @@ def _numbers(
     return array.reshape(shape)
 
 
-def _flatten(value: list[Any], path: str) -> tuple[tuple[int, ...], list[Any]]:
-    """Shape and leaves of a nested array, level by level; InvalidInput at the first place that isn't rectangular."""
+def _flatten(value: list[Any], path: str) -> tuple[tuple[int, ...], list[Any], set[type]]:
+    """Shape, leaves and their types of a nested array; InvalidInput at the first place that isn't rectangular.
+
+    A body is mostly numbers: they are looked at in C, level by level, and once.
+    """
     shape: tuple[int, ...] = (len(value),)
     level = value
-    while level and any(type(item) is list for item in level):
-        for index, item in enumerate(level):
-            if type(item) is not list or len(item) != len(level[0]):
-                size = f"{len(item)} elements" if type(item) is list else "no array"
-                first = f"{len(level[0])} elements" if type(level[0]) is list else "no array"
-                raise InvalidInput(
-                    f"{_at(path, shape, index)}: a ragged array: {size}, where its first neighbour has {first}"
-                )
+    while list in (kinds := set(map(type, level))):
+        if len(kinds) > 1 or len(set(map(len, level))) > 1:
+            _refuse_ragged(level, path, shape)
         shape += (len(level[0]),)
         if len(shape) > tensors.MAX_DIMS:
             raise InvalidInput(f"{path}: nested more than {tensors.MAX_DIMS} deep")
         level = list(itertools.chain.from_iterable(level))
-    return shape, level
+    return shape, level, kinds
+
+
+def _refuse_ragged(level: list[Any], path: str, shape: tuple[int, ...]) -> NoReturn:
+    sizes = [f"{len(item)} elements" if type(item) is list else "no array" for item in level]
+    index = next(index for index, size in enumerate(sizes) if size != sizes[0])
+    raise InvalidInput(
+        f"{_at(path, shape, index)}: a ragged array: {sizes[index]}, where its first neighbour has {sizes[0]}"
+    )
 
 
 def _at(path: str, shape: tuple[int, ...], index: int) -> str:
