@@ -11,12 +11,6 @@ import socket
 import sys
 from typing import NoReturn
 
-# Before numpy is imported: its thread pool would not survive the fork, and torch has its own.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Read by OpenMP when torch is imported. Its threads would spin for milliseconds after each operator, on cores that the
-# other agents and the server need: an agent of 2 threads on 2 cores took 2.1 ms of CPU for a step of 0.2 ms.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import msgspec
 
 from shardserve.agent.agent import run_agent

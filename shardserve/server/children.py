@@ -14,6 +14,7 @@ import msgspec
 from shardserve.errors import StartError, from_wire
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
+from shardserve.wire.process import HUGE_PAGES
 from shardserve.wire.stream import FrameStream
 
 # Of heartbeat_timeout: the pause between an answered ping and the next.
@@ -50,6 +51,7 @@ class Child:
                 [sys.executable, "-m", module, *map(str, inherited)],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
+                env={**HUGE_PAGES, **os.environ},
                 # A terminal's Ctrl-C is for the launcher, which ends its children in order.
                 start_new_session=True,
             )

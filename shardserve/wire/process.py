@@ -1,4 +1,4 @@
-"""How a child makes sure that it doesn't outlive its parent."""
+"""What our processes have in common: they don't outlive their parent, and they keep large tensors in huge pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 import signal
 
 PR_SET_PDEATHSIG = 1
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""In the environment of a process at its start: glibc's malloc asks for huge pages, which the kernel gives on request.
+
+Memory of 256 MB is otherwise had in 65,536 page faults, 80 ms and more, each time that a step or message makes it anew.
+"""
 
 
 def die_with_parent(parent: int) -> None:

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from shardserve.agent.forking import ForkRequest, ForkServer, LastWords
+from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords
 from shardserve.errors import StartError
 
 from .shards import write_shards
@@ -118,7 +118,7 @@ def test_a_server_that_is_silent(server, free_port, tmp_path):
 
 PARENT = """
 import asyncio, sys
-from shardserve.agent.forking import ForkRequest, ForkServer
+from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer
 
 async def main():
     server = ForkServer()
@@ -140,3 +140,15 @@ def test_all_die_with_the_parent(tmp_path):
     for pid, pidfd in zip(pids, pidfds, strict=True):
         assert select.select([pidfd], [], [], 10)[0], f"{pid} lives"
         os.close(pidfd)
+
+
+def test_what_the_user_set_in_the_environment_stays(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    server = ForkServer()
+    try:
+        environment = psutil.Process(server.pid).environ()
+    finally:
+        server.close()
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert environment["GLIBC_TUNABLES"] == ENVIRONMENT["GLIBC_TUNABLES"]
