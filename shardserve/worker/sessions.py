@@ -60,6 +60,8 @@ class Sessions:
 
     def pump(self) -> None:
         """Sends what can be sent, and gives free groups to those that wait."""
+        if not self._holding and not self._waiting:
+            return
         for session in list(self._holding):
             self._check_generation(session)
             self._next(session)
