@@ -24,7 +24,7 @@ from benchmarks.servers import ROOT, up
 from shardserve.shards.collective import SingleRank
 from shardserve.shards.program import Program
 
-BLOCKS, WIDTH, LENGTH, BATCH = 2, 128, 64, 32
+BLOCKS, WIDTH, LENGTH, BATCH = 2, 96, 64, 32
 SHORTEST, LONGEST = 8, 128
 INSTANCES = 2048
 ROUNDS = 5
