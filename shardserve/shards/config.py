@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from shardserve.errors import InvalidInput, ShardError
-from shardserve.shards.expressions import ExpressionError, evaluate, is_name, parse, parse_condition
+from shardserve.shards import files
+from shardserve.shards.expressions import MAX_INTEGER, ExpressionError, evaluate, is_name, parse, parse_condition
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "group_config.json"
@@ -24,6 +25,9 @@ DTYPES = frozenset({"bool", *_INTEGERS, "float16", "bfloat16", "float32", "float
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
+# So that a file can't make its reader count for ever.
+MAX_RANKS = 65536
+
 
 class DimRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The sizes that a dynamic dim may have, both ends included; `max` None: no upper end."""
@@ -32,7 +36,7 @@ class DimRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max: int | None = None
 
     def __post_init__(self) -> None:
-        if self.min < 0 or (self.max is not None and self.max < self.min):
+        if self.min < 0 or (self.max is not None and self.max < self.min) or max(self.min, self.max or 0) > MAX_INTEGER:
             raise ValueError(f"not a range of sizes: {self}")
 
     def __contains__(self, size: int) -> bool:
@@ -50,13 +54,21 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int | str, ...]
 
     def __post_init__(self) -> None:
+        # Names are printed: nothing in them may move a terminal's cursor.
+        if not self.name or not self.name.isprintable():
+            raise ValueError(f"{self.name!r} can't name a tensor")
         if self.dtype not in DTYPES:
             raise ValueError(f"tensor '{self.name}' has the unknown dtype '{self.dtype}'")
+        elements = 1
         for size in self.shape:
             if isinstance(size, str):
                 parse(size)
-            elif size < 0:
+            elif not 0 <= size <= MAX_INTEGER:
                 raise ValueError(f"tensor '{self.name}' has the size {size}")
+            else:
+                elements *= max(size, 1)
+        if elements > MAX_INTEGER // 8:  # of 8 bytes each
+            raise ValueError(f"tensor '{self.name}' of shape {describe(self.shape)} is larger than any memory")
 
     @property
     def names(self) -> frozenset[str]:
@@ -147,19 +159,22 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
     def _bind_derived(self, name: str, axis: int, text: str, size: int, dims: dict[str, int]) -> None:
         # A dim may appear only inside an expression (2*half): such expressions are linear in it, so it is solved for.
         expression = parse(text)
-        unbound = expression.names - dims.keys()
-        if len(unbound) == 1:
-            (dim,) = unbound
-            at_zero = expression.evaluate({**dims, dim: 0})
-            slope = expression.evaluate({**dims, dim: 1}) - at_zero
-            if slope:
-                solution = (size - at_zero) // slope
-                if expression.evaluate({**dims, dim: solution}) == size:
-                    self._check_range(dim, solution, name, axis)
-                    dims[dim] = solution
-        if expression.names - dims.keys():
-            raise InvalidInput(f"input '{name}' must have a size of the form {text} at axis {axis}, got {size}")
-        expected = expression.evaluate(dims)
+        try:
+            unbound = expression.names - dims.keys()
+            if len(unbound) == 1:
+                (dim,) = unbound
+                at_zero = expression.evaluate({**dims, dim: 0})
+                slope = expression.evaluate({**dims, dim: 1}) - at_zero
+                if slope:
+                    solution = (size - at_zero) // slope
+                    if expression.evaluate({**dims, dim: solution}) == size:
+                        self._check_range(dim, solution, name, axis)
+                        dims[dim] = solution
+            expected = expression.evaluate(dims)
+        except ExpressionError as error:  # a dim without a value, or a division by zero
+            raise InvalidInput(
+                f"input '{name}' must have a size of the form {text} at axis {axis}, got {size}"
+            ) from error
         if expected != size:
             raise InvalidInput(f"input '{name}' must have size {expected} at axis {axis} ('{text}'), got {size}")
 
@@ -188,6 +203,10 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameter_bytes: int
 
     def __post_init__(self) -> None:
+        if not FILE_NAME.match(self.name):
+            raise ValueError(f"'{self.name}' can't name a model")
+        if self.rank_size > MAX_RANKS:
+            raise ValueError(f"rank_size {self.rank_size} is more than {MAX_RANKS}")
         if self.stage_size < 1 or self.rank_size < 1 or self.rank_size % self.stage_size:
             raise ValueError(f"rank_size {self.rank_size} doesn't divide into stage_size {self.stage_size} stages")
         if not 0 <= self.rank < self.rank_size:
@@ -198,6 +217,8 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for digest in (self.graph_sha256, self.weights_sha256):
             if not _SHA256.match(digest):
                 raise ValueError(f"'{digest}' isn't a sha256")
+        if not 0 <= self.parameter_bytes <= MAX_INTEGER:
+            raise ValueError(f"parameter_bytes is {self.parameter_bytes}")
         for spec in (*self.receives, *self.sends):
             _known(f"tensor '{spec.name}'", spec.names, self.signature.dims)
 
@@ -218,14 +239,8 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def load(cls, path: str | Path) -> ShardConfig:
         """Read a group_config.json; ShardError names the file and the field that is wrong."""
-        path = Path(path)
-        try:
-            content = msgspec.json.decode(path.read_bytes())
-        except OSError as error:
-            raise ShardError(f"{path}: {error.strerror}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ShardError(f"{path}: not JSON: {error}") from error
-        return cls.from_dict(content, source=str(path))
+        source = str(path)
+        return cls.from_dict(files.decode_json(files.read(path, files.CONFIG_LIMIT), source), source)
 
     @classmethod
     def from_dict(cls, content: Any, source: str = "group config") -> ShardConfig:
@@ -248,7 +263,9 @@ def check_version(content: Any, source: str) -> None:
         raise ShardError(f"{source}: expected an object")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise ShardError(f"{source}: format_version is {version}; this release reads {FORMAT_VERSION}: export again")
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "it was written by a newer release: install that, or export again" if newer else "export again"
+        raise ShardError(f"{source}: format_version is {version!r}; this release reads {FORMAT_VERSION}; {remedy}")
 
 
 def describe(shape: Sequence[int | str]) -> str:

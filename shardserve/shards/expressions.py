@@ -6,7 +6,8 @@
     condition  := conjunct ("or" conjunct)*      conjunct := comparison ("and" comparison)*
     comparison := expression ("==" | "!=" | "<=" | ">=" | "<" | ">") expression | "(" condition ")"
 
-`//` and `%` round as Python's do. Text from a file is parsed, never evaluated as Python.
+`//` and `%` round as Python's do; integers and results are of 64 bits. Text from a file is parsed, never evaluated as
+Python.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ Tree = int | str | tuple["str | Tree", ...]
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 40
+MAX_OPERATORS = 200  # one after the other: a sum of 200 terms is a tree of that depth
+MAX_INTEGER = 2**63 - 1
 RESERVED = frozenset({"min", "max", "and", "or"})
 
-_TOKEN = re.compile(r"\s*(?:(\d+|[A-Za-z_][A-Za-z0-9_]*|//|<=|>=|==|!=|[-+*%(),<>])|$)")
+_TOKEN = re.compile(r"\s*(?:([0-9]+|[A-Za-z_][A-Za-z0-9_]*|//|<=|>=|==|!=|[-+*%(),<>])|$)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 FUNCTIONS: Mapping[str, Callable[..., int]] = {
@@ -59,13 +62,17 @@ class Expression:
     names: frozenset[str]
 
     def evaluate(self, dims: Mapping[str, int]) -> int:
-        """Its value with these sizes (a condition: 0 or 1); ExpressionError for a missing name or a zero divisor."""
+        """Its value with these sizes (a condition: 0 or 1); ExpressionError for a missing name, a zero divisor, or a
+        value that 64 bits can't hold."""
         try:
-            return int(_evaluate(self.tree, dims))
+            value = int(_evaluate(self.tree, dims))
         except KeyError as error:
             raise ExpressionError(f"'{self.text}': no value for {error}") from None
         except ZeroDivisionError:
             raise ExpressionError(f"'{self.text}': division by zero") from None
+        if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+            raise ExpressionError(f"'{self.text}': its value is too large")
+        return value
 
 
 def is_name(text: str) -> bool:
@@ -115,7 +122,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         if len(text) > MAX_LENGTH:
             raise ExpressionError(f"an expression of {len(text)} characters; the limit is {MAX_LENGTH}")
-        self.text, self.names, self.position, self.depth = text, set[str](), 0, 0
+        self.text, self.names, self.position, self.depth, self.operators = text, set[str](), 0, 0, 0
         self.tokens: list[str] = []
         start = 0
         while start < len(text):
@@ -148,16 +155,23 @@ class _Parser:
         if self.depth > MAX_DEPTH:
             raise ExpressionError(f"an expression nested deeper than {MAX_DEPTH}")
 
+    def applied(self) -> str:
+        """Take an operator. Trees are walked by recursion, so one may have only so many."""
+        self.operators += 1
+        if self.operators > MAX_OPERATORS:
+            raise ExpressionError(f"an expression of more than {MAX_OPERATORS} operators")
+        return self.take()
+
     def expression(self) -> Tree:
         tree = self.term()
         while self.peek() in ("+", "-"):
-            tree = (self.take(), tree, self.term())
+            tree = (self.applied(), tree, self.term())
         return tree
 
     def term(self) -> Tree:
         tree = self.factor()
         while self.peek() in ("*", "//", "%"):
-            tree = (self.take(), tree, self.factor())
+            tree = (self.applied(), tree, self.factor())
         return tree
 
     def factor(self) -> Tree:
@@ -165,6 +179,8 @@ class _Parser:
         try:
             token = self.take()
             if token.isdecimal():
+                if len(token) > len(str(MAX_INTEGER)) or int(token) > MAX_INTEGER:
+                    raise ExpressionError(f"'{self.text}': {token} is too large")
                 return int(token)
             if token == "-":
                 return ("-", 0, self.factor())
@@ -195,13 +211,12 @@ class _Parser:
     def joined(self, word: str, operand: Callable[[], Tree]) -> Tree:
         tree = operand()
         while self.peek() == word:
-            self.take()
-            tree = (word, tree, operand())
+            tree = (self.applied(), tree, operand())
         return tree
 
     def comparison(self) -> Tree:
         # "(" opens an expression or a whole condition: try the expression first and come back if that fails.
-        start = self.position
+        start, operators = self.position, self.operators
         self.nested()
         try:
             left = self.expression()
@@ -212,7 +227,7 @@ class _Parser:
         except ExpressionError:
             if start >= len(self.tokens) or self.tokens[start] != "(":
                 raise
-            self.position = start + 1
+            self.position, self.operators = start + 1, operators
             tree = self.condition()
             self.expect(")")
             return tree

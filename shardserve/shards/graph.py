@@ -17,10 +17,13 @@ import msgspec
 import torch
 
 from shardserve.errors import ShardError
+from shardserve.shards import files
 from shardserve.shards.config import DTYPES, check_version
-from shardserve.shards.expressions import ExpressionError, parse
+from shardserve.shards.expressions import MAX_INTEGER, ExpressionError, parse
 
 Shape = tuple[int | str, ...]
+
+MAX_NESTING = 8  # of lists in an argument; operators take lists of numbers or of tensors
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in (*sorted(DTYPES), "complex64", "complex128")}
 _MEMORY_FORMATS: dict[str, torch.memory_format] = {
@@ -86,10 +89,7 @@ class GraphFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def decode(cls, content: bytes, source: str) -> GraphFile:
         """The graph in a file's content; ShardError begins with `source`."""
-        try:
-            decoded = msgspec.json.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ShardError(f"{source}: not JSON: {error}") from error
+        decoded = files.decode_json(content, source)
         check_version(decoded, source)
         try:
             return msgspec.convert(decoded, cls)
@@ -99,11 +99,7 @@ class GraphFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def load(cls, path: str | Path) -> GraphFile:
         """Read a graph file; ShardError names it and what is wrong."""
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ShardError(f"{path}: {error.strerror}") from error
-        return cls.decode(content, str(path))
+        return cls.decode(files.read(path, files.GRAPH_LIMIT), str(path))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -142,10 +138,14 @@ def encode_argument(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r}")
 
 
-def decode_argument(value: Any) -> Any:
+def decode_argument(value: Any, depth: int = 0) -> Any:
     """The argument that `encode_argument` encoded; ShardError for anything else."""
     if isinstance(value, list):
-        return [decode_argument(item) for item in value]
+        if depth == MAX_NESTING:
+            raise ShardError(f"an argument of lists nested deeper than {MAX_NESTING}")
+        return [decode_argument(item, depth + 1) for item in value]
+    if isinstance(value, int) and not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+        raise ShardError(f"the argument {value} is too large")
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
@@ -162,10 +162,16 @@ def decode_argument(value: Any) -> Any:
             return to_dtype(content)
         if kind == "device" and content == "self":
             return Device()
-        if kind == "float" and content in _NON_FINITE:
+        if kind == "float" and isinstance(content, str) and content in _NON_FINITE:
             return float(content)
-        if kind == "memory_format" and content in _MEMORY_FORMATS:
+        if kind == "memory_format" and isinstance(content, str) and content in _MEMORY_FORMATS:
             return _MEMORY_FORMATS[content]
         if kind == "layout" and content == "strided":
             return torch.strided
-    raise ShardError(f"{value!r} is not an argument")
+    raise ShardError(f"{shortened(value)} is not an argument")
+
+
+def shortened(value: Any) -> str:
+    """What a file holds, as a message can quote it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"

@@ -144,11 +144,3 @@ def resolve(name: str) -> Callable[..., Any]:
                 if is_allowed(op):
                     return op  # type: ignore[no-any-return]
     raise ShardError(f"operator '{name}' is not one that a shard may call")
-
-
-def keywords(name: str) -> frozenset[str]:
-    """The keyword arguments that an operator takes."""
-    target = resolve(name)
-    if isinstance(target, torch._ops.OpOverload):
-        return frozenset(argument.name for argument in target._schema.arguments)
-    return frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,21 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ShardError
-from shardserve.shards import expressions, operators
+from shardserve.shards import arguments, expressions, files, operators
 from shardserve.shards.collective import Collective
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
-from shardserve.shards.graph import Device, GraphFile, Node, Ref, Size, decode_argument, dtype_name, to_dtype
-from shardserve.shards.weights import Weights, WeightsFile, check_digest, digest_of
+from shardserve.shards.graph import (
+    Device,
+    GraphFile,
+    Node,
+    Ref,
+    Size,
+    decode_argument,
+    dtype_name,
+    shortened,
+    to_dtype,
+)
+from shardserve.shards.weights import Weights, WeightsFile, check_digest
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -64,8 +75,9 @@ class Program:
         if config.graph_file != graph_file.name:
             raise ShardError(f"{config_file} describes '{config.graph_file}', not '{graph_file.name}'")
         weights_file = graph_file.with_name(config.weights_file)
-        check_digest(graph_file, digest_of(graph_file), config.graph_sha256)
-        graph = GraphFile.load(graph_file)
+        content = files.read(graph_file, files.GRAPH_LIMIT)
+        check_digest(graph_file, hashlib.sha256(content).hexdigest(), config.graph_sha256)
+        graph = GraphFile.decode(content, str(graph_file))
         if graph.export_id != config.export_id:
             raise ShardError(f"{graph_file} and {config_file} are of different exports")
         for what, count, specs in (
@@ -74,6 +86,8 @@ class Program:
         ):
             if count != len(specs):
                 raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
+        if graph.dims != tuple(config.signature.dims):
+            raise ShardError(f"{graph_file} has the dims {graph.dims}, {config_file} {tuple(config.signature.dims)}")
         file = WeightsFile.open(weights_file)
         _check_parameters(graph, file)
         target = torch.device(device)
@@ -163,53 +177,57 @@ class _Builder:
         self.program = program
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
+        self.kinds: dict[str, arguments.Kind] = {}
         self.dims: dict[str, fx.Node] = {}
         self.sizes: dict[str, fx.Node | int] = {}
         self.collectives: list[Node] = []
         for index, dim in enumerate(graph.dims):
             self.dims[dim] = self.graph.placeholder(f"dim{index}")
         for index, name in enumerate(graph.inputs):
-            self.define(name, self.graph.placeholder(f"input{index}"))
+            self.define(name, self.graph.placeholder(f"input{index}"), "tensor")
         for index, parameter in enumerate(graph.parameters):
-            self.define(parameter.name, self.graph.placeholder(f"parameter{index}"))
+            self.define(parameter.name, self.graph.placeholder(f"parameter{index}"), "tensor")
         for node in graph.nodes:
             try:
-                self.define(node.name, self.call(node))
+                self.define(node.name, *self.call(node))
             except ShardError as error:
-                raise ShardError(f"node '{node.name}': {error}") from error
+                raise ShardError(f"node '{shortened(node.name)}': {error}") from error
+        for name in graph.outputs:
+            if self.kinds.get(name, "tensor") != "tensor":
+                raise ShardError(f"the output '{name}' isn't a tensor")
         self.graph.output([self.value(name) for name in graph.outputs])
 
     def compile(self) -> Forward:
         forward: Forward = fx.GraphModule(torch.nn.Module(), self.graph).forward
         return forward
 
-    def define(self, name: str, node: fx.Node) -> None:
+    def define(self, name: str, node: fx.Node, kind: arguments.Kind) -> None:
         if not _IDENTIFIER.match(name):
             raise ShardError(f"'{name}' can't name a node")
         if name in self.values:
             raise ShardError(f"two nodes are named '{name}'")
-        self.values[name] = node
+        self.values[name], self.kinds[name] = node, kind
 
     def value(self, name: str) -> fx.Node:
         if name not in self.values:
             raise ShardError(f"'{name}' is used and not defined before")
         return self.values[name]
 
-    def call(self, node: Node) -> fx.Node:
+    def call(self, node: Node) -> tuple[fx.Node, arguments.Kind]:
         kind, _, collective = node.op.partition(".")
         if kind == "collective":
             self.check_collective(node, collective)
-        args = [self.argument(decode_argument(value)) for value in node.args]
+        given = [decode_argument(value) for value in node.args]
+        args = [self.argument(value) for value in given]
         if kind == "collective":
             self.collectives.append(node)
-            return self.graph.call_function(self.program._bind(node), (args[0],))
+            return self.graph.call_function(self.program._bind(node), (args[0],)), "tensor"
         target = operators.resolve(node.op)
+        named = {name: decode_argument(value) for name, value in node.kwargs.items()}
+        kwargs = {name: self.argument(value) for name, value in named.items()}
         # fx writes keywords into the source that it generates: only an operator's own may get there.
-        unknown = node.kwargs.keys() - operators.keywords(node.op)
-        if unknown:
-            raise ShardError(f"{node.op} takes no {', '.join(sorted(unknown))}")
-        kwargs = {name: self.argument(decode_argument(value)) for name, value in node.kwargs.items()}
-        return self.graph.call_function(target, tuple(args), kwargs)
+        gives = arguments.check(node.op, given, named, self.kinds)
+        return self.graph.call_function(target, tuple(args), kwargs), gives
 
     def check_collective(self, node: Node, kind: str) -> None:
         if kind not in operators.COLLECTIVES:
@@ -219,11 +237,12 @@ class _Builder:
         if (
             not node.args
             or len(reductions) != (0 if gather else 1)
-            or (not gather and reductions[0] not in operators.REDUCTIONS)
+            or not all(isinstance(op, str) and op in operators.REDUCTIONS for op in reductions)
         ):
-            raise ShardError(f"{node.op} has the arguments {node.args}")
-        if not isinstance(decode_argument(node.args[0]), Ref):
-            raise ShardError(f"{node.op} takes a tensor, not {node.args[0]}")
+            raise ShardError(f"{node.op} has the arguments {shortened(node.args)}")
+        source = decode_argument(node.args[0])
+        if not isinstance(source, Ref) or self.kinds.get(source.name, "tensor") != "tensor":
+            raise ShardError(f"{node.op} takes a tensor, not {shortened(node.args[0])}")
         if node.shape is None or node.kwargs:
             raise ShardError(f"{node.op} needs the shape of what it is given, and takes no keywords")
         dtype = to_dtype(node.dtype)
@@ -235,6 +254,8 @@ class _Builder:
         for size in node.shape:
             if isinstance(size, str):
                 self.size(size)
+            elif not 0 <= size <= expressions.MAX_INTEGER:
+                raise ShardError(f"{node.op} has the size {size}")
 
     def argument(self, value: Any) -> Any:
         if isinstance(value, Ref):

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from shardserve.errors import ShardError
 from shardserve.shards.config import CONFIG_FILE
+from shardserve.shards.expressions import MAX_INTEGER
+from shardserve.shards.files import open_regular
 
 CHUNK = 8 << 20
 """Bytes that are read, hashed or written at once."""
@@ -77,7 +79,7 @@ class WeightsFile:
         """Reads the header; ShardError names the file and what of it is wrong."""
         path = Path(path)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, LONGEST_HEADER):
@@ -109,7 +111,7 @@ class WeightsFile:
         if self.size == self.begin:
             return {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in self.entries.items()}
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise ShardError(f"{self.path}: {error}") from error
@@ -124,7 +126,7 @@ class WeightsFile:
         tensors: dict[str, Tensor] = {}
         digest = hashlib.sha256()
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 _fill(self.path, file, memoryview(bytearray(self.begin)), digest.update, watch)
                 for name, entry in self.entries.items():
                     tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -166,7 +168,7 @@ def digest_of(path: Path, watch: Watch | None = None) -> str:
     """The sha256 of a file's content; ShardError if it can't be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             while piece := file.read(CHUNK):
                 digest.update(piece)
                 if watch is not None:
@@ -232,8 +234,13 @@ def _entry(path: Path, name: str, content: Any, begin: int) -> Entry:
         raise ShardError(f"{path}: tensor '{name}' has no dtype, shape and data_offsets in the header") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ShardError(f"{path}: tensor '{name}' has the dtype {dtype!r}, which isn't supported")
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and number >= 0 for number in numbers) or _too_large(shape):
         raise ShardError(f"{path}: tensor '{name}' has the shape {list(shape)} at {[start, stop]}")
     if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ShardError(f"{path}: tensor '{name}' of shape {list(shape)} and {dtype} has {stop - start} bytes")
     return Entry(DTYPES[dtype], shape, begin + start, begin + stop)
+
+
+def _too_large(shape: tuple[int, ...]) -> bool:
+    """Beyond what PyTorch can count: a tensor without elements takes no bytes, whatever its other sizes."""
+    return math.prod(max(size, 1) for size in shape) > MAX_INTEGER

@@ -57,6 +57,13 @@ def test_names() -> None:
         "batch == 2",
         "(" * 100 + "1" + ")" * 100,
         "1 + " * 2000 + "1",
+        "1+" * 500 + "1",
+        "-" * 500 + "1",
+        "9223372036854775808",
+        "9" * 2000,
+        "٣",
+        "bätch",
+        "batch\x00",
     ],
 )
 def test_what_is_not_in_the_grammar(text: str) -> None:
@@ -69,6 +76,20 @@ def test_missing_name_and_zero_divisor() -> None:
         parse("width + 1").evaluate(DIMS)
     with pytest.raises(ExpressionError, match="division by zero"):
         parse("length // (batch - 3)").evaluate(DIMS)
+
+
+def test_a_value_that_64_bits_cannot_hold() -> None:
+    huge = "*".join(["length"] * 100)
+    assert parse(huge).evaluate({"length": 1}) == 1
+    for text in (huge, f"0 - {huge}"):
+        with pytest.raises(ExpressionError, match="its value is too large"):
+            parse(text).evaluate(DIMS)
+
+
+def test_the_largest_tree_can_be_evaluated() -> None:
+    assert parse("+".join(["1"] * 201)).evaluate({}) == 201
+    assert parse("(" * 38 + "+".join(["1"] * 201) + ")" * 38).evaluate({}) == 201
+    assert parse_condition("(" * 38 + "+".join(["1"] * 200) + ")" * 38 + " == 200").evaluate({})
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,43 @@ X = {"node": "x"}
         (append("aten.relu.default", {"dtype": "float33"}), "unknown dtype"),
         (append("aten.relu.default", {"device": "cuda:1"}), "not an argument"),
         (append("aten.relu.default", X, **{"x=exit()": 1}), "takes no x=exit"),
+        (append("aten.relu.default", X, X), "takes 1 arguments, got 2"),
+        (append("aten.relu.default", X, self=X), "given self twice"),
+        (append("aten.mul.Tensor", X), "needs other"),
+        (append("aten.relu.default", "x"), "can't take 'x' as its self, which is Tensor"),
+        (append("aten.relu.default", None), "can't take None"),
+        (append("aten.zeros.default", [2], device="cuda:1"), "can't take 'cuda:1' as its device"),
+        (append("aten.zeros.default", [2], device="meta"), "can't take 'meta' as its device"),
+        (append("aten.zeros.default", [2], pin_memory=True), "can't take True as its pin_memory"),
+        (append("aten.clone.default", X, memory_format=1), "can't take 1 as its memory_format"),
+        (append("aten.zeros.default", [2**63]), "is too large"),
+        (append("aten.zeros.default", [1.5]), "as its size"),
+        (append("aten.zeros.default", [[[[[[[[[[[2]]]]]]]]]]]), "nested deeper than 8"),
+        (append("aten.relu.default", {"dtype": ["float32"]}), "unknown dtype"),
+        (append("aten.relu.default", {"float": []}), "not an argument"),
+        (append("aten.relu.default", {"expr": "9 ** 999999999"}), "unexpected"),
+        (append("aten.relu.default", {"expr": "9" * 1999}), "too large"),
+        (append("getitem", X, 0), "getitem takes"),
+        (append("getitem", X, "__class__"), "getitem takes"),
+        (append("getitem", X), "getitem takes"),
+        (append("sym.pow", 10, 1000000000), "sym.pow of integers"),
+        (append("sym.mul", {"expr": "batch"}, {"expr": "batch"}), "sym.mul of integers"),
+        (append("sym.neg", X), "sym.neg takes 1 number"),
+        (append("sym.sqrt", 2, 3), "sym.sqrt takes 1 number"),
+        (append("sym.__import__", "os"), "operator 'sym.__import__'"),
+        (append("shardserve.embedding", X, X), "takes weight, ids, start, total"),
+        (append("shardserve.embedding", X, X, X, 4), "can't take .* as its start, which is int"),
+        (append("aten.__class__.default", X), "operator 'aten.__class__.default'"),
+        (append("aten.add.__call__", X, X), "operator 'aten.add.__call__'"),
+        (append("aten", X), "operator 'aten'"),
+        (append("", X), "operator ''"),
+        (append("collective.all_reduce", X, ["sum"], shape=[4], dtype="float32"), "arguments"),
+        (append("collective.all_reduce", X, "sum", shape=[-4], dtype="float32"), "has the size -4"),
+        (append("collective.all_reduce", X, "sum", shape=[4], dtype="string"), "unknown dtype"),
+        (lambda graph: graph.update(dims=["batch", "batch"]), "has the dims"),
+        (lambda graph: graph.update(dims=[]), "has the dims"),
+        (lambda graph: graph["nodes"][0].update(name="__import__('os')"), "can't name a node"),
+        (lambda graph: graph["nodes"][0].update(name=1), "Expected `str`"),
         (lambda graph: graph["nodes"].append(graph["nodes"][0]), "two nodes are named"),
         (lambda graph: graph["nodes"][0].update(name="a b"), "can't name a node"),
         (lambda graph: graph.update(outputs=["x", "x"]), "has 2 outputs"),
@@ -183,6 +220,28 @@ def test_weights_that_are_no_safetensors(shard: Path) -> None:
     reseal(shard)
     with pytest.raises(ShardError, match=r"weights\.safetensors"):
         Program.load(shard / "small.graph.json")
+
+
+def test_a_number_is_no_output(shard: Path) -> None:
+    change_graph(shard, append("sym.sqrt", 2))
+    change_graph(shard, lambda graph: graph.update(outputs=["extra"]))
+    with pytest.raises(ShardError, match="the output 'extra' isn't a tensor"):
+        Program.load(shard / "small.graph.json")
+
+
+def test_files_of_another_export(shard: Path, tmp_path: Path) -> None:
+    """Another export of the same model, equal in every shape, is told by its checksums and id alone."""
+    torch.manual_seed(1)
+    export(Small(), (torch.randn(2, 4),), name="small", out=tmp_path / "other", dynamic_shapes=({0: Dim("batch")},))
+    for name, reason in (("small.graph.json", "its sha256"), ("weights.safetensors", "its sha256")):
+        mixed = Path(shutil.copytree(shard, tmp_path / f"mixed {name}"))
+        shutil.copy(tmp_path / "other" / "device0" / name, mixed / name)
+        with pytest.raises(ShardError, match=f"{name}: {reason}"):
+            Program.load(mixed / "small.graph.json")
+        reseal(mixed)
+        if name == "small.graph.json":
+            with pytest.raises(ShardError, match="different exports"):
+                Program.load(mixed / "small.graph.json")
 
 
 def test_arguments_round_trip() -> None:

@@ -80,6 +80,12 @@ def test_one_dim_in_two_inputs() -> None:
         signature.bind({"a": (2,), "b": (3,)}, {"a": "float32", "b": "float32"})
 
 
+def test_bind_where_a_size_divides_by_zero() -> None:
+    specs = (TensorSpec("x", "float32", ("8 // half",)),)
+    with pytest.raises(InvalidInput, match="of the form 8 // half"):
+        Signature({"half": DimRange(0, 4)}, specs, ()).bind({"x": (7,)}, {"x": "float32"})
+
+
 def test_round_trip(tmp_path: Path) -> None:
     config = ShardConfig.from_dict(content())
     assert (config.tensor_parallel_size, config.stage, config.coordinate) == (2, 1, 1)
@@ -91,7 +97,23 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 2}, "format_version is 2; .* written by a newer release"),
+        ({"format_version": 0}, "format_version is 0; .* export again"),
+        ({"format_version": "1"}, "format_version is '1'"),
+        ({"format_version": True}, "format_version"),
+        ({"name": "a b"}, "'a b' can't name a model"),
+        ({"rank_size": 10**18, "stage_size": 1}, "is more than 65536"),
+        ({"rank": -1}, "rank -1"),
+        ({"parameter_bytes": -1}, "parameter_bytes is -1"),
+        ({"parameter_bytes": 10**30}, "parameter_bytes is 1000"),
+        ({"graph_file": "/etc/passwd"}, "plain file name"),
+        ({"graph_file": ".."}, "plain file name"),
+        ({"sends": [{"name": "y\x1b[2J", "dtype": "float32", "shape": []}]}, "can't name a tensor"),
+        ({"sends": [{"name": "y", "dtype": "float32", "shape": [2**63]}]}, "has the size"),
+        ({"sends": [{"name": "y", "dtype": "float32", "shape": [-1]}]}, "has the size -1"),
+        ({"sends": [{"name": "y", "dtype": "float32", "shape": [2**31, 2**31]}]}, "larger than any memory"),
+        ({"sends": [{"name": "y", "dtype": "float32", "shape": ["9" * 1999]}]}, "too large"),
+        ({"sends": [{"name": "y", "dtype": "float32", "shape": ["batch**99"]}]}, "unexpected"),
         ({"rank": 4}, "rank 4"),
         ({"rank": "0"}, r"Expected `int`, got `str` - at `\$.rank`"),
         ({"stage_size": 3}, "stage_size 3"),
