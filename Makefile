@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
-.PHONY: help system-packages demo test unit e2e lint format stubs bench bench-peers clean
+.PHONY: help system-packages demo test unit e2e lint format stubs bench bench-zoo bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ bench: $(addprefix bench-,$(BENCHMARKS)) ## all figures of docs/performance.md, 
 
 bench-%: $(VENV)/.installed-dev ## one of them: bench-smoke, bench-overhead, bench-collectives, bench-sharded, …
 	$(BIN)/python -m benchmarks.$*
+
+bench-zoo: $(VENV)/.installed-dev ## models of many families in each layout: exported, compared, counted; writes docs/zoo.md
+	$(BIN)/python -m benchmarks.zoo --docs
 
 bench-peers: $(VENV)/.installed-dev ## beside a running Triton: make bench-peers TRITON="ADDRESS MODEL"
 	$(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt 'tritonclient[grpc]'

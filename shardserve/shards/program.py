@@ -43,7 +43,7 @@ class Program:
         self.config = config
         self.device = device
         self.dims = graph.dims
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         # What the graph calls for each of its collectives.
         self.issued: dict[Callable[..., Any], Node] = {}
         builder = _Builder(self, graph)
@@ -115,7 +115,7 @@ class Program:
         self._collective, self._completed = collective, 0
         sizes = tuple(dims[dim] for dim in self.dims)
         forward = (self.compiled and self.compiled(sizes)) or self._forward
-        return list(forward(*sizes, *inputs, *self._parameters))
+        return list(forward(*sizes, *inputs, *self.parameters))
 
     def drain(self, dims: Mapping[str, int], collective: Collective) -> list[Tensor]:
         """After `run` raised: take part in the step's remaining collectives with zeros, and give zeros to send.
