@@ -48,8 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(option, type=values.count, default=1, metavar="N", help=f"{meaning} (default %(default)s)")
     parser.add_argument(
         "--plan",
-        metavar="FILE",
-        help="JSON: how parameters are sharded, where stages begin (default: the function's options['plan'])",
+        metavar="FILE|auto",
+        help="JSON: how parameters are sharded, where stages begin; auto finds it "
+        "(default: the function's options['plan'], or else auto)",
+    )
+    parser.add_argument(
+        "--save-plan", metavar="FILE", help="write the plan that was used, to read, edit and give again"
     )
     parser.add_argument(
         "--cut",
@@ -110,6 +114,8 @@ def _export(args: argparse.Namespace) -> int:
             **options,
         )
     print(report, flush=True)
+    if args.save_plan is not None:
+        report.plan.save(args.save_plan)
     if not args.verify:
         return 0
     kwargs, tolerances = options.get("kwargs"), {"atol": args.atol, "rtol": args.rtol}
@@ -163,11 +169,11 @@ def _returned(source: str, returned: Any) -> tuple[Any, tuple[Any, ...], dict[st
 
 
 def _plan(file: str | None, given: Any) -> Plan | None:
-    """The plan of --plan, else the one that the function gave."""
+    """The plan of --plan, else the one that the function gave; None, as auto, where neither is."""
     from shardserve.export import Plan
 
     if file == "auto":
-        raise ExportError("--plan auto is not supported yet: give a plan file")
+        return Plan(auto=True)
     if file is not None:
         return Plan.load(file)
     if given is None or isinstance(given, Plan):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export import cut
+from shardserve.export import cut, planning
 from shardserve.export.assemble import RankShard, assemble
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
@@ -47,21 +47,20 @@ def export(
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
     after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
-    each later stage; without them, stages are balanced by their parameters' bytes. `strict` refuses a plan that shards
-    no parameter, if tensor_parallel is more than 1. `progress` hears of what is traced, cut and written. Raises
-    ExportError.
+    each later stage; without them, stages are balanced by their parameters' bytes. Without a plan, one is found
+    automatically; the report has it. `strict` refuses a plan that shards no parameter, if tensor_parallel is more than
+    1. `progress` hears of what is traced, cut and written. Raises ExportError.
     """
     started = time.perf_counter()
-    _check(name, tensor_parallel, pipeline_parallel, plan)
+    _check(name, tensor_parallel, pipeline_parallel)
     # Before the tracing, which takes its time.
     with folder_of(Path(out)):
-        plan = plan or Plan()
+        plan = plan or Plan(auto=True)
         kwargs = ordered(model, kwargs or {})
         progress("tracing the model", 0, 1)
         traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
         trace_seconds = time.perf_counter() - started
-        shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
-        placements = _placements(model, plan, shapes, tensor_parallel)
+        placements, plan, whole = _planned(model, plan, traced, tensor_parallel, progress)
         if strict and _only_replicated(placements, tensor_parallel):
             raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
         cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
@@ -86,23 +85,43 @@ def export(
             _warnings(graphs[0], placements, tensor_parallel),
             trace_seconds,
             time.perf_counter() - started,
+            plan,
+            whole,
         )
 
 
-def _check(name: str, tensor_parallel: int, pipeline_parallel: int, plan: Plan | None) -> None:
+def _check(name: str, tensor_parallel: int, pipeline_parallel: int) -> None:
     if not FILE_NAME.match(name):
         raise ExportError(f"name '{name}' must be letters, digits, '_', '-' and '.', to name a file")
     for what, count in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
         if count < 1:
             raise ExportError(f"{what} must be at least 1, got {count}")
-    if tensor_parallel > 1 and plan is None:
-        raise ExportError("tensor_parallel > 1 needs a plan: finding one automatically is not supported yet")
+
+
+def _planned(
+    model: nn.Module, plan: Plan, traced: Trace, size: int, progress: Progress
+) -> tuple[dict[str, Replicate | Shard], Plan, tuple[str, ...] | None]:
+    """The placement of every tensor, the plan that says so, and, of one that was found, what stays whole and why."""
+    shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
+    given = _placements(model, plan, shapes, size)
+    placements: dict[str, Replicate | Shard] = dict.fromkeys(shapes, Replicate())
+    if size == 1 or not plan.auto:
+        return placements | given, plan, None
+    progress("finding a plan", 0, 1)
+    found = planning.find(traced, size, given)
+    placements = {**placements, **found.placements, **given}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(value): name for name, value in named.items() if name in shapes}
+    names = {name: first[id(value)] for name, value in named.items() if id(value) in first}
+    names |= {name: name for name in shapes}
+    complete = Plan(planning.patterns(traced, placements, names), plan.cuts)
+    return placements, complete, found.replicated
 
 
 def _placements(
     model: nn.Module, plan: Plan, traced: Mapping[str, tuple[int, ...]], size: int
 ) -> dict[str, Replicate | Shard]:
-    """The placement of every tensor. Tied weights have several names and one placement, given by any of them."""
+    """The given placements. Tied weights have several names and one placement, given by any of them."""
     named = dict(model.named_parameters(remove_duplicate=False))
     given = plan.placements({**{name: tuple(value.shape) for name, value in named.items()}, **traced}, size)
     by_tensor: dict[int, tuple[str, Replicate | Shard]] = {}
@@ -111,7 +130,7 @@ def _placements(
             first, decided = by_tensor.setdefault(id(named[name]), (name, placement))
             if decided != placement:
                 raise ExportError(f"plan: '{first}' and '{name}' are one tied weight, given {decided} and {placement}")
-    placements: dict[str, Replicate | Shard] = {name: given.get(name, Replicate()) for name in traced}
+    placements = {name: placement for name, placement in given.items() if name in traced}
     for name, value in named.items():
         if name in traced and id(value) in by_tensor:
             placements[name] = by_tensor[id(value)][1]

@@ -16,11 +16,13 @@ from shardserve.export.placements import Replicate, Shard, parse_placement
 @dataclass(frozen=True)
 class Plan:
     """`parameters`: name pattern (as `blocks.*.mlp.up.weight`) → "Shard(dim)" or "Replicate()"; parameters that no
-    pattern matches are replicated. `cuts`: the module that begins each later pipeline stage.
+    pattern matches are replicated, or, if `auto`, cut as the exporter finds best. `cuts`: the module that begins each
+    later pipeline stage.
     """
 
     parameters: Mapping[str, str] = field(default_factory=dict)
     cuts: Sequence[str] = ()
+    auto: bool = False
 
     def __post_init__(self) -> None:
         for pattern, text in self.parameters.items():
@@ -43,14 +45,26 @@ class Plan:
     @classmethod
     def from_dict(cls, content: Any) -> Plan:
         """The plan of a decoded JSON object."""
-        if not isinstance(content, dict) or content.keys() - {"parameters", "cuts"}:
-            raise ExportError('a plan is an object with "parameters" and "cuts"')
+        if not isinstance(content, dict) or content.keys() - {"parameters", "cuts", "auto"}:
+            raise ExportError('a plan is an object with "parameters", "cuts" and "auto"')
         parameters, cuts = content.get("parameters", {}), content.get("cuts", [])
         if not isinstance(parameters, dict) or not all(isinstance(text, str) for text in parameters.values()):
             raise ExportError('"parameters" must be an object of strings')
         if not isinstance(cuts, list) or not all(isinstance(module, str) for module in cuts):
             raise ExportError('"cuts" must be a list of module names')
-        return cls(parameters, tuple(cuts))
+        if not isinstance(content.get("auto", False), bool):
+            raise ExportError('"auto" must be true or false')
+        return cls(parameters, tuple(cuts), content.get("auto", False))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a JSON file that `load` reads; ExportError if that can't be done."""
+        content: dict[str, Any] = {"parameters": dict(self.parameters)}
+        content |= {"cuts": list(self.cuts)} if self.cuts else {}
+        content |= {"auto": True} if self.auto else {}
+        try:
+            Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise ExportError(f"plan {path}: {error.strerror}") from error
 
     def placements(self, shapes: Mapping[str, Sequence[int]], size: int) -> dict[str, Replicate | Shard]:
         """The placements on `size` ranks of the parameters that a pattern matches.

@@ -102,10 +102,7 @@ def propagate(
     for node in traced.graph.nodes:
         if node.op == "call_function":
             emitter.stage = last = stages[node]
-            value = _emit(emitter, node, environment)
-            # One reduction here, rather than one of each of what is made of the terms.
-            pending = isinstance(value, Value) and isinstance(value.placement, Partial) and len(node.users) > 1
-            environment[node] = emitter.reduced(value) if pending else value
+            environment[node] = settled(emitter, node, emit(emitter, node, environment))
         elif node.op not in ("placeholder", "output"):
             raise ExportError(f"the traced graph holds '{node.name}' ({node.op}), which shards can't express")
     emitter.stage = last
@@ -115,11 +112,18 @@ def propagate(
     )
 
 
+def settled(emitter: Emitter, node: fx.Node, value: Any) -> Any:
+    """What the users of `node` are given: of several, one reduction, rather than one of each of what they make."""
+    pending = isinstance(value, Value) and isinstance(value.placement, Partial) and len(node.users) > 1
+    return emitter.reduced(value) if pending else value
+
+
 def _shape(fake: Tensor) -> tuple[Dim, ...]:
     return tuple(simplify(size) for size in fake.shape)
 
 
-def _emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+def emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+    """What a call of the traced graph gives on this rank: a Value, a list of them, a size, a Scalar or None."""
     target, meaning = node.target, node.meta.get("val")
     if isinstance(meaning, (int, torch.SymInt)) and not isinstance(meaning, bool):
         return simplify(meaning)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardserve.export.plan import Plan
 from shardserve.shards.config import Signature, TensorSpec, describe
 
 
@@ -22,7 +23,8 @@ class StageReport:
 @dataclass(frozen=True)
 class Report:
     """What was written. `gathered`: operators that had no rule for their inputs' placements and took whole tensors,
-    with how often; `conditions` of the signature are what tracing assumed beyond the declared ranges.
+    with how often; `conditions` of the signature are what tracing assumed beyond the declared ranges. `plan` is the one
+    given or found; `replicated`: of one that was found, what stays whole and why.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Report:
     warnings: tuple[str, ...]
     trace_seconds: float
     seconds: float
+    plan: Plan = field(default_factory=Plan)
+    replicated: tuple[str, ...] | None = None
 
     def collectives(self) -> Counter[str]:
         """How many of each kind of collective a step issues, over all stages."""
@@ -59,8 +63,17 @@ class Report:
             lines.append(f"  stage {index}{begin}: {collectives}; {megabytes:.3g} MB of weights on a rank")
             lines += [f"    sends {_line(spec)}" for spec in stage.sends if index < self.stage_size - 1]
         lines += [f"  output {_line(spec)}" for spec in self.signature.outputs]
+        lines += [f"  {placement}: {', '.join(names)}" for placement, names in self._placed().items()]
+        lines += [f"  replicated: {line}" for line in self.replicated or ()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _placed(self) -> dict[str, list[str]]:
+        """Placement → what of an automatic plan is cut so."""
+        placed: dict[str, list[str]] = {}
+        for pattern, placement in () if self.replicated is None else self.plan.parameters.items():
+            placed.setdefault(placement, []).append(pattern)
+        return placed
 
 
 def _line(spec: TensorSpec) -> str:

@@ -77,7 +77,7 @@ def expand(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, placement, size=sizes)
 
 
-@rule("slice", "narrow", "select", "cumsum", "softmax", "_softmax", "log_softmax", "_log_softmax")
+@rule("select", "unbind", "cumsum", "softmax", "_softmax", "log_softmax", "_log_softmax")
 def along_dim(emitter: Emitter, call: Call) -> Result:
     """Works along one dim: parts of another stand alone."""
     x = emitter.reduced(call["self"])
@@ -87,8 +87,46 @@ def along_dim(emitter: Emitter, call: Call) -> Result:
     dim = _positive(call["dim"], x.ndim)
     if dim == placement.dim:
         return None
-    gone = call.opname == "select" and dim < placement.dim
+    gone = call.opname in ("select", "unbind") and dim < placement.dim
     return call.emit(emitter, Shard(placement.dim - gone, placement.blocks), self=x)
+
+
+@rule("slice", "narrow")
+def part_of_dim(emitter: Emitter, call: Call) -> Result:
+    """Parts of another dim stand alone; of the sharded one, whole blocks are as many parts."""
+    x = emitter.reduced(call["self"])
+    placement = x.placement
+    if not isinstance(placement, Shard):
+        return None
+    if _positive(call["dim"], x.ndim) != placement.dim:
+        return call.emit(emitter, placement, self=x)
+    size, kept, start, blocks = (
+        x.shape[placement.dim],
+        call.shape[placement.dim],
+        call.get("start") or 0,
+        placement.blocks,
+    )
+    if not all(isinstance(number, int) for number in (size, kept, start, blocks)) or call.get("step") not in (None, 1):
+        return None
+    first = start % size if start < 0 else start
+    block = size // blocks
+    if not kept or first % block or kept % block:
+        return None
+    ends = (x, placement.dim, first // emitter.size, (first + kept) // emitter.size)
+    placed = Shard(placement.dim, kept // block)
+    return emitter.call("aten.slice.Tensor", ends, {}, call.shape, call.dtype, placed, call.name)
+
+
+@rule("glu")
+def glu(emitter: Emitter, call: Call) -> Result:
+    """One half of a dim by the other: along the sharded one, where the halves are its two blocks."""
+    x = emitter.reduced(call["self"])
+    placement = x.placement
+    if not isinstance(placement, Shard):
+        return None
+    if _positive(call["dim"], x.ndim) != placement.dim:
+        return call.emit(emitter, placement, self=x)
+    return call.emit(emitter, Shard(placement.dim), self=x) if placement.blocks == 2 else None
 
 
 @rule("split", "split_with_sizes", "chunk")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_a_plan_file_goes_before_the_function_s(run, tmp_path: Path) -> None:
     assert "1 all_gather" in run(*words)[1]
 
 
+def test_a_plan_is_found_saved_and_read_again(run, tmp_path: Path) -> None:
+    words = ("userland:plain", "--name", "m", "--out", "model", "--tp", "2", "--verify")
+    code, out, _ = run(*words, "--save-plan", "plan.json")
+    assert (code, "1 all_" in out, "weight" in out) == (0, True, True)
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["parameters"]["weight"].startswith("Shard(")
+    assert run(*words, "--plan", "plan.json")[0] == 0
+    assert run("userland:planned", *words[1:], "--plan", "auto")[0] == 0
+
+
 def test_fails_above_the_tolerance(run) -> None:
     words = ("userland:planned", "--name", "m", "--out", "model", "--tp", "2", "--verify")
     code, out, err = run(*words, "--atol", "0", "--rtol", "0")
@@ -89,8 +100,8 @@ def test_fails_above_the_tolerance(run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("userland:plain", "--tp", "2"), "needs a plan"),
-        (("userland:plain", "--tp", "2", "--plan", "auto"), "--plan auto is not supported yet"),
+        (("userland:plain", "--tp", "3", "--strict"), "the plan shards no parameter"),
+        (("userland:plain", "--tp", "2", "--save-plan", "nowhere/plan.json"), "plan nowhere/plan.json: No such file"),
         (("userland:plain", "--meta"), "--meta is not supported yet"),
         (("userland:plain", "--ranks", "4"), "--ranks is not supported yet"),
         (("userland:plain", "--plan", "nothing.json"), "nothing.json: No such file"),

@@ -54,6 +54,11 @@ def test_files(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text('{"parameters": {"a": "Shard(0)"}, "cuts": ["b"]}')
     assert Plan.load(file) == Plan({"a": "Shard(0)"}, ("b",))
+    for plan in (Plan({"a": "Shard(0)"}, ("b",)), Plan({"a": "Replicate()"}, auto=True)):
+        plan.save(file)
+        assert Plan.load(file) == plan
+    with pytest.raises(ExportError, match="No such file"):
+        plan.save(tmp_path / "nowhere" / "plan.json")
     for content, message in (
         ('{"parameters": {"a": "Shard(0)", "a": "Shard(1)"}}', "'a' is given twice"),
         ("{", "plan.json"),
@@ -61,6 +66,7 @@ def test_files(tmp_path: Path) -> None:
         ('{"parametres": {}}', "a plan is an object"),
         ('{"parameters": {"a": 0}}', "object of strings"),
         ('{"cuts": "b"}', "list of module names"),
+        ('{"auto": 1}', "true or false"),
     ):
         file.write_text(content)
         with pytest.raises(ExportError, match=message):
@@ -77,7 +83,6 @@ def exported(tmp_path: Path, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_parallel": 2, "plan": None}, "needs a plan: .* not supported yet"),
         ({"tensor_parallel": 0}, "tensor_parallel must be at least 1"),
         ({"tensor_parallel": 3}, "doesn't divide into 3 ranks"),
         ({"name": "a/b"}, "name 'a/b'"),

@@ -1,0 +1,56 @@
+"""Plans found automatically: which parameters are cut, and how, for any traced model.
+
+`probe` tries placements by the rules of the operators; `grow` finds what goes together; `choose` takes what spares the
+most for its collectives; `reasons` says why the rest stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from shardserve.export.placements import Replicate, Shard
+from shardserve.export.planning.choose import choose, grouped, pattern
+from shardserve.export.planning.probe import Prober
+from shardserve.export.planning.reasons import replicated
+from shardserve.export.trace import Trace
+
+
+@dataclass(frozen=True)
+class Found:
+    """The placements found, by name of a traced tensor, and a line for each group of parameters that stays whole."""
+
+    placements: Mapping[str, Shard]
+    replicated: tuple[str, ...]
+
+
+def find(traced: Trace, size: int, fixed: Mapping[str, Replicate | Shard] | None = None) -> Found:
+    """Placements on `size` ranks of every tensor; those in `fixed` are as they are there.
+
+    Deterministic; nothing is computed but shapes. Tied weights have one placement, under all of their names.
+    """
+    probe = Prober(traced, size)
+    choice = choose(probe, {probe.tied[name]: placement for name, placement in (fixed or {}).items()})
+    placements = {name: choice.placements[first] for name, first in probe.tied.items() if first in choice.placements}
+    return Found(placements, replicated(probe, choice))
+
+
+def patterns(traced: Trace, placements: Mapping[str, Replicate | Shard], names: Mapping[str, str]) -> dict[str, str]:
+    """A plan's "parameters": patterns for stacks of layers where they match nothing that is cut otherwise.
+
+    `names`: every name of a tensor of the model → its name among the traced ones.
+    """
+    sharded = [name for name in traced.tensors if isinstance(placements.get(name), Shard)]
+    found: dict[str, str] = {}
+    for (text, *_), group in grouped(traced.tensors, sharded).items():
+        wanted = placements[group[0]]
+        matched = [first for name, first in names.items() if fnmatchcase(name, str(text))]
+        alike = len(group) > 1 and all(placements.get(first, Replicate()) == wanted for first in matched)
+        for name in [str(text)] if alike else group:
+            if alike or not any(fnmatchcase(name, other) for other in found):
+                found[name] = str(placements[group[0]] if alike else placements[name])
+    return found
+
+
+__all__ = ["Found", "find", "pattern", "patterns"]

@@ -1,0 +1,161 @@
+"""Which parameters go together: from one that is cut to all that have to be cut with it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+from shardserve.export.emit import Value
+from shardserve.export.placements import Shard
+from shardserve.export.planning.probe import Move, Outcome, Prober
+from shardserve.export.symbols import Dim, divide, product
+
+REACH = 80
+"""How many nodes before a value are searched for the parameter that makes it."""
+ROUNDS = 16
+
+
+class Grower:
+    """Grows sets of placements; what was found is kept."""
+
+    def __init__(self, probe: Prober) -> None:
+        self.probe = probe
+        self._variants: dict[str, tuple[Shard, ...]] = {}
+        self._makers: dict[tuple[str, Shard], tuple[str, Shard] | None] = {}
+
+    def variants(self, tensor: str) -> tuple[Shard, ...]:
+        """The ways in which a tensor can be cut: each dim, and each dim in as many blocks as the model takes apart."""
+        if tensor not in self._variants:
+            shape = self.probe.whole(self.probe.placeholders[tensor][0]).shape
+            found: dict[Shard, None] = {}
+            pending = deque(Shard(dim) for dim in range(len(shape)))
+            while pending:
+                shard = pending.popleft()
+                size = shape[shard.dim]
+                if shard in found or not isinstance(size, int) or size % (self.probe.size * shard.blocks) or not size:
+                    continue
+                outcome = self.probe({tensor: shard})
+                if outcome is None:
+                    continue
+                found[shard] = None
+                if shard.blocks == 1:
+                    pending += [Shard(shard.dim, blocks) for blocks in self._blocks(outcome)]
+            self._variants[tensor] = tuple(found)
+        return self._variants[tensor]
+
+    def _blocks(self, outcome: Outcome) -> Iterator[int]:
+        """In how many blocks the gathered values are taken apart by what gathers them."""
+        for move in outcome.gathers:
+            source = self.probe.source(move.value)
+            if move.taker is not None and source is not None and isinstance(move.placement, Shard):
+                value = self._value(source, move.value)
+                if value is not None:
+                    yield from (parts for parts in _parts(move.taker, value, move, self.probe) if parts > 1)
+
+    def _value(self, node: fx.Node, name: str) -> Value | None:
+        whole = self.probe.whole(node)
+        items = whole if isinstance(whole, list) else [whole]
+        return next((item for item in items if isinstance(item, Value) and item.name == name), None)
+
+    def grow(self, tensor: str, shard: Shard, eager: bool) -> Outcome | None:
+        """The closure: parameters of which a rank takes its part anyway are cut; so are those that make the
+        activations of which it takes its part, always if `eager`, else where that costs no further collective.
+        """
+        outcome = self.probe({tensor: shard})
+        refused: set[tuple[str, Shard]] = set()
+        for _ in range(ROUNDS):
+            if outcome is None:
+                return None
+            parameters: dict[str, Shard] = {}
+            makers: dict[str, Shard] = {}
+            for want in outcome.wants:
+                maker = self._maker(*want)
+                if maker is None or maker[0] in outcome.placements or want in refused:
+                    continue
+                direct = self.probe.source(want[0]) in self.probe.traced.bound
+                (parameters if direct else makers).setdefault(*maker)
+            if not parameters and not makers:
+                return outcome
+            grown = self.probe({**outcome.placements, **parameters, **makers})
+            if makers and not eager and (grown is None or len(grown.moves) > len(outcome.moves)):
+                refused |= outcome.wants.keys()
+                refused -= {want for want in refused if self.probe.source(want[0]) in self.probe.traced.bound}
+                grown = self.probe({**outcome.placements, **parameters}) if parameters else outcome
+            outcome = grown
+        return outcome
+
+    def _maker(self, value: str, shard: Shard) -> tuple[str, Shard] | None:
+        """The parameter that, cut so, makes `value` lie as `shard`: the nearest before it."""
+        key = (value, shard)
+        if key not in self._makers:
+            self._makers[key] = self._search(value, shard)
+        return self._makers[key]
+
+    def _search(self, value: str, shard: Shard) -> tuple[str, Shard] | None:
+        start = self.probe.source(value)
+        if start is None:
+            return None
+        bound, tied = self.probe.traced.bound, self.probe.tied
+        if start in bound:
+            tensor = tied[bound[start]]
+            return (tensor, shard) if self.probe({tensor: shard}) is not None else None
+        seen, pending = {start}, deque([start])
+        while pending and len(seen) < REACH:
+            node = pending.popleft()
+            for source in node.all_input_nodes:
+                if source in seen:
+                    continue
+                seen.add(source)
+                if source not in bound:
+                    pending.append(source)
+                    continue
+                tensor = tied[bound[source]]
+                for variant in self.variants(tensor):
+                    outcome = self.probe({tensor: variant})
+                    if outcome is not None and outcome.makes.get(value) == shard:
+                        return tensor, variant
+        return None
+
+
+def _parts(node: fx.Node, value: Value, move: Move, probe: Prober) -> list[int]:
+    """The blocks of the sharded dim that `node`, which couldn't take the parts, may mean."""
+    assert isinstance(move.placement, Shard)
+    dim = move.placement.dim
+    size = value.shape[dim]
+    name = getattr(node.target, "_opname", "")
+    result = probe.whole(node)
+    if not isinstance(size, int):
+        return []
+    if isinstance(result, list):
+        parts = {item.shape[dim] for item in result if item.ndim == value.ndim}
+        if len(parts) == 1 and name != "unbind":
+            return [len(result)]
+        return [len(result)] if name == "unbind" and len(result) == size else []
+    if not isinstance(result, Value):
+        return []
+    if name in ("slice", "narrow", "glu") and result.ndim == value.ndim:
+        part = divide(size, result.shape[dim]) if result.shape[dim] != 0 else None
+        return [part] if isinstance(part, int) else []
+    if name == "select" and result.ndim == value.ndim - 1:
+        return [size]
+    if name in ("view", "_unsafe_view", "reshape", "unflatten"):
+        return _leading(value.shape, result.shape, dim)
+    return []
+
+
+def _leading(before: Sequence[Dim], after: Sequence[Dim], dim: int) -> list[int]:
+    """Of a dim that is viewed as several: the sizes of the first, of the first two together, …"""
+    head, found = product(before[:dim]), list[int]()
+    for index in range(len(after)):
+        if product(after[:index]) == head:
+            blocks = 1
+            for size in after[index:]:
+                if not isinstance(size, int) or blocks * size >= before[dim]:
+                    break
+                blocks *= size
+                if blocks > 1:
+                    found.append(blocks)
+            break
+    return found

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from models.zoo import CASES
+from torch import Tensor, nn
+
+from shardserve.export import Plan, Report, export, verify
+from shardserve.export.placements import Replicate, Shard
+from shardserve.export.planning import find
+from shardserve.export.trace import Trace, trace
+
+from ..conftest import PLAN, transformer
+
+
+def traced(model: nn.Module, *args: Tensor) -> Trace:
+    return trace(model.eval(), args, {}, None, None, None)
+
+
+def found(model: nn.Module, *args: Tensor, size: int = 2) -> dict[str, str]:
+    return {name: str(placement) for name, placement in find(traced(model, *args), size).placements.items()}
+
+
+def exported(model: nn.Module, args: tuple[Tensor, ...], out: Path, size: int = 2, **options: object) -> Report:
+    report = export(model, args, name="m", out=out, tensor_parallel=size, **options)  # type: ignore[arg-type]
+    assert verify(model, args, None, out, "m", atol=1e-5, rtol=1e-5).passed
+    return report
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_transformer_is_cut_as_by_hand(tmp_path: Path, size: int) -> None:
+    model, args, _ = transformer(blocks=2)
+    report = exported(model, args, tmp_path / "auto", size)
+    by_hand = exported(model, args, tmp_path / "hand", size, plan=PLAN)
+    blocks = {name: text for name, text in report.plan.parameters.items() if name.startswith("blocks.")}
+    hand = Plan({name: text for name, text in PLAN.parameters.items() if name.startswith("blocks.")})
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert Plan(blocks).placements(shapes, size) == hand.placements(shapes, size)
+    assert report.collectives()["all_reduce"] <= by_hand.collectives()["all_reduce"]
+    assert report.collectives()["all_gather"] == 1  # of the logits: that plan leaves the head whole
+    assert report.stages[0].parameter_bytes[0] <= by_hand.stages[0].parameter_bytes[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_more_collectives_than_by_hand(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]()
+    options = {"kwargs": case.kwargs, "dynamic_shapes": case.dynamic_shapes}
+    report = export(case.model, case.args, name="m", out=tmp_path, tensor_parallel=2, **options)
+    if case.collectives:
+        assert sum(report.collectives().values()) <= sum(case.collectives.values())
+    assert verify(case.model, case.args, case.kwargs, tmp_path, "m", atol=1e-5, rtol=1e-5).passed
+
+
+def test_the_plan_of_the_report_gives_the_same_again(tmp_path: Path) -> None:
+    model, args, _ = transformer(blocks=2)
+    report = exported(model, args, tmp_path / "a")
+    again = exported(model, args, tmp_path / "b", plan=report.plan)
+    assert again.collectives() == report.collectives()
+    assert [stage.parameter_bytes for stage in again.stages] == [stage.parameter_bytes for stage in report.stages]
+    assert "blocks.*.up.weight" in report.plan.parameters
+    assert "Shard(0): " in str(report)
+    assert again.replicated is None
+
+
+def test_what_a_plan_names_stays_and_the_rest_is_found(tmp_path: Path) -> None:
+    model, args, _ = transformer(blocks=2)
+    given = {"blocks.*.up.*": "Replicate()", "blocks.*.down.*": "Replicate()", "tokens.weight": "Shard(0)"}
+    report = exported(model, args, tmp_path, plan=Plan(given, auto=True))
+    parameters = report.plan.parameters
+    assert parameters["blocks.*.attention.query.weight"] == "Shard(0)"
+    assert parameters["tokens.weight"] == "Shard(0)"
+    assert not [name for name in parameters if ".up." in name or ".down." in name]
+
+
+class Heads(nn.Module):
+    """Attention of a few heads, and a perceptron."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, width = heads, 8 * heads
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 128), nn.Linear(128, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(y.transpose(1, 2).reshape(b, t, -1))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_fused_projections_are_cut_in_blocks() -> None:
+    placements = found(Heads(4), torch.randn(2, 5, 32))
+    assert placements["qkv.weight"] == placements["qkv.bias"] == "Shard(0, blocks=3)"
+    assert placements["o.weight"] == placements["down.weight"] == "Shard(1)"
+
+
+def test_heads_that_dont_divide_stay_whole_and_are_named() -> None:
+    result = find(traced(Heads(3), torch.randn(2, 5, 24)), 2)
+    assert set(result.placements) == {"up.weight", "up.bias", "down.weight"}
+    reason = next(line for line in result.replicated if line.startswith("qkv.weight"))
+    assert "3 (of 72 as [3, 3, 8]) doesn't divide into 2 ranks" in reason
+
+
+def test_an_odd_shape_is_named() -> None:
+    result = find(traced(nn.Linear(5, 7), torch.randn(2, 5)), 2)
+    assert not result.placements
+    assert result.replicated[0].endswith("7 and 5 don't divide into 2 ranks")
+
+
+class Twice(nn.Module):
+    """One module called twice, one that is used in another way, and a stack whose layers depend on their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.chain = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x) + x
+        x = self.block(x) + x
+        for layer in self.chain:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_one_module_called_twice_and_layers_in_turn() -> None:
+    probed = found(Twice(), torch.randn(2, 16))
+    assert (probed["block.0.weight"], probed["block.2.weight"]) == ("Shard(0)", "Shard(1)")
+    chain = [probed[f"chain.{index}.weight"] for index in range(4)]
+    assert chain == ["Shard(0)", "Shard(1)", "Shard(0)", "Shard(1)"]
+
+
+def test_it_is_deterministic() -> None:
+    model, args, _ = transformer(blocks=2)
+    first, second = (find(traced(model, *args), 2) for _ in range(2))
+    assert list(first.placements.items()) == list(second.placements.items())
+    assert first.replicated == second.replicated
+
+
+def test_fixed_placements() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    fixed = {"0.weight": Replicate(), "2.weight": Shard(0)}
+    placements = find(traced(model, torch.randn(2, 16)), 2, fixed).placements
+    assert placements.get("0.weight") is None
+    assert placements["2.weight"] == Shard(0)
+    assert Counter(map(str, placements.values()))["Shard(1)"] == 0
