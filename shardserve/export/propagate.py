@@ -15,6 +15,7 @@ from shardserve.errors import ExportError
 from shardserve.export import rules, rules_dims
 from shardserve.export.emit import Call, Emitter, LocalNode, Value
 from shardserve.export.placements import Partial, Replicate, Shard
+from shardserve.export.refusals import operator_advice
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards import operators
@@ -133,7 +134,8 @@ def emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) ->
     if isinstance(meaning, (float, torch.SymFloat)):
         if target in _SYMBOLIC:
             return emitter.scalar(f"sym.{_SYMBOLIC[target]}", args, node.name)
-        raise ExportError(f"'{node.name}' computes a number by {target}, which shards can't express")
+        advice = operator_advice(target._opname) if isinstance(target, torch._ops.OpOverload) else ""
+        raise ExportError(f"'{node.name}' computes a number by {target}, which shards can't express{advice}")
     if isinstance(target, torch._ops.OpOverload):
         if target._opname in _CHECKS:
             return None
@@ -145,7 +147,8 @@ def emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) ->
 
 def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     if not operators.is_allowed(op):
-        raise ExportError(f"operator {op} isn't one that a shard may call{_where(node)}")
+        advice = operator_advice(op._opname)
+        raise ExportError(f"operator {op} isn't one that a shard may call{_where(node)}{advice}")
     meaning = node.meta["val"]
     several = not isinstance(meaning, Tensor)
     results = tuple((_shape(fake), fake.dtype) for fake in (meaning if several else (meaning,)))

@@ -18,6 +18,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
+from shardserve.export import refusals
 from shardserve.export.symbols import Printer, simplify
 from shardserve.shards.config import DimRange
 from shardserve.shards.expressions import is_name
@@ -77,7 +78,7 @@ def trace(
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes)
             functional = program.run_decompositions({})
         except Exception as error:  # torch.export raises whatever the model's own code raises
-            raise ExportError(f"torch.export can't trace the model: {type(error).__name__}: {error}") from error
+            raise ExportError(refusals.explain(error, model, args, kwargs)) from error
     signature = functional.graph_signature
     for output in signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:

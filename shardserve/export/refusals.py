@@ -1,0 +1,108 @@
+"""What to try when a model can't be exported: by the kind of torch.export's error, and by operator."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_HINTS = re.compile(
+    r"\n+(For more information|For extended logs|If you suspect|For more debugging|For C\+\+ stack|The error above|"
+    r"User Stack|To fix the error|The following call raised|  \(Snipped|consider using data-dependent).*",
+    re.DOTALL,
+)
+"""What torch adds to a message for those who debug torch."""
+
+_DATA = (
+    "an `if`, a loop or a size depends on the values of a tensor. Write torch.where or torch.cond instead of the `if`, "
+    "keep the size fixed and mask what doesn't count, and use no .item() or .tolist() of an input"
+)
+_ADVICE: tuple[tuple[str, str], ...] = (
+    (r"data-dependent|DataDependentOutput|DynamicOutputShape|_local_scalar_dense", _DATA),
+    (
+        r"specialized it to be a constant|Constraints violated",
+        "take that dim out of dynamic_shapes, which fixes its size, or find where the model takes the size for a "
+        "number: a shape written out (use -1 or x.shape), a table of that length, a Python loop over it",
+    ),
+    (
+        r"not a known type|register a pytree",
+        "return tensors in tuples, lists and dicts, or make the class known before: "
+        "torch.utils._pytree.register_dataclass(CLASS) for a dataclass, register_pytree_node for another",
+    ),
+    (
+        r"no fake impl|UnsupportedOperator|FakeTensor.*(?:kernel|impl)|Operator does not support running with fake",
+        "shards run PyTorch's own operators: replace the custom operator by those",
+    ),
+    (
+        r"\.numpy\(\)|numpy|data pointer|data_ptr|storage",
+        "what leaves PyTorch (NumPy, other libraries, pointers) can't be traced: use torch operators, or do that part "
+        "in a Python stage before or after the model",
+    ),
+    (r"ScriptModule", "export the nn.Module that it was scripted from"),
+    (
+        r"uninitialized parameter",
+        "run the model once on the example inputs before, so that it has all of its parameters",
+    ),
+)
+_OPERATORS: Mapping[str, str] = {
+    **dict.fromkeys(("item", "_local_scalar_dense"), "keep it a tensor: x * y.max() instead of x * y.max().item()"),
+    **dict.fromkeys(
+        ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
+        "how much it gives depends on the inputs' values: keep the size fixed and mask what doesn't count",
+    ),
+    **dict.fromkeys(
+        ("rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "dropout"),
+        "it draws random numbers, and ranks have to agree: make them outside, as an input of the model",
+    ),
+    **dict.fromkeys(
+        ("quantize_per_tensor", "quantize_per_channel", "dequantize"),
+        "quantized tensors can't be stored: keep int8 weights with a scale, and multiply them out",
+    ),
+}
+
+
+def explain(error: Exception, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Why torch.export can't trace the model: its message, where in the model that was, and what to try."""
+    raised = _raised(model, args, kwargs)
+    if raised is not None:
+        return f"the model raises on the example inputs: {_message(raised)}{_place(raised)}"
+    text = f"torch.export can't trace the model: {_message(error)}{_place(error)}"
+    kind = f"{type(error).__name__}: {error}"
+    advice = next((advice for pattern, advice in _ADVICE if re.search(pattern, kind)), None)
+    if advice is None:
+        advice = "torch.export.draft_export(model, args, kwargs) lists all that it can't trace"
+    return f"{text}\nWhat to try: {advice}"
+
+
+def operator_advice(opname: str) -> str:
+    """What to try where the model uses an operator that shards don't have; empty where nothing is known."""
+    advice = _OPERATORS.get(opname)
+    return f"; {advice}" if advice else ""
+
+
+def _raised(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """What the model raises without being traced."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 -- whatever the model's own code raises
+        return error
+    return None
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {_HINTS.sub('', str(error)).strip()}"
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of code that is neither PyTorch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*ours, "<")):
+            return f"\nIn {frame.filename}:{frame.lineno}, {frame.name}: {frame.line}"
+    return ""
