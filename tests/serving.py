@@ -97,12 +97,15 @@ class Processes:
         self._environment = {**os.environ, MARK: self.mark, **environment}
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *command: object, cwd: Path | None = None, stdin: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *command: object, cwd: Path | None = None, stdin: int | None = None, stderr: int | None = None
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],
             env=self._environment,
             stdin=stdin,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             cwd=cwd,
         )
@@ -151,13 +154,15 @@ class Processes:
                 os.kill(pid, signal.SIGKILL)
         for process in self.started:
             process.wait()
-            for stream in (process.stdin, process.stdout):
+            for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
 
 
 class Up(Processes):
     """`shardserve up`, ready when entered; killed with all it started when left, if it hasn't ended before."""
+
+    stderr: int | None = None
 
     def __init__(self, directory: Path, model_dir: Path, name: str, *arguments: str, **environment: str) -> None:
         super().__init__(**environment)
@@ -171,7 +176,7 @@ class Up(Processes):
         )
 
     def __enter__(self) -> Up:
-        self.process = self.start(*self.command)
+        self.process = self.start(*self.command, stderr=self.stderr)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("ready"):
