@@ -62,20 +62,20 @@ class Hardware:
         return self.collective_seconds * (ranks - 1) + taken / self.collective_bytes_per_second
 
     def link_time(self, nbytes: float) -> float:
-        """A tensor that goes to the next stage."""
+        """The tensors of one step, to the next stage."""
         return self.link_seconds + nbytes / self.link_bytes_per_second
 
 
 CPU = Hardware(
-    flops_per_second=60e9,
+    flops_per_second=100e9,
     bytes_per_second=8e9,
     operator_seconds=4e-6,
     collective_seconds=15e-6,
     collective_bytes_per_second=2e9,
-    link_seconds=100e-6,
+    link_seconds=60e-6,
     link_bytes_per_second=2e9,
 )
-"""A core of a Xeon with AVX-512 for each rank, all on one host: `make bench-costs` measures these figures."""
+"""A core of a Xeon (2026) for each rank, all on one host, fp32: rounded from what `make bench-costs` measures."""
 
 
 class Sizes:
@@ -174,8 +174,8 @@ class RankCost:
         return sum(hardware.collective_time(kind, sizes(nbytes), ranks) for kind, nbytes in self.collectives)
 
     def link_seconds(self, sizes: Sizes, hardware: Hardware = CPU) -> float:
-        """The tensors to the next stage; nothing where they are the model's outputs is up to the caller."""
-        return sum(hardware.link_time(sizes(nbytes)) for nbytes in self.sends.values())
+        """The tensors to the next stage, in one frame. The last stage's are the model's outputs and don't count so."""
+        return hardware.link_time(sum(sizes(nbytes) for nbytes in self.sends.values()))
 
 
 def stage_seconds(ranks: Sequence[RankCost], sizes: Sizes, hardware: Hardware = CPU) -> float:
