@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export import cut, planning
+from shardserve.export import balance, cut, planning
 from shardserve.export.assemble import RankShard, assemble
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
@@ -47,7 +47,7 @@ def export(
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
     after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
-    each later stage; without them, stages are balanced by their parameters' bytes. Without a plan, one is found
+    each later stage; without them, stages are balanced by their cost. Without a plan, one is found
     automatically; the report has it. `strict` refuses a plan that shards no parameter, if tensor_parallel is more than
     1. `progress` hears of what is traced, cut and written. Raises ExportError.
     """
@@ -139,7 +139,7 @@ def _placements(
 
 def _cuts(traced: Trace, cuts: tuple[str, ...], stages: int) -> tuple[str, ...]:
     if not cuts and stages > 1:
-        return cut.balance(traced, stages)
+        return balance.balance(traced, stages)
     if len(cuts) != stages - 1:
         raise ExportError(f"{stages} pipeline stages need {stages - 1} cuts, got {len(cuts)}: {', '.join(cuts)}")
     return cuts

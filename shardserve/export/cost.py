@@ -8,7 +8,7 @@ that go from each to the next. Constants: `Hardware`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,17 +210,25 @@ def graph_flops(graph: LocalGraph) -> Dim:
 
 def traced_flops(traced: Trace) -> Dim:
     """FLOPs of matrix products of the whole model, over the dims."""
-    return _total(node_flops(node) for node in traced.graph.nodes if node.op == "call_function")
+    return _total(traced_operation(node).flops for node in traced.graph.nodes if node.op == "call_function")
 
 
-def node_flops(node: fx.Node) -> Dim:
-    """FLOPs of one call of the traced graph."""
+def traced_operation(node: fx.Node, without: Container[fx.Node] = ()) -> Operation:
+    """The cost of one call of the traced graph; the bytes of operands that are in `without` aren't counted."""
     target, value = node.target, node.meta.get("val")
-    if not isinstance(target, torch._ops.OpOverload) or value is None:
-        return 0
-    results = [item for item in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(item, Tensor)]
-    operands = [argument.meta["val"].shape for argument in _flat((node.args, node.kwargs)) if _is_tensor(argument)]
-    return _flops(target._opname, _shapes(operands), _shapes([result.shape for result in results[:1]]), node.args)
+    results = [_tensor(item) for item in (value if isinstance(value, (list, tuple)) else (value,)) if _is_tensor(item)]
+    if not isinstance(target, torch._ops.OpOverload) or not results:
+        return Operation(str(target), 0, 0)
+    operands = [argument for argument in _flat((node.args, node.kwargs)) if isinstance(argument, fx.Node)]
+    operands = [argument for argument in operands if _is_tensor(argument.meta.get("val"))]
+    opname = target._opname
+    if opname in _FREE:
+        return Operation(str(target), 0, 0)
+    tensors = [_tensor(argument.meta["val"]) for argument in operands]
+    counted = _flops(opname, [shape for shape, _ in tensors], [results[0][0]], node.args)
+    read = [tensor for argument, tensor in zip(operands, tensors, strict=True) if argument not in without]
+    moved = [*(read[1:] if opname in _LOOKUPS and operands[0] not in without else read), *results]
+    return Operation(str(target), counted, _total(nbytes(*tensor) for tensor in moved))
 
 
 def operation(node: LocalNode, tensors: Tensors) -> Operation:
@@ -308,12 +316,12 @@ def _flops(opname: str, operands: Sequence[tuple[Dim, ...]], results: Sequence[t
     return flops.flops(opname, operands, results[0] if results else (), equation)
 
 
-def _shapes(sizes: Sequence[Sequence[Any]]) -> list[tuple[Dim, ...]]:
-    return [tuple(simplify(size) for size in shape) for shape in sizes]
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
-def _is_tensor(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor)
+def _tensor(fake: Tensor) -> tuple[tuple[Dim, ...], torch.dtype]:
+    return tuple(simplify(size) for size in fake.shape), fake.dtype
 
 
 def _flat(value: Any) -> list[Any]:

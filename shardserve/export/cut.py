@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
 
 from torch import fx
 
@@ -12,8 +11,6 @@ from shardserve.errors import ExportError
 from shardserve.export.emit import LocalNode
 from shardserve.export.propagate import Bound, LocalGraph
 from shardserve.export.trace import Trace
-
-MAX_PARTITIONS = 20000
 
 
 @dataclass(frozen=True)
@@ -27,10 +24,17 @@ class StageGraph:
 
 
 def modules(node: fx.Node) -> list[str]:
-    """The names of the modules that a node of the traced graph is in, outermost first; the root is left out."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    # A module that is called twice has "@1" after its name the second time.
-    return [path.split("@")[0] for path, _ in stack if path and not path.startswith("_empty")]
+    """The modules that a node of the traced graph is in, outermost first; the root is left out.
+
+    Further calls of a module that is called several times have "@1", "@2", … after its name.
+    """
+    names: list[str] = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        name = path.split("@")[0]
+        if name and not name.startswith("_empty"):
+            _, _, call = key.partition("@")
+            names.append(f"{name}@{call}" if call.isdecimal() else name)
+    return names
 
 
 def assign(traced: Trace, cuts: Sequence[str]) -> dict[fx.Node, int]:
@@ -57,77 +61,6 @@ def assign(traced: Trace, cuts: Sequence[str]) -> dict[fx.Node, int]:
 
 def _within(inside: Sequence[str], module: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for name in inside)
-
-
-def balance(traced: Trace, count: int) -> tuple[str, ...]:
-    """The modules at which to cut into `count` stages so that the largest has the fewest parameter bytes.
-
-    Candidates are the elements of the model's lists of modules (names that end in a number), or, without enough of
-    them, its outermost modules.
-    """
-    starts, sizes = _candidates(traced, numbered=True)
-    if len(starts) < count - 1:
-        starts, sizes = _candidates(traced, numbered=False)
-    if len(starts) < count - 1:
-        raise ExportError(f"the model has {len(starts)} modules to cut at; {count} stages need {count - 1}: give cuts")
-    names = list(starts)
-    best = min(
-        _partitions(names, sizes, count),
-        key=lambda chosen: max(_stage_bytes(chosen, sizes)),
-    )
-    return tuple(names[index] for index in best)
-
-
-def _candidates(traced: Trace, numbered: bool) -> tuple[dict[str, int], list[int]]:
-    """Module names in the order in which they begin, and the bytes of parameters first used before each and after."""
-    starts: dict[str, int] = {}
-    sizes = [0]
-    seen: set[str] = set()
-    for node in traced.graph.nodes:
-        if node.op != "call_function":
-            continue
-        inside = modules(node)
-        wanted = [name for name in inside if name.rsplit(".", 1)[-1].isdecimal()] if numbered else inside
-        outer = wanted[0] if wanted else None
-        if outer is not None and outer not in starts:
-            starts[outer] = len(starts)
-            sizes.append(0)
-        for source in node.all_input_nodes:
-            tensor = traced.bound.get(source)
-            if tensor is not None and tensor not in seen:
-                seen.add(tensor)
-                sizes[-1] += traced.tensors[tensor].nbytes
-    return starts, sizes
-
-
-def _partitions(names: Sequence[str], sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    chosen: list[tuple[int, ...]] = []
-    # The first candidate may begin the model itself: a cut there would leave the first stage empty.
-    first = 0 if sizes[0] else 1
-    for partition in combinations(range(first, len(names)), count - 1):
-        chosen.append(partition)
-        if len(chosen) > MAX_PARTITIONS:
-            return _greedy(names, sizes, count)
-    if not chosen:
-        raise ExportError(f"the model's {len(names)} modules don't make {count} stages: give cuts")
-    return chosen
-
-
-def _greedy(names: Sequence[str], sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """Cut where each stage has had its equal share: for models with too many modules to try every partition."""
-    share, cuts, filled = sum(sizes) / count, list[int](), sizes[0]
-    for index in range(len(names)):
-        if (index and filled >= share * (len(cuts) + 1)) or len(names) - index == count - 1 - len(cuts):
-            cuts.append(index)
-        if len(cuts) == count - 1:
-            break
-        filled += sizes[index + 1]
-    return [tuple(cuts)]
-
-
-def _stage_bytes(chosen: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    edges = [0, *(index + 1 for index in chosen), len(sizes)]
-    return [sum(sizes[start:end]) for start, end in pairwise(edges)]
 
 
 def split(graph: LocalGraph, count: int) -> list[StageGraph]:

@@ -1,0 +1,226 @@
+"""Where to cut a model into pipeline stages of about equal cost, across few bytes.
+
+A stage's load is the seconds of its operators by the cost model, at the example's sizes, plus its parameters' bytes at
+the memory's bandwidth (tables in full: they take the memory, if not the time) and what it sends. A cut may be wherever
+a module begins, at any depth. Of the partitions whose largest load is within `SLACK` of the smallest possible, the one
+is taken that sends the fewest bytes, then names the outermost modules, then has the most even loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from shardserve.errors import ExportError
+from shardserve.export import cost, cut
+from shardserve.export.symbols import simplify
+from shardserve.export.trace import Trace
+from shardserve.shards.config import DTYPES
+
+SLACK = 1.1
+_INFINITE = float("inf")
+_Rank: TypeAlias = tuple[int, int, float]
+"""Bytes sent, depth of the modules' names, sum of the loads' squares: less is better, in this order."""
+
+
+@dataclass
+class _Piece:
+    """What is between two places where a cut may be. `needs`: parameters, and what doesn't depend on the inputs' values
+    and so is computed in each stage that needs it, with their seconds. `sent`: the bytes that would cross before it.
+    """
+
+    module: str
+    sent: int
+    seconds: float = 0.0
+    needs: dict[Any, float] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        return self.module.count(".")
+
+
+def balance(traced: Trace, count: int, hardware: cost.Hardware = cost.CPU) -> tuple[str, ...]:
+    """The modules at which to cut into `count` stages. ExportError if there are too few places for a cut."""
+    pieces, refused = _Pieces(traced, hardware).found()
+    if len(pieces) < count:
+        reasons = f" ({refused[0]})" if refused else ""
+        raise ExportError(
+            f"the model has {len(pieces) - 1} modules to cut at{reasons}; {count} stages need {count - 1}: give cuts"
+        )
+    chosen = _partition(pieces, count, hardware)
+    return tuple(pieces[index].module for index in chosen)
+
+
+class _Pieces:
+    """Reads the traced graph: what depends on the inputs' values, in order, and what is alive between."""
+
+    def __init__(self, traced: Trace, hardware: cost.Hardware) -> None:
+        self.traced, self.hardware = traced, hardware
+        self.sizes = cost.Sizes.example(traced)
+        self.from_data = {node: True for _, node in traced.inputs}
+        live = _live([value for _, value in traced.outputs])
+        self.order: list[fx.Node] = []
+        # Name of the module → the index in `order` at which it begins.
+        self.begins: dict[str, int] = {}
+        for node in traced.graph.nodes:
+            if node.op != "call_function" or node not in live:
+                continue
+            is_data = _has_tensors(node) and any(self.from_data.get(source) for source in node.all_input_nodes)
+            self.from_data[node] = is_data
+            for name in cut.modules(node):
+                self.begins.setdefault(name, len(self.order))
+            if is_data:
+                self.order.append(node)
+        self._needs: dict[fx.Node, dict[Any, float]] = {}
+
+    def found(self) -> tuple[list[_Piece], list[str]]:
+        """The pieces in order, and why there is no cut where it can't be."""
+        crossing, refused = self._crossing()
+        places: dict[int, str] = {}
+        for name, index in self.begins.items():
+            if 0 < index < len(self.order) and (index not in places or name.count(".") < places[index].count(".")):
+                places[index] = name
+        pieces = [_Piece("", 0)]
+        for index, node in enumerate(self.order):
+            if index in places and crossing[index] is not None:
+                pieces.append(_Piece(places[index], crossing[index] or 0))
+            pieces[-1].seconds += self._seconds(node, self.traced.bound)
+            for source in node.all_input_nodes:
+                if not self.from_data.get(source):
+                    pieces[-1].needs.update(self._closure(source))
+        return pieces, [refused[index] for index in sorted(places) if index in refused]
+
+    def _crossing(self) -> tuple[list[int | None], dict[int, str]]:
+        """For each index of `order` the bytes that are alive before it; None, and why, where something can't cross."""
+        index_of = {node: -1 for _, node in self.traced.inputs}
+        index_of.update({node: index for index, node in enumerate(self.order)})
+        for node in self.order:
+            if _several(node.all_input_nodes) is not None:  # one result of several is there as soon as the others
+                index_of[node] = index_of[node.all_input_nodes[0]]
+        last: dict[fx.Node, int] = {}
+        for index, node in enumerate(self.order):
+            for source in node.all_input_nodes:
+                if source in index_of:
+                    last[source] = index
+        for _, value in self.traced.outputs:
+            last[value] = len(self.order)
+        alive: list[int | None] = [0] * (len(self.order) + 1)
+        refused: dict[int, str] = {}
+        for node, end in last.items():
+            size, reason = self._bytes(node)
+            for index in range(index_of.get(node, end) + 1, min(end, len(self.order) - 1) + 1):
+                held = alive[index]
+                alive[index] = None if reason or held is None else held + size
+                if reason:
+                    refused.setdefault(index, reason)
+        return alive, refused
+
+    def _bytes(self, node: fx.Node) -> tuple[int, str]:
+        """The bytes of a value at the example's sizes, and why it can't cross a cut, if so."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return 0, ""  # each of several results crosses for itself
+        shape = tuple(simplify(size) for size in value.shape)
+        try:
+            self.traced.printer.shape(shape)
+        except ExportError as error:
+            return 0, f"'{node.name}' can't cross a cut: {error}"
+        if value.dtype not in _CROSSING:
+            return 0, f"'{node.name}' can't cross a cut: it is {str(value.dtype).removeprefix('torch.')}"
+        return self.sizes(cost.nbytes(shape, value.dtype)), ""
+
+    def _seconds(self, node: fx.Node, without: Mapping[fx.Node, str]) -> float:
+        operation = cost.traced_operation(node, without)
+        nbytes = self.sizes(operation.bytes)
+        return self.hardware.compute_seconds(self.sizes(operation.flops), nbytes) if nbytes else 0.0
+
+    def _closure(self, node: fx.Node) -> dict[Any, float]:
+        """What a value that doesn't depend on the inputs' values is made of: what it takes, and its seconds."""
+        if node not in self._needs:
+            found: dict[Any, float] = {}
+            tensor = self.traced.bound.get(node)
+            if tensor is not None:
+                whole = self.traced.tensors[tensor]
+                found[cost.storage(whole)] = whole.nbytes / self.hardware.bytes_per_second
+            elif node.op == "call_function" and _has_tensors(node):
+                for source in node.all_input_nodes:
+                    if not self.from_data.get(source):
+                        found.update(self._closure(source))
+                found[node] = self._seconds(node, self.traced.bound)
+            self._needs[node] = found
+        return self._needs[node]
+
+
+_CROSSING = frozenset(getattr(torch, name) for name in DTYPES)
+
+
+def _has_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return any(isinstance(item, Tensor) for item in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
+def _several(sources: Sequence[fx.Node]) -> fx.Node | None:
+    """The operator with several results that a getitem takes one of."""
+    return sources[0] if len(sources) == 1 and isinstance(sources[0].meta.get("val"), (list, tuple)) else None
+
+
+def _live(pending: list[Any]) -> set[fx.Node]:
+    live: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending += node.all_input_nodes
+    return live
+
+
+def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> list[list[float]]:
+    """loads[i][j]: of the stage of pieces i to j, j not included."""
+    loads: list[list[float]] = []
+    for begin in range(len(pieces)):
+        row = [_INFINITE] * (len(pieces) + 1)
+        needed: set[Any] = set()
+        seconds = 0.0
+        for end in range(begin, len(pieces)):
+            seconds += pieces[end].seconds
+            new = pieces[end].needs.keys() - needed
+            seconds += sum(pieces[end].needs[key] for key in new)
+            needed |= new
+            # The fixed time of a transfer is that of any cut, and passes beside the computation.
+            sent = pieces[end + 1].sent if end + 1 < len(pieces) else 0
+            row[end + 1] = seconds + sent / hardware.link_bytes_per_second
+        loads.append(row)
+    return loads
+
+
+def _partition(pieces: Sequence[_Piece], count: int, hardware: cost.Hardware) -> list[int]:
+    """The pieces that begin the stages after the first."""
+    loads = _loads(pieces, hardware)
+    size = len(pieces)
+    # rest[k][i]: the smallest largest load of k stages that hold the pieces from i on.
+    rest = [[_INFINITE] * size + [0.0]]
+    for _ in range(count):
+        before = rest[-1]
+        rest.append(
+            [min(max(loads[i][j], before[j]) for j in range(i + 1, size + 1)) for i in range(size)] + [_INFINITE]
+        )
+    limit = rest[count][0] * SLACK
+    best: dict[int, tuple[_Rank, tuple[int, ...]]] = {0: ((0, 0, 0.0), ())}
+    for left in reversed(range(count)):
+        reached: dict[int, tuple[_Rank, tuple[int, ...]]] = {}
+        for i, ((sent, depth, squares), cuts) in best.items():
+            for j in range(i + 1, size + 1):
+                load = loads[i][j]
+                if load > limit or rest[left][j] > limit:
+                    continue
+                squared = squares + load * load
+                piece = pieces[j] if j < size else None
+                rank = (sent + piece.sent, depth + piece.depth, squared) if piece else (sent, depth, squared)
+                if j not in reached or rank < reached[j][0]:
+                    reached[j] = (rank, (*cuts, j))
+        best = reached
+    return list(best[size][1][:-1])
