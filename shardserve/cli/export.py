@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="MODULE",
-        help="the module that begins the next stage; once per stage after the first (default: balance the stages' cost)",
+        help="the module that begins the next stage; once per stage after the first (default: balance the stages)",
     )
     for later in _LATER:
         parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
