@@ -210,7 +210,12 @@ def graph_flops(graph: LocalGraph) -> Dim:
 
 def traced_flops(traced: Trace) -> Dim:
     """FLOPs of matrix products of the whole model, over the dims."""
-    return _total(traced_operation(node).flops for node in traced.graph.nodes if node.op == "call_function")
+    return _total(node_flops(node) for node in traced.graph.nodes if node.op == "call_function")
+
+
+def node_flops(node: fx.Node) -> Dim:
+    """FLOPs of one call of the traced graph."""
+    return traced_operation(node).flops
 
 
 def traced_operation(node: fx.Node, without: Container[fx.Node] = ()) -> Operation:
