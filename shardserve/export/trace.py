@@ -75,7 +75,8 @@ def trace(
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes)
+            own_args, own_kwargs = _distinct(model, args, kwargs)
+            program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
             functional = program.run_decompositions({})
         except Exception as error:  # torch.export raises whatever the model's own code raises
             raise ExportError(refusals.explain(error, model, args, kwargs)) from error
@@ -121,6 +122,26 @@ def trace(
         dims,
         _conditions(functional.graph, placeholders, ranges, printer),
     )
+
+
+def _distinct(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs, each tensor an object of its own.
+
+    torch.export takes one object in two places (ids and mask that are the same ones, an input that is a parameter) for
+    one value, and the graph would read only one of them.
+    """
+    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            return tensor.detach().clone()
+        seen.add(id(tensor))
+        return tensor
+
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, own, (tuple(args), dict(kwargs)))
+    return copied
 
 
 def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list[str]:

@@ -53,6 +53,18 @@ def test_conditions_become_part_of_the_signature(tmp_path: Path) -> None:
     assert len(result.sizes) == 3
 
 
+@pytest.mark.parametrize("given", ["twice", "a parameter"])
+def test_one_tensor_as_several_inputs_of_the_example(tmp_path: Path, given: str) -> None:
+    """torch.export takes values that are one object for one value: ids and mask that are both the same ones."""
+    model = small(lambda self, a, b: self.linear(a) - 2 * b)
+    tensor = model.linear.weight if given == "a parameter" else torch.ones(4, 4)
+    export(model, (tensor,), kwargs={"b": tensor}, name="m", out=tmp_path)
+    a, b = torch.randn(4, 4), torch.randn(4, 4)
+    (got,) = Shards(tmp_path, "m").run({"a": a, "b": b})
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(a, b))
+
+
 def test_dims_are_named_and_bounded_as_declared(tmp_path: Path) -> None:
     model = small(lambda self, x, *, mask: self.linear(x) * mask)
     half = Dim("half", max=9)
