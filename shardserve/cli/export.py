@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from shardserve.cli import userland, values
 from shardserve.cli.codes import WrongUsage
+from shardserve.cli.inputs import load_arrays
 from shardserve.cli.progress import shown_progress
-from shardserve.errors import ExportError, ShardserveError
+from shardserve.errors import ExportError, InvalidInput, ShardserveError
 from shardserve.shards.config import FILE_NAME
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shardserve.export import Plan
 
 DEFAULT_TOLERANCE = 1e-4
@@ -68,6 +71,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--strict", action="store_true", help="fail if the plan of several --tp ranks shards no parameter"
     )
     parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
+    parser.add_argument(
+        "--inputs",
+        type=values.path,
+        metavar="FILE.npz",
+        help="inputs for --verify, an array of each input's name (default: the example's)",
+    )
     for option in ("--atol", "--rtol"):
         parser.add_argument(
             option,
@@ -92,6 +101,8 @@ def _export(args: argparse.Namespace) -> int:
     for later in _LATER:
         if getattr(args, later[2:].replace("-", "_")) is not None:
             raise ExportError(f"{later} is not supported yet")
+    if args.inputs and not args.verify:
+        raise WrongUsage("--inputs is for --verify, which isn't given")
     _check_source(args.source)
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
@@ -99,6 +110,7 @@ def _export(args: argparse.Namespace) -> int:
         model, example, options = _returned(args.source, userland.call(args.source, function))
         from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
 
+        inputs = _inputs(args.inputs) if args.inputs else None
         plan = _plan(args.plan, options.pop("plan", None))
         report = export(
             model,
@@ -118,17 +130,48 @@ def _export(args: argparse.Namespace) -> int:
         report.plan.save(args.save_plan)
     if not args.verify:
         return 0
-    kwargs, tolerances = options.get("kwargs"), {"atol": args.atol, "rtol": args.rtol}
     with shown_progress() as progress:
-        result = verify(model, example, kwargs, args.out, args.name, **tolerances, progress=progress)
+        result = verify(
+            model,
+            example,
+            options.get("kwargs"),
+            args.out,
+            args.name,
+            atol=args.atol,
+            rtol=args.rtol,
+            progress=progress,
+            inputs=inputs,
+            dynamic_shapes=options.get("dynamic_shapes"),
+        )
+    print(f"compared at {values.counted(len(result.sizes), 'size')} of the inputs")
+    for output in result.outputs:
+        relative = f"max relative error {output.max_relative:.3g}"
+        print(f"output {output.name}: max abs error {output.max_abs:.3g} with {output.where}, {relative}")
     print(f"max abs error: {result.max_abs_error:.3g}")
     if not result.passed:
         print(
             f"shardserve export: the shards differ from the model by more than atol {args.atol:g}, "
-            f"rtol {args.rtol:g}; the largest difference is in {result.worst}",
+            f"rtol {args.rtol:g}; the largest difference is in {result.worst}; {result.parting}",
             file=sys.stderr,
         )
     return 0 if result.passed else 1
+
+
+def _inputs(file: Path) -> dict[str, Tensor]:
+    """The tensors of --inputs."""
+    import numpy as np
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for name, array in load_arrays(file).items():
+        if array.dtype == np.dtype("V2"):  # numpy has no bfloat16 of its own, and stores that as bytes
+            found[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            continue
+        try:
+            found[name] = torch.from_numpy(array)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"{file}: '{name}', {array.dtype}, can't be a tensor: {error}") from error
+    return found
 
 
 def _name(text: str) -> str:

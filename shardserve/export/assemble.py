@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from shardserve.errors import ExportError
-from shardserve.export import cut, write
+from shardserve.export import cost, cut, write
+from shardserve.export.origins import origin
 from shardserve.export.propagate import Bound, LocalGraph
 from shardserve.export.trace import Trace
 from shardserve.export.weights_file import Layout
 from shardserve.shards.config import ShardConfig, Signature
+from shardserve.shards.expressions import ExpressionError, parse
 from shardserve.shards.graph import GraphFile
 
 
@@ -60,13 +63,28 @@ def assemble(
             last = stage == stage_size - 1
             sends = signature.outputs if last else write.crossing_specs(part.sends, meaning, traced.printer)
             rank, rank_size = stage * len(graphs) + graph.coordinate, stage_size * len(graphs)
-            config = write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends)
+            config = msgspec.structs.replace(
+                write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends),
+                origins=() if last else tuple(origin(name, graph, traced.printer) for name in part.sends),
+                flops=_flops(part, graph, traced),
+            )
             file = write.graph_file(part, meaning, signature, traced.printer, export_id, stored)
             weights = {stored[bound.tensor]: bound for bound in part.parameters}
             shards[stage].append(RankShard(config, file, weights))
     for ranks in shards:
         _check_alike(ranks)
     return shards
+
+
+def _flops(stage: cut.StageGraph, graph: LocalGraph, traced: Trace) -> int | str | None:
+    """A rank's FLOPs as its config has them; None where they can't be written."""
+    try:
+        flops = traced.printer.size(cost.rank_cost(stage, cost.meanings(graph), traced.tensors).flops)
+        if isinstance(flops, str):
+            parse(flops)
+        return flops
+    except (ExportError, ExpressionError):
+        return None
 
 
 def _check_alike(ranks: Sequence[RankShard]) -> None:

@@ -152,6 +152,11 @@ class Emitter:
             self._cache[key] = self._move(value, target)
         return self._cache[key]
 
+    @property
+    def moved(self) -> list[tuple[str, Value]]:
+        """The name of each value whose placement was changed, with what it has become."""
+        return [(name, value) for (name, _), value in self._cache.items()]
+
     def _move(self, value: Value, target: Replicate | Shard) -> Value:
         if isinstance(value.placement, Partial):
             whole = self._collective("all_reduce", value, value.placement.op)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from shardserve.errors import ExportError
 from shardserve.export import rules, rules_dims
 from shardserve.export.emit import Call, Emitter, LocalNode, Value
-from shardserve.export.placements import Partial, Replicate, Shard
+from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import operator_advice
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
@@ -71,6 +71,7 @@ class LocalGraph:
     outputs: tuple[Value, ...]
     from_data: Mapping[str, bool]
     gathered: Mapping[str, int]
+    origins: Mapping[str, tuple[fx.Node, Placement]]  # name of a tensor → which of the traced graph it is, how it lies
 
 
 def propagate(
@@ -109,8 +110,26 @@ def propagate(
     emitter.stage = last
     outputs = tuple(emitter.replicated(environment[node]) for _, node in traced.outputs)
     return LocalGraph(
-        coordinate, tuple(inputs), tuple(parameters), tuple(emitter.nodes), outputs, emitter.from_data, emitter.gathered
+        coordinate,
+        tuple(inputs),
+        tuple(parameters),
+        tuple(emitter.nodes),
+        outputs,
+        emitter.from_data,
+        emitter.gathered,
+        _origins(emitter, environment),
     )
+
+
+def _origins(emitter: Emitter, environment: Mapping[fx.Node, Any]) -> dict[str, tuple[fx.Node, Placement]]:
+    found: dict[str, tuple[fx.Node, Placement]] = {}
+    for node, value in environment.items():
+        if isinstance(value, Value):
+            found.setdefault(value.name, (node, value.placement))
+    for source, value in emitter.moved:
+        if source in found:
+            found.setdefault(value.name, (found[source][0], value.placement))
+    return found
 
 
 def settled(emitter: Emitter, node: fx.Node, value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +11,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardserve.errors import ExportError, InvalidInput, ShardError
-from shardserve.export.threads import ThreadCollective, ThreadGroup
+from shardserve.errors import ExportError, InvalidInput
+from shardserve.export.compare import abs_error, close, relative_error
+from shardserve.export.parting import where_they_part
+from shardserve.export.running import Shards as Shards
 from shardserve.export.trace import evaluating, ordered
 from shardserve.progress import Progress, quietly
-from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, DimRange, ShardConfig, Signature
+from shardserve.shards.config import DimRange, Signature
 from shardserve.shards.graph import dtype_name
-from shardserve.shards.program import Program
-from shardserve.shards.weights import Weights
 
 _NEAR = 8
 _LARGE = 64  # what stands for the largest size of a dim without an upper end
 
 
 @dataclass(frozen=True)
+class OutputError:
+    """How far an output is from the unsharded model's, over all sizes that were compared.
+
+    `max_abs`: the largest difference of an element; `max_relative`: the largest, over the sizes, of that difference
+    divided by the largest magnitude in the output; `where`: the sizes of `max_abs`.
+    """
+
+    name: str
+    max_abs: float
+    max_relative: float
+    where: str
+
+
+@dataclass(frozen=True)
 class VerifyResult:
-    """`max_abs_error` over all outputs and `sizes`; `worst`: where it was; `passed`: within tolerance everywhere."""
+    """`max_abs_error` over all outputs and `sizes`; `worst`: where it was; `passed`: within tolerance everywhere; else
+    `parting`: a sentence on the first pipeline stage whose values aren't the unsharded model's.
+    """
 
     max_abs_error: float
     worst: str
     passed: bool
     sizes: tuple[Mapping[str, int], ...]
-
-
-class Shards:
-    """All local ranks of one export, loaded from `out`."""
-
-    def __init__(self, out: str | Path, name: str, progress: Progress = quietly) -> None:
-        folder = Path(out)
-        first = ShardConfig.load(folder / "device0" / CONFIG_FILE)
-        files = [folder / f"device{rank}" / f"{name}{GRAPH_SUFFIX}" for rank in range(first.rank_size)]
-        programs: list[Program] = []
-        for rank, file in enumerate(files):
-            progress("reading shards", rank, len(files))
-            programs.append(Program.load(file, weights=Weights(mapped=True)))
-        for rank, program in enumerate(programs):
-            if program.config.export_id != first.export_id or program.config.rank != rank:
-                raise ShardError(f"{files[rank]} is not rank {rank} of the same export as device0")
-        size = first.tensor_parallel_size
-        self.stages = [programs[start : start + size] for start in range(0, len(programs), size)]
-        self.signature: Signature = first.signature
-
-    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs of the last stage's first rank; InvalidInput as the server would say it."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        dims = self.signature.bind(shapes, {name: dtype_name(tensor.dtype) for name, tensor in inputs.items()})
-        carried = [[inputs[spec.name] for spec in self.signature.inputs] for _ in self.stages[0]]
-        for stage in self.stages:
-            carried = ThreadGroup(len(stage)).run(partial(_step, stage, dims, carried))
-        return carried[0]
-
-
-def _step(
-    stage: Sequence[Program], dims: Mapping[str, int], inputs: Sequence[Sequence[Tensor]], rank: ThreadCollective
-) -> list[Tensor]:
-    """One rank's step; what it gives to others must have the shapes and dtypes that its files say."""
-    program = stage[rank.rank]
-    tensors = program.run(dims, inputs[rank.rank], rank)
-    if rank.given != program.collective_inputs(dims):
-        raise ExportError(f"rank {program.config.rank} gives its group {rank.given}, not what its graph file says")
-    _check_sent(program, tensors, dims)
-    return tensors
+    outputs: tuple[OutputError, ...] = ()
+    parting: str = ""
 
 
 def verify(
@@ -84,36 +61,85 @@ def verify(
     atol: float = 1e-4,
     rtol: float = 1e-4,
     progress: Progress = quietly,
+    inputs: Mapping[str, Tensor] | None = None,
+    dynamic_shapes: Any = None,
 ) -> VerifyResult:
     """Compare the shards in `out` with `model` at the example's sizes and at the ends of each dynamic dim's range.
 
-    Inputs of other sizes take their values from the example's, so that ids stay ids and masks stay masks. `progress`
-    hears of the shards that are read and of the sizes that are compared.
+    `inputs`, by the signature's names, take the place of the example's tensors. Inputs of other sizes take their values
+    from these, so that ids stay ids and masks stay masks. `progress` hears of the shards that are read and of the sizes
+    that are compared. `dynamic_shapes`, those of the export, are for tracing the model again where values part. Raises
+    InvalidInput for inputs that the model doesn't take.
     """
     shards = Shards(out, name, progress)
-    leaves, structure = pytree.tree_flatten((tuple(args), ordered(model, kwargs or {})))
-    tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(tensors) != len(shards.signature.inputs):
-        raise ExportError(f"the shards take {len(shards.signature.inputs)} tensors, the example has {len(tensors)}")
-    example = {spec.name: leaves[index] for spec, index in zip(shards.signature.inputs, tensors, strict=True)}
+    call = _Call(model, args, kwargs, shards.signature)
+    example = call.example
+    if inputs is not None:
+        shards.bind(inputs)
+        example = {spec.name: inputs[spec.name] for spec in shards.signature.inputs}
     generator = torch.Generator().manual_seed(0)
-    worst, where, passed = 0.0, "", True
+    errors = [_Worst(spec.name) for spec in shards.signature.outputs]
+    failed: Mapping[str, Tensor] | None = None
     cases = _cases(shards.signature, example)
     for done, dims in enumerate(cases):
         progress("comparing sizes", done, len(cases))
-        inputs = _inputs(shards.signature, example, dims, generator) if done else example
-        given = list(leaves)
-        for spec, index in zip(shards.signature.inputs, tensors, strict=True):
-            given[index] = inputs[spec.name]
-        call_args, call_kwargs = pytree.tree_unflatten(given, structure)
-        with evaluating(model):
-            expected = [leaf for leaf in pytree.tree_leaves(model(*call_args, **call_kwargs)) if leaf is not None]
-        for spec, got, wanted in zip(shards.signature.outputs, shards.run(inputs), expected, strict=True):
-            error = _error(got, wanted)
-            if error > worst or not where:
-                worst, where = error, f"output '{spec.name}' with {_sizes(dims)}"
-            passed = passed and _close(got, wanted, atol, rtol)
-    return VerifyResult(worst, where, passed, tuple(cases))
+        given = _inputs(shards.signature, example, dims, generator) if done else example
+        for worst, got, wanted in zip(errors, shards.run(given), call.expected(given), strict=True):
+            worst.take(got, wanted, _sizes(dims))
+            if failed is None and not close(got, wanted, atol, rtol):
+                failed = given
+    found = tuple(worst.error() for worst in errors)
+    largest = max(found, key=lambda error: error.max_abs)
+    parting = ""
+    if failed is not None:
+        try:
+            example_kwargs = ordered(model, kwargs or {})
+            parting = where_they_part(shards, model, args, example_kwargs, dynamic_shapes, failed, atol, rtol)
+        except ExportError as error:
+            parting = f"where they part can't be told: {error}"
+    where = f"output '{largest.name}' with {largest.where}"
+    return VerifyResult(largest.max_abs, where, failed is None, tuple(cases), found, parting)
+
+
+class _Call:
+    """Calls of the model with other tensors in the example's places."""
+
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, signature: Signature
+    ) -> None:
+        self.model = model
+        self._leaves, self._structure = pytree.tree_flatten((tuple(args), ordered(model, kwargs or {})))
+        positions = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        if len(positions) != len(signature.inputs):
+            raise ExportError(f"the shards take {len(signature.inputs)} tensors, the example has {len(positions)}")
+        self._positions = {spec.name: index for spec, index in zip(signature.inputs, positions, strict=True)}
+        self.example: Mapping[str, Tensor] = {name: self._leaves[index] for name, index in self._positions.items()}
+
+    def expected(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The unsharded model's outputs."""
+        given = list(self._leaves)
+        for name, index in self._positions.items():
+            given[index] = inputs[name]
+        args, kwargs = pytree.tree_unflatten(given, self._structure)
+        with evaluating(self.model):
+            return [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if leaf is not None]
+
+
+class _Worst:
+    """The largest errors of one output so far."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._abs, self._relative, self._where = name, 0.0, 0.0, ""
+
+    def take(self, got: Tensor, wanted: Tensor, where: str) -> None:
+        """Another comparison."""
+        error = abs_error(got, wanted)
+        if error > self._abs or not self._where:
+            self._abs, self._where = error, where
+        self._relative = max(self._relative, relative_error(got, wanted))
+
+    def error(self) -> OutputError:
+        return OutputError(self._name, self._abs, self._relative, self._where)
 
 
 def _cases(signature: Signature, example: Mapping[str, Tensor]) -> list[Mapping[str, int]]:
@@ -184,32 +210,6 @@ def _like(example: Tensor, shape: Sequence[int], generator: torch.Generator) -> 
     for size in shape:
         count *= size
     return values[torch.randint(values.numel(), (count,), generator=generator)].reshape(tuple(shape))
-
-
-def _check_sent(program: Program, tensors: Sequence[Tensor], dims: Mapping[str, int]) -> None:
-    config = program.config
-    for spec, tensor in zip(config.sends, tensors, strict=True):
-        expected = config.signature.resolve(spec, dims)
-        if tuple(tensor.shape) != expected or dtype_name(tensor.dtype) != spec.dtype:
-            raise ExportError(
-                f"rank {config.rank}: '{spec.name}' is {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
-                f"its config says {spec.dtype} {list(expected)}"
-            )
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return float("inf")
-    if not got.numel():
-        return 0.0
-    same = (got == wanted) | ((got != got) & (wanted != wanted))  # infinities and NaNs that agree are no difference
-    difference = (got.double() - wanted.double()).abs().masked_fill(same, 0.0)
-    return float("inf") if bool(difference.isnan().any()) else float(difference.max())
-
-
-def _close(got: Tensor, wanted: Tensor, atol: float, rtol: float) -> bool:
-    alike = got.shape == wanted.shape and got.dtype == wanted.dtype
-    return alike and torch.allclose(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _sizes(dims: Mapping[str, int]) -> str:

@@ -14,7 +14,9 @@ from shardserve.errors import InvalidInput, ShardError
 from shardserve.shards import files
 from shardserve.shards.expressions import MAX_INTEGER, ExpressionError, evaluate, is_name, parse, parse_condition
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. 2 has `origins` and `flops`."""
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 CONFIG_FILE = "group_config.json"
 WEIGHTS_FILE = "weights.safetensors"
 GRAPH_SUFFIX = ".graph.json"
@@ -179,12 +181,32 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
             raise InvalidInput(f"input '{name}' must have size {expected} at axis {axis} ('{text}'), got {size}")
 
 
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tensor that crosses a pipeline cut is in the whole model; nobody needs it to run the shards.
+
+    `tensor` names it in the whole model's traced graph ("" where that isn't known), `module` is the innermost module
+    that makes it. `placement`: "Replicate()" every rank has all of it, "Shard(d)" or "Shard(d, blocks=n)" its part of
+    dim d, "Partial(op)" a term of a reduction.
+    """
+
+    tensor: str = ""
+    module: str = ""
+    placement: str = ""
+
+    def __post_init__(self) -> None:
+        for text in (self.tensor, self.module, self.placement):
+            if text and not text.isprintable():
+                raise ValueError(f"{text!r} can't be an origin")
+
+
 class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The group config of one local rank.
 
     `export_id` is the same for all ranks of one export and new each time. `receives` is what the program takes: the
     signature's inputs in stage 0, else what the same coordinate of the stage before sends. `sends` is what it gives:
-    the signature's outputs in the last stage.
+    the signature's outputs in the last stage; `origins`, of each, in all other stages, and none in older files.
+    `flops`: FLOPs of this rank's matrix products in a step, 2 for a multiplication with its addition, an integer or an
+    expression over the dims; None: unknown.
     """
 
     format_version: int
@@ -201,6 +223,8 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights_file: str
     weights_sha256: str
     parameter_bytes: int
+    origins: tuple[Origin, ...] = ()
+    flops: int | str | None = None
 
     def __post_init__(self) -> None:
         if not FILE_NAME.match(self.name):
@@ -219,6 +243,12 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"'{digest}' isn't a sha256")
         if not 0 <= self.parameter_bytes <= MAX_INTEGER:
             raise ValueError(f"parameter_bytes is {self.parameter_bytes}")
+        if self.origins and len(self.origins) != len(self.sends):
+            raise ValueError(f"has {len(self.origins)} origins of {len(self.sends)} tensors that are sent")
+        if isinstance(self.flops, str):
+            _known("flops", parse(self.flops).names, self.signature.dims)
+        elif self.flops is not None and not 0 <= self.flops <= MAX_INTEGER:
+            raise ValueError(f"flops is {self.flops}")
         for spec in (*self.receives, *self.sends):
             _known(f"tensor '{spec.name}'", spec.names, self.signature.dims)
 
@@ -262,10 +292,11 @@ def check_version(content: Any, source: str) -> None:
     if not isinstance(content, dict):
         raise ShardError(f"{source}: expected an object")
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "it was written by a newer release: install that, or export again" if newer else "export again"
-        raise ShardError(f"{source}: format_version is {version!r}; this release reads {FORMAT_VERSION}; {remedy}")
+        reads = " and ".join(map(str, READABLE_VERSIONS))
+        raise ShardError(f"{source}: format_version is {version!r}; this release reads {reads}; {remedy}")
 
 
 def describe(shape: Sequence[int | str]) -> str:

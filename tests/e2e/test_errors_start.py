@@ -218,7 +218,7 @@ def test_shards_of_another_format_version(vacant, name):
     digest = hashlib.sha256((folder / "device1" / "net.graph.json").read_bytes()).hexdigest()
     config_file.write_text(json.dumps({**config, "graph_sha256": digest}))
     said = refused(vacant, model_files=graphs(f"format of {name}"))
-    assert said == f"ShardError: {file}: format_version is 9; this release reads 1: export again"
+    assert said.startswith(f"ShardError: {file}: format_version is 9; this release reads 1 and 2; ")
 
 
 def test_a_port_that_an_agent_needs_is_in_use(vacant):

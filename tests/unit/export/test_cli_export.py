@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardserve.cli import main
+from shardserve.cli.codes import WrongUsage
 from shardserve.cli.export import add_parser
 
 from .conftest import ROOT
@@ -71,6 +74,22 @@ def test_exports_and_verifies(run, tmp_path: Path) -> None:
     assert "1 all_reduce" in out
     assert "max abs error: " in out
     assert (tmp_path / "model" / "device1" / "m.graph.json").exists()
+
+
+def test_verifies_with_given_inputs_and_tells_each_output_s_error(run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", input=np.ones((3, 256), np.float32))
+    words = ("userland:planned", "--name", "m", "--out", "model", "--verify", "--inputs", "in.npz")
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert re.search(r"^output y: max abs error 0 with batch = 3, max relative error 0$", out, re.MULTILINE), out
+    np.savez(tmp_path / "in.npz", x=np.ones((3, 256), np.float32))
+    code, _, err = run(*words)
+    assert code == 1
+    assert "input 'input' is missing" in err
+    np.savez(tmp_path / "in.npz", input=np.array(["a"]))
+    assert "in.npz: 'input', <U1, can't be a tensor" in run(*words)[2]
+    with pytest.raises(WrongUsage, match="--inputs is for --verify"):
+        run(*words[:5], "--inputs", "in.npz")
 
 
 def test_a_plan_file_goes_before_the_function_s(run, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_programs_that_are_given_the_same_weights_share_them(exported: tuple[Pat
     folder, _ = exported
     weights = Weights()
     one, two, alone = (Program.load(folder / "small.graph.json", weights=given) for given in (weights, weights, None))
-    pointers = [[tensor.data_ptr() for tensor in program._parameters] for program in (one, two, alone)]
+    pointers = [[tensor.data_ptr() for tensor in program.parameters] for program in (one, two, alone)]
     assert pointers[0] == pointers[1]
     assert not set(pointers[0]) & set(pointers[2])
     x = torch.ones(1, 4)

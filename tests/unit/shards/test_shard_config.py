@@ -97,7 +97,12 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version is 2; .* written by a newer release"),
+        ({"format_version": 3}, "format_version is 3; this release reads 1 and 2; .* written by a newer release"),
+        ({"origins": [{"tensor": "a", "module": "", "placement": ""}] * 2}, "has 2 origins of 1 tensors"),
+        ({"origins": [{"tensor": "a\n", "module": "", "placement": ""}]}, "can't be an origin"),
+        ({"flops": "batch * width"}, "width"),
+        ({"flops": "exit()"}, "unexpected"),
+        ({"flops": -1}, "flops is -1"),
         ({"format_version": 0}, "format_version is 0; .* export again"),
         ({"format_version": "1"}, "format_version is '1'"),
         ({"format_version": True}, "format_version"),

@@ -1,0 +1,114 @@
+"""Where the values of the shards and those of the unsharded model part: at the first pipeline cut that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from shardserve.export.compare import abs_error, close
+from shardserve.export.origins import rank_part, sum_of_terms
+from shardserve.export.running import Shards
+from shardserve.export.trace import evaluating, trace
+from shardserve.shards.config import Origin, TensorSpec
+
+
+def where_they_part(
+    shards: Shards,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    inputs: Mapping[str, Tensor],
+    atol: float,
+    rtol: float,
+) -> str:
+    """A sentence on the first pipeline stage that gives other values than the whole model does, for these inputs.
+
+    The model is traced again, as for the export, from the example in `args` and `kwargs`: its graph's nodes have the
+    names that the shards have for what crosses a cut. Raises ExportError where that can't be done.
+    """
+    *before, last = shards.stages
+    if not before:
+        return "there is one pipeline stage, so no cut at which to look"
+    origins = {origin.tensor for stage in before for origin in stage[0].config.origins} - {""}
+    whole = _unsharded(model, args, kwargs, dynamic_shapes, inputs, origins)
+    dims = shards.bind(inputs)
+    looked = 0
+    for stage, ranks in zip(before, shards.run_stages(inputs), strict=False):
+        config = stage[0].config
+        for index, (spec, origin) in enumerate(zip(config.sends, config.origins, strict=False)):
+            if origin.tensor not in whole:
+                continue
+            found = _difference([tensors[index] for tensors in ranks], whole[origin.tensor], origin, dims, (atol, rtol))
+            looked += found is not None
+            if found:
+                first = stage[0].config.rank
+                return f"they part in pipeline stage {config.stage}: {_of(spec, origin)}{_on(first, found)}"
+    if not looked:
+        return "where they part can't be told: the shards don't say what crosses their cuts"
+    return f"they part in pipeline stage {last[0].config.stage}, the last: what comes to it is right"
+
+
+def _unsharded(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    inputs: Mapping[str, Tensor],
+    names: set[str],
+) -> Mapping[str, Tensor]:
+    traced = trace(model, args, kwargs, dynamic_shapes, None, None)
+    given: dict[fx.Node, Any] = {node: traced.tensors[name] for node, name in traced.bound.items()}
+    given.update(traced.constants)
+    given.update(zip((node for _, node in traced.inputs), inputs.values(), strict=True))
+    recorder = _Recorder(traced.graph, names)
+    with evaluating(model):
+        recorder.run(*(given[node] for node in traced.graph.nodes if node.op == "placeholder"))
+    return recorder.tensors
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the tensors of these names."""
+
+    def __init__(self, graph: fx.Graph, names: set[str]) -> None:
+        super().__init__(fx.GraphModule(nn.Module(), graph))
+        self._names = names
+        self.tensors: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._names and isinstance(result, Tensor):
+            self.tensors[n.name] = result
+        return result
+
+
+def _difference(
+    sent: Sequence[Tensor], whole: Tensor, origin: Origin, dims: Mapping[str, int], tolerances: tuple[float, float]
+) -> dict[int | None, float] | None:
+    """By tensor-parallel rank (None: the ranks together) how far what it sends is off, if it is; None: unknown."""
+    total = sum_of_terms(sent, origin.placement)
+    compared: dict[int | None, tuple[Tensor, Tensor]] = {}
+    if total is not None:
+        compared[None] = total, whole
+    else:
+        for coordinate, tensor in enumerate(sent):
+            wanted = rank_part(whole, len(sent), coordinate, origin.placement, dims)
+            if wanted is None:
+                return None
+            compared[coordinate] = tensor, wanted
+    return {
+        rank: abs_error(got, wanted) for rank, (got, wanted) in compared.items() if not close(got, wanted, *tolerances)
+    }
+
+
+def _of(spec: TensorSpec, origin: Origin) -> str:
+    module = f" of module '{origin.module}'" if origin.module else ""
+    return f"'{spec.name}'{module}, which it sends to the next, is off by up to "
+
+
+def _on(first: int, found: Mapping[int | None, float]) -> str:
+    worst = f"{max(found.values()):.3g}"
+    ranks = [first + coordinate for coordinate in found if coordinate is not None]
+    return f"{worst} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else worst
