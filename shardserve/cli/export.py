@@ -51,8 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(option, type=values.count, default=1, metavar="N", help=f"{meaning} (default %(default)s)")
     parser.add_argument(
         "--plan",
-        metavar="FILE|auto",
-        help="JSON: how parameters are sharded, where stages begin; auto finds it "
+        metavar="FILE|auto|tp_plan",
+        help="JSON: how parameters are sharded, where stages begin; auto finds it, tp_plan is a Hugging Face model's "
         "(default: the function's options['plan'], or else auto)",
     )
     parser.add_argument(
@@ -111,7 +111,7 @@ def _export(args: argparse.Namespace) -> int:
         from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
 
         inputs = _inputs(args.inputs) if args.inputs else None
-        plan = _plan(args.plan, options.pop("plan", None))
+        plan = _plan(args.plan, options.pop("plan", None), model)
         report = export(
             model,
             example,
@@ -211,14 +211,15 @@ def _returned(source: str, returned: Any) -> tuple[Any, tuple[Any, ...], dict[st
     return model, tuple(args), dict(options)
 
 
-def _plan(file: str | None, given: Any) -> Plan | None:
+def _plan(chosen: str | None, given: Any, model: Any) -> Plan | None:
     """The plan of --plan, else the one that the function gave; None, as auto, where neither is."""
     from shardserve.export import Plan
 
-    if file == "auto":
-        return Plan(auto=True)
-    if file is not None:
-        return Plan.load(file)
+    given = given if chosen is None else chosen
     if given is None or isinstance(given, Plan):
         return given
+    if given == "auto":
+        return Plan(auto=True)
+    if given == "tp_plan":
+        return Plan.from_tp_plan(model)
     return Plan.load(given) if isinstance(given, (str, Path)) else Plan.from_dict(given)

@@ -9,7 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from shardserve.errors import ExportError
+from shardserve.export import tp_plan
 from shardserve.export.placements import Replicate, Shard, parse_placement
 
 
@@ -41,6 +44,11 @@ class Plan:
             return cls.from_dict(content)
         except ExportError as error:
             raise ExportError(f"plan {path}: {error}") from error
+
+    @classmethod
+    def from_tp_plan(cls, model: nn.Module) -> Plan:
+        """The plan that a Hugging Face model brings with it; ExportError names the pattern of an unknown style."""
+        return cls(tp_plan.parameters(model))
 
     @classmethod
     def from_dict(cls, content: Any) -> Plan:
