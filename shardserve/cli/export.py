@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardserve.cli import userland, values
+from shardserve.cli import values
 from shardserve.cli.codes import WrongUsage
 from shardserve.cli.inputs import load_arrays
 from shardserve.cli.progress import shown_progress
+from shardserve.cli.source import read_source
 from shardserve.errors import ExportError, InvalidInput, ShardserveError
 from shardserve.shards.config import FILE_NAME
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 DEFAULT_TOLERANCE = 1e-4
 _LATER = ("--meta", "--ranks", "--memory-per-device")
-_OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "plan")
 
-EXAMPLE = """SOURCE is package.module:function, importable from the current directory. The function takes no arguments
-and returns (model, args) or (model, args, options): a torch.nn.Module, a tuple of example inputs, and a dict with
-any of kwargs, dynamic_shapes (as torch.export takes them), input_names, output_names, plan.
+EXAMPLE = """SOURCE is one of
+  package.module:function, importable from the current directory. The function takes no arguments and returns
+    (model, args) or (model, args, options): a torch.nn.Module, a tuple of example inputs, and a dict with any of
+    kwargs, dynamic_shapes (as torch.export takes them), input_names, output_names, plan, and weights: safetensors
+    files to take the parameters from, which then need no memory;
+  a folder in the Hugging Face layout: config.json and safetensors; needs the transformers package, fetches nothing;
+  a .pt2 file of torch.export.save. Loading one runs what is in it, as importing a module does: only your own.
 
 example:
   shardserve export net:example --name transformer --out model --tp 2 --pp 2 --plan plan.json --verify
@@ -42,7 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="package.module:function that gives the model; see below")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="module:function, a Hugging Face folder or FILE.pt2; see below"
+    )
     parser.add_argument(
         "--name", required=True, type=_name, metavar="NAME", help="names the graph files: NAME.graph.json"
     )
@@ -103,11 +108,9 @@ def _export(args: argparse.Namespace) -> int:
             raise ExportError(f"{later} is not supported yet")
     if args.inputs and not args.verify:
         raise WrongUsage("--inputs is for --verify, which isn't given")
-    _check_source(args.source)
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
-        function = userland.load(args.source)
-        model, example, options = _returned(args.source, userland.call(args.source, function))
+        model, example, options = read_source(args.source)
         from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
 
         inputs = _inputs(args.inputs) if args.inputs else None
@@ -178,37 +181,6 @@ def _name(text: str) -> str:
     if not FILE_NAME.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} isn't made of letters, digits, '_', '-' and '.', to name a file")
     return text
-
-
-def _check_source(source: str) -> None:
-    if source.endswith(".pt2") or Path(source).is_dir():
-        raise ExportError(
-            f"'{source}': .pt2 files and Hugging Face folders are not supported yet; give module:function"
-        )
-    module, _, function = source.partition(":")
-    if not module or not function:
-        raise WrongUsage(f"SOURCE: {source!r} isn't package.module:function")
-
-
-def _returned(source: str, returned: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    from torch.nn import Module
-
-    expected = f"{source} must return (model, args) or (model, args, options)"
-    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
-        raise ExportError(f"{expected}, got {type(returned).__name__}")
-    model, args, options = (*returned, {})[:3]
-    if not isinstance(model, Module):
-        raise ExportError(f"{expected}: model is {type(model).__name__}, not a torch.nn.Module")
-    if not isinstance(args, (tuple, list)):
-        raise ExportError(f"{expected}: args is {type(args).__name__}, not a tuple of example inputs")
-    if not isinstance(options, Mapping):
-        raise ExportError(f"{expected}: options is {type(options).__name__}, not a dict")
-    for option in options:
-        if option == "weights":
-            raise ExportError(f"{source}: options['weights'] is not supported yet")
-        if option not in _OPTIONS:
-            raise ExportError(f"{source}: unknown option '{option}'; known: {', '.join(_OPTIONS)}")
-    return model, tuple(args), dict(options)
 
 
 def _plan(chosen: str | None, given: Any, model: Any) -> Plan | None:

@@ -8,6 +8,7 @@ meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → 
 from shardserve.export.api import export
 from shardserve.export.plan import Plan
 from shardserve.export.report import Report, StageReport
+from shardserve.export.sources import load_checkpoint, without_storage
 from shardserve.export.verify import VerifyResult, verify
 
-__all__ = ["Plan", "Report", "StageReport", "VerifyResult", "export", "verify"]
+__all__ = ["Plan", "Report", "StageReport", "VerifyResult", "export", "load_checkpoint", "verify", "without_storage"]

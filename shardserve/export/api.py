@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from shardserve.errors import ExportError
 from shardserve.export import balance, cut, planning
@@ -17,6 +18,7 @@ from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
+from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, load_checkpoint
 from shardserve.export.trace import Trace, ordered, trace
 from shardserve.export.write import Writer, folder_of
 from shardserve.progress import Progress, quietly
@@ -39,6 +41,8 @@ def export(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    weights: Weights | Checkpoint | None = None,
+    program: ExportedProgram | None = None,
     cuts: Sequence[str] = (),
     strict: bool = False,
     progress: Progress = quietly,
@@ -46,10 +50,12 @@ def export(
     """Cut `model` into tensor_parallel x pipeline_parallel shards and write out/device0 … in this one process.
 
     `args` and `kwargs` are example inputs, `dynamic_shapes` is what torch.export takes; inputs and outputs are named
-    after forward's parameters and results unless names are given. `cuts` (or the plan's) name the module that begins
-    each later stage; without them, stages are balanced by their cost. Without a plan, one is found
-    automatically; the report has it. `strict` refuses a plan that shards no parameter, if tensor_parallel is more than
-    1. `progress` hears of what is traced, cut and written. Raises ExportError.
+    after forward's parameters and results unless names are given. `weights` (safetensors files, a folder of them, or a
+    state dict) gives parameters and persistent buffers their values: `model` gets them in place, as views of the files,
+    so it may have been made under `without_storage`. `program` is `model`, exported already. `cuts` (or the plan's)
+    name the module that begins each later stage; without them, stages are balanced by their cost. Without a plan, one
+    is found automatically; the report has it. `strict` refuses a plan that shards no parameter, if tensor_parallel is
+    more than 1. `progress` hears of what is traced, cut and written. Raises ExportError.
     """
     started = time.perf_counter()
     _check(name, tensor_parallel, pipeline_parallel)
@@ -57,8 +63,10 @@ def export(
     with folder_of(Path(out)):
         plan = plan or Plan(auto=True)
         kwargs = ordered(model, kwargs or {})
+        filled = _filled(model, weights)
         progress("tracing the model", 0, 1)
-        traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names)
+        traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names, program)
+        filled.check([tensor for node, tensor in traced.bound.items() if node.users])
         trace_seconds = time.perf_counter() - started
         placements, plan, whole = _planned(model, plan, traced, tensor_parallel, progress)
         if strict and _only_replicated(placements, tensor_parallel):
@@ -82,7 +90,7 @@ def export(
             tuple(cuts),
             reports,
             dict(graphs[0].gathered),
-            _warnings(graphs[0], placements, tensor_parallel),
+            (*filled.warnings, *_warnings(graphs[0], placements, tensor_parallel)),
             trace_seconds,
             time.perf_counter() - started,
             plan,
@@ -116,6 +124,13 @@ def _planned(
     names |= {name: name for name in shapes}
     complete = Plan(planning.patterns(traced, placements, names), plan.cuts)
     return placements, complete, found.replicated
+
+
+def _filled(model: nn.Module, weights: Weights | Checkpoint | None) -> Filled:
+    """`model` with the values of `weights`; nothing to do where it has its own."""
+    if weights is None:
+        return fill(model, None) if has_meta(model) else Filled()
+    return fill(model, weights if isinstance(weights, Checkpoint) else load_checkpoint(weights))
 
 
 def _placements(

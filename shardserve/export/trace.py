@@ -12,6 +12,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
@@ -67,16 +68,19 @@ def trace(
     dynamic_shapes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
+    program: ExportedProgram | None = None,
 ) -> Trace:
     """torch.export the model, then make the graph functional while its composite operators stay whole.
 
+    `program`: the model, exported already; then dynamic_shapes is what was said there.
     Raises ExportError for what can't be served: a model that torch.export refuses, that changes its buffers or inputs.
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            own_args, own_kwargs = _distinct(model, args, kwargs)
-            program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+            if program is None:
+                own_args, own_kwargs = _distinct(model, args, kwargs)
+                program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
             functional = program.run_decompositions({})
         except Exception as error:  # torch.export raises whatever the model's own code raises
             raise ExportError(refusals.explain(error, model, args, kwargs)) from error

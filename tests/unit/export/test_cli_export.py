@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from shardserve.cli import main
 from shardserve.cli.codes import WrongUsage
@@ -37,6 +40,35 @@ def unknown():
 
 def raises():
     raise ValueError("out of cheese")
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+        made.append(self.linear.weight.is_meta)
+
+    def forward(self, x):
+        return self.linear(x) + self.table
+
+made = []
+
+def weighted():
+    with torch.device("meta"):
+        model = Small()
+    return model, (torch.ones(2, 4),), {"weights": "w.safetensors"}
+
+def lost():
+    return nn.Linear(4, 4), (torch.randn(2, 4),), {"weights": "none.safetensors"}
+
+def stubborn():
+    model = Small()
+    model.linear.weight.data.sum().item()
+    return model, (torch.ones(2, 4),), dict(weights="w.safetensors")
+
+def says_weights():
+    assert "weights"
+    return Small(), (torch.ones(2, 4),)
 
 def inside():
     return torch.zeros(-1)
@@ -133,8 +165,9 @@ def test_fails_above_the_tolerance(run) -> None:
         (("userland:leaves",), "userland:leaves raised: {here}/userland.py, line"),
         (("broken:f",), "can't import 'broken': {here}/broken.py, line 2: NameError: name 'nothing' is not defined"),
         (("half:f",), "can't import 'half': SyntaxError: "),
-        (("folder",), "not supported yet"),
-        (("model.pt2",), "not supported yet"),
+        (("folder",), "folder/config.json: No such file"),
+        (("model.pt2",), "model.pt2: no such file"),
+        (("userland:lost",), "none.safetensors: No such file"),
         (("userland:plain", "--cut", "x"), "1 pipeline stages need 0 cuts"),
     ],
 )
@@ -147,6 +180,47 @@ def test_what_is_wrong_is_said(run, tmp_path: Path, words: tuple[str, ...], mess
     assert code == 1
     assert message.format(here=tmp_path, line=line, deep=deep) in err
     assert err.count("\n") == 1
+
+
+def weights_file(folder: Path) -> nn.Module:
+    """The file that the functions name; a module that was made with what is in it."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4)
+    save_file({f"linear.{name}": value for name, value in linear.state_dict().items()}, folder / "w.safetensors")
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("function", "meta"), [("weighted", [True]), ("stubborn", [True, False]), ("says_weights", [True, False])]
+)
+def test_a_module_is_made_without_storage_where_weights_are_given(run, tmp_path, function, meta) -> None:
+    linear = weights_file(tmp_path)
+    code, out, _ = run(f"userland:{function}", "--name", "m", "--out", "model", "--verify")
+    assert code == 0
+    assert "max abs error: 0\n" in out
+    assert sys.modules["userland"].made == meta
+    held = load_file(tmp_path / "model" / "device0" / "weights.safetensors")
+    assert torch.equal(held["linear.weight"], linear.weight) == (function != "says_weights")
+    assert torch.equal(held["table"], torch.arange(4.0))
+
+
+def test_a_pt2_file(run, tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(4, 2), (torch.ones(3, 4),))
+    torch.export.save(program, tmp_path / "linear.pt2")
+    code, out, _ = run("linear.pt2", "--name", "m", "--out", "model", "--verify")
+    assert code == 0
+    assert "input input: float32 [3, 4]" in out
+
+
+def test_a_hugging_face_folder(run, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    code, out, _ = run("vit", "--name", "m", "--out", "model", "--verify")
+    assert code == 0
+    assert "input pixel_values: float32 [batch, 3, 8, 8]" in out
 
 
 @pytest.mark.parametrize("source", ["userland", "userland:", ":f"])

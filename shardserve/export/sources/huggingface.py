@@ -1,0 +1,206 @@
+"""Folders in the Hugging Face layout: `config.json` and safetensors. Nothing is fetched, no code of the folder runs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardserve.errors import ExportError
+from shardserve.export.sources.checkpoint import Checkpoint, load_checkpoint
+from shardserve.export.sources.storage import named, without_storage
+
+CONFIG = "config.json"
+MOST_ROWS = 64
+"""Of the default batch dim."""
+LENGTH = 16
+"""Of the example's sequences."""
+SAMPLES = 16000
+"""Of the example's sound: a second, for most."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model of a folder, without values, and what it takes from the checkpoint; example inputs by keyword and their
+    dynamic dims."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    kwargs: dict[str, Any]
+    dynamic_shapes: dict[str, Any]
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a folder in this layout."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def load_folder(path: str | Path) -> Folder:
+    """The model that `config.json` names, its parameters on the meta device, and its checkpoint, mapped.
+
+    Raises ExportError where the transformers package isn't there, the folder needs code of its own, holds quantised
+    weights or no safetensors, or where the model's class takes inputs that have no default example.
+    """
+    path = Path(path)
+    config_file = path / CONFIG
+    try:
+        content = json.loads(config_file.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{config_file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ExportError(f"{config_file}: not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ExportError(f"{config_file}: names no model_type: not the folder of a model of transformers")
+    if "quantization_config" in content:
+        raise ExportError(f"{config_file}: the weights are quantised, which isn't supported")
+    checkpoint = load_checkpoint(path)
+    model = _model(path, content, checkpoint)
+    kwargs, dynamic_shapes = _example(model, str(config_file))
+    return Folder(model, _named_as_in(model, checkpoint), kwargs, dynamic_shapes)
+
+
+def _transformers() -> Any:
+    # Read when its hub client is imported: it has no business with the network here.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError(
+            f"a Hugging Face folder needs the transformers package: pip install 'shardserve[transformers]' ({error})"
+        ) from error
+    return transformers
+
+
+def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module:
+    transformers = _transformers()
+    where, kind = path / CONFIG, content["model_type"]
+    architectures = content.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    kinds = transformers.CONFIG_MAPPING
+    if kind not in kinds or (name is not None and not hasattr(transformers, str(name))):
+        own = ", and code of the folder's own is never run" if "auto_map" in content else ""
+        missing = f"model_type '{kind}'" if kind not in kinds else f"architecture '{name}'"
+        raise ExportError(
+            f"{where}: transformers {transformers.__version__} has no {missing}{own}; write a module:function that "
+            "makes the model, with options['weights']"
+        )
+    try:
+        config = kinds[kind].from_pretrained(path, local_files_only=True)
+        dtype = _dtype(config, checkpoint)
+        config.use_cache = False
+        with without_storage():
+            if name is None:
+                return transformers.AutoModel.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+            return getattr(transformers, name)._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # what the model's own constructor makes of the config
+        text = " ".join(str(error).split())
+        raise ExportError(f"{where}: can't make the model: {type(error).__name__}: {text}") from error
+
+
+def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The config's, else that of the checkpoint's first weight, as transformers has it."""
+    given = getattr(config, "dtype", None)
+    if isinstance(given, str):
+        given = getattr(torch, given, None)
+    if isinstance(given, torch.dtype):
+        return given
+    return next((tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()), torch.float32)
+
+
+def _named_as_in(model: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's tensors by the model's names, by transformers' own rules: with the base model's prefix or
+    without, names of earlier releases. ExportError for tensors that would have to be put together from several."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError as error:
+        raise ExportError(f"this release of transformers isn't supported: {error}") from error
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    known = model.state_dict()
+    converted: list[str] = []
+
+    def rename(name: str) -> str:
+        new, rule = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if rule is not None and name not in known:
+            converted.append(name)
+            return name
+        return name if rule is not None else str(new)
+
+    renamed = checkpoint.renamed(rename)
+    if converted:
+        raise ExportError(
+            f"{next(iter(checkpoint.origins.values()))}: {named(converted)} are stored in parts that transformers puts "
+            "together: load the model with from_pretrained in a module:function"
+        )
+    return renamed
+
+
+def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Example inputs of 2 rows and their dynamic dims, after the model's main input."""
+    taken = inspect.signature(model.forward).parameters
+    config = model.config
+    rows = torch.export.Dim("batch", min=1, max=MOST_ROWS)
+    main = model.main_input_name
+    inputs: dict[str, Tensor]
+    shapes: dict[str, Any]
+    if main == "input_ids":
+        inputs, shapes = _text(model, "input_ids", "attention_mask", "sequence", rows)
+    elif main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        sides = getattr(vision, "image_size", None) or 224
+        height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)
+        inputs = {main: torch.randn(2, getattr(vision, "num_channels", 3), height, width)}
+        shapes = {main: {0: rows}}
+    elif main == "input_values":
+        inputs, shapes = {main: torch.randn(2, SAMPLES)}, {main: {0: rows}}
+    else:
+        raise ExportError(
+            f"{where}: no default example for {type(model).__name__}, whose main input is '{main}': {_OWN}"
+        )
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        more, more_shapes = _text(model, "decoder_input_ids", "", "target", rows)
+        inputs, shapes = {**inputs, **more}, {**shapes, **more_shapes}
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items() if name in taken
+    }
+    return dict(inputs), {name: shapes[name] for name in inputs}
+
+
+_OWN = "write a module:function that gives model and inputs, with the folder as options['weights']"
+
+
+def _text(model: Any, ids: str, mask: str, dim: str, rows: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    longest = _positions(model, config)
+    length = min(LENGTH, longest or LENGTH)
+    columns = torch.export.Dim(dim, min=1, max=longest) if longest else torch.export.Dim(dim, min=1)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {ids: torch.randint(0, max(config.vocab_size, 1), (2, length), generator=generator)}
+    if (pad := getattr(config, "pad_token_id", None)) is not None:
+        # Positions that follow from where padding is would be the padding's own.
+        inputs[ids][inputs[ids] == pad] = (pad + 1) % config.vocab_size
+    if mask:
+        inputs[mask] = torch.ones(2, length, dtype=torch.int64)
+    return inputs, {name: {0: rows, 1: columns} for name in inputs}
+
+
+def _positions(model: nn.Module, config: Any) -> int | None:
+    """How long a sequence may be; None where the config has no limit."""
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(longest, int) or longest < 2:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding's on.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
