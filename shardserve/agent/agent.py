@@ -22,6 +22,7 @@ from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
 from shardserve.shards.program import Program
+from shardserve.shards.state import StateStore
 from shardserve.shards.weights import Weights
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
@@ -68,10 +69,11 @@ class Agent:
         self._shared_memory = shared_memory
         self._settings = settings
         _check_device(request)
-        # Subgraphs of the same weights share them.
+        # Subgraphs of the same weights share them, and what they keep between steps.
+        state = StateStore()
         weights = Weights(mapped=settings.weights == "mmap")
         self._programs = [
-            Program.load(model, config, request.device, weights)
+            Program.load(model, config, request.device, weights, state)
             for model, config in zip(request.model_files, request.config_files, strict=True)
         ]
         if settings.compile == "inductor":

@@ -128,7 +128,8 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
             for spec in config.receives
         ]
         parameters = [torch.empty(p.shape, dtype=to_dtype(p.dtype)) for p in file.parameters]
-        _Shapes(program).run(*dims.sizes.values(), *given, *parameters)
+        state = [torch.empty(buffer.shape, dtype=to_dtype(buffer.dtype)) for buffer in file.state]
+        _Shapes(program).run(*dims.sizes.values(), *given, *parameters, *state)
     libraries = []
     for region in find_regions(program.graph, len(file.dims)):
         module = fx.GraphModule(torch.nn.Module(), region_graph(program.graph, len(file.dims), region))

@@ -112,6 +112,8 @@ class Membership:
     def _execute(self, program: Program, step: group.Step, payload: Payload) -> list[Tensor]:
         config = program.config
         program.begin()
+        if step.reset:
+            program.reset()
         try:
             inputs = self._layouts[step.subgraph].tensors(payload, step.dims)
             return program.run(step.dims, inputs, self._collective)

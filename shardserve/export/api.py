@@ -19,6 +19,7 @@ from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, load_checkpoint
+from shardserve.export.state import settle
 from shardserve.export.trace import Trace, ordered, trace
 from shardserve.export.write import Writer, folder_of
 from shardserve.progress import Progress, quietly
@@ -73,10 +74,11 @@ def export(
             raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
         cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
         stages = cut.assign(traced, cuts)
+        kept = settle([traced], placements, [stages], tensor_parallel)
         graphs: list[LocalGraph] = []
         for rank in range(tensor_parallel):
             progress("cutting the graph", rank, tensor_parallel)
-            graphs.append(propagate(traced, placements, stages, tensor_parallel, rank))
+            graphs.append(propagate(traced, placements, stages, tensor_parallel, rank, kept))
         signature = _signature(traced, graphs[0])
         shards = assemble(name, traced, graphs, signature, pipeline_parallel)
         reports = _write(Path(out), name, traced, shards, progress)
@@ -192,7 +194,8 @@ def _write(
                 values = partial(shard.part, tensors=traced.tensors)
                 written.append(writer.write(shard.config, shard.graph, shard.layout, values))
             sizes = tuple(config.parameter_bytes for config in written)
-            reports.append(StageReport(ranks[0].collectives, ranks[0].config.sends, sizes))
+            config = ranks[0].config
+            reports.append(StageReport(ranks[0].collectives, config.sends, sizes, config.state))
         progress("writing shards", count, count)
         writer.commit()
     finally:

@@ -14,6 +14,7 @@ from shardserve.errors import ExportError
 from shardserve.export import cost, cut, write
 from shardserve.export.origins import origin
 from shardserve.export.propagate import Bound, LocalGraph
+from shardserve.export.state import fill_value
 from shardserve.export.trace import Trace
 from shardserve.export.weights_file import Layout
 from shardserve.shards.config import ShardConfig, Signature
@@ -55,6 +56,7 @@ def assemble(
     """The shards of each stage, by coordinate. ExportError where a tensor can't cross a cut."""
     export_id = uuid.uuid4().hex
     shards: list[list[RankShard]] = [[] for _ in range(stage_size)]
+    fills = {kept.bound.tensor: fill_value(traced.tensors[kept.bound.tensor]) for kept in graphs[0].state}
     for graph in graphs:
         meaning = write.meanings(graph)
         stored = _stored_names(graph, traced.tensors)
@@ -63,13 +65,15 @@ def assemble(
             last = stage == stage_size - 1
             sends = signature.outputs if last else write.crossing_specs(part.sends, meaning, traced.printer)
             rank, rank_size = stage * len(graphs) + graph.coordinate, stage_size * len(graphs)
+            state = write.state_specs(part)
             config = msgspec.structs.replace(
-                write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends),
+                write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends, state),
                 origins=() if last else tuple(origin(name, graph, traced.printer) for name in part.sends),
                 flops=_flops(part, graph, traced),
             )
-            file = write.graph_file(part, meaning, signature, traced.printer, export_id, stored)
+            file = write.graph_file(part, meaning, signature, traced.printer, export_id, stored, fills)
             weights = {stored[bound.tensor]: bound for bound in part.parameters}
+            weights |= {kept.bound.tensor: kept.bound for kept in part.state if fills[kept.bound.tensor] is None}
             shards[stage].append(RankShard(config, file, weights))
     for ranks in shards:
         _check_alike(ranks)

@@ -255,7 +255,8 @@ def operation(node: LocalNode, tensors: Tensors) -> Operation:
 def meanings(graph: LocalGraph) -> Tensors:
     """The local shape and dtype of every tensor in one coordinate's graph."""
     found = {value.name: (value.shape, value.dtype) for value in graph.inputs}
-    found.update({bound.name: (bound.shape, bound.dtype) for bound in graph.parameters})
+    kept = [buffer.bound for buffer in graph.state]
+    found.update({bound.name: (bound.shape, bound.dtype) for bound in (*graph.parameters, *kept)})
     for node in graph.nodes:
         if node.shape is not None and node.dtype is not None:
             found[node.name] = (node.shape, node.dtype)

@@ -9,7 +9,7 @@ from torch import fx
 
 from shardserve.errors import ExportError
 from shardserve.export.emit import LocalNode
-from shardserve.export.propagate import Bound, LocalGraph
+from shardserve.export.propagate import Bound, KeptBuffer, LocalGraph
 from shardserve.export.trace import Trace
 
 
@@ -21,6 +21,7 @@ class StageGraph:
     sends: tuple[str, ...]
     parameters: tuple[Bound, ...]
     nodes: tuple[LocalNode, ...]
+    state: tuple[KeptBuffer, ...] = ()
 
 
 def modules(node: fx.Node) -> list[str]:
@@ -66,23 +67,35 @@ def _within(inside: Sequence[str], module: str) -> bool:
 def split(graph: LocalGraph, count: int) -> list[StageGraph]:
     """The stages of one coordinate's graph.
 
-    Only what depends on the inputs' values crosses, through every stage between; the rest is computed again.
+    Only what depends on the inputs' values crosses, through every stage between; the rest is computed again. A buffer
+    that the model changes is in the stage that writes it, and crosses to later ones; ExportError if an earlier one
+    uses it.
     """
     nodes = {node.name: node for node in graph.nodes}
     outputs = [value.name for value in graph.outputs]
-    live = _needed(outputs, nodes)
-    defined = {value.name: 0 for value in graph.inputs}
+    live = _needed([*outputs, *(kept.update for kept in graph.state if kept.update is not None)], nodes)
+    homes = {kept.bound.name: kept.stage for kept in graph.state if kept.stage is not None}
+    defined = {value.name: 0 for value in graph.inputs} | homes
     defined.update({node.name: node.stage for node in graph.nodes if node.from_data})
     last_use = dict.fromkeys(defined, 0)
     for node in graph.nodes:
         if node.name in live and node.from_data:
             for source in node.sources:
+                if homes.get(source, 0) > node.stage:
+                    tensor = next(kept.bound.tensor for kept in graph.state if kept.bound.name == source)
+                    raise ExportError(
+                        f"the model uses the buffer '{tensor}' in pipeline stage {node.stage} and changes it in stage "
+                        f"{homes[source]}: move the cut"
+                    )
                 if source in last_use:
                     last_use[source] = max(last_use[source], node.stage)
+    for kept in graph.state:
+        if kept.update in last_use and kept.stage is not None:
+            last_use[kept.update] = max(last_use[kept.update], kept.stage)
     for name in outputs:
         if name in last_use:
             last_use[name] = count - 1
-    order = [value.name for value in graph.inputs] + [node.name for node in graph.nodes]
+    order = [value.name for value in graph.inputs] + list(homes) + [node.name for node in graph.nodes]
     stages: list[StageGraph] = []
     receives = tuple(value.name for value in graph.inputs)
     for stage in range(count):
@@ -113,8 +126,10 @@ def _stage(
     live: set[str],
 ) -> StageGraph:
     own = [node.name for node in graph.nodes if node.name in live and node.from_data and node.stage == stage]
+    kept = {buffer.bound.name: buffer for buffer in graph.state if buffer.stage in (stage, None)}
     # What doesn't depend on the data is taken from wherever it is defined; the data-dependent part ends at `receives`.
-    pending, needed = [*own, *sends], set(receives)
+    updates = [buffer.update for buffer in kept.values() if buffer.update is not None]
+    pending, needed = [*own, *sends, *updates], set(receives)
     included: set[str] = set()
     while pending:
         name = pending.pop()
@@ -127,4 +142,5 @@ def _stage(
         sends,
         tuple(parameter for parameter in graph.parameters if parameter.name in included),
         tuple(node for node in graph.nodes if node.name in included),
+        tuple(buffer for name, buffer in kept.items() if name in included or buffer.update is not None),
     )

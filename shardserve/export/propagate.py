@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export import rules, rules_dims
+from shardserve.export import rules, rules_dims, rules_updates
 from shardserve.export.emit import Call, Emitter, LocalNode, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import operator_advice
@@ -20,7 +20,8 @@ from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards import operators
 
-assert rules_dims.reduction in rules.RULES.values()  # importing it registers its rules
+# Importing them registers their rules.
+assert {rules_dims.reduction, rules_updates.copy} <= set(rules.RULES.values())
 
 _CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
@@ -61,6 +62,25 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How a buffer that the model changes is kept between steps. stage: the pipeline stage that has it; None: what is
+    written doesn't depend on the inputs' values (a counter), and each stage has its own.
+    """
+
+    placement: Replicate | Shard
+    stage: int | None
+
+
+@dataclass(frozen=True)
+class KeptBuffer:
+    """Such a buffer in a rank's graph; `update` names what it is after a step, None where the graph only reads it."""
+
+    bound: Bound
+    update: str | None
+    stage: int | None
+
+
+@dataclass(frozen=True)
 class LocalGraph:
     """One coordinate's graph over all pipeline stages."""
 
@@ -72,6 +92,8 @@ class LocalGraph:
     from_data: Mapping[str, bool]
     gathered: Mapping[str, int]
     origins: Mapping[str, tuple[fx.Node, Placement]]  # name of a tensor → which of the traced graph it is, how it lies
+    state: tuple[KeptBuffer, ...] = ()
+    written: Mapping[str, Value] = field(default_factory=dict)  # of each changed buffer, as it came, wherever it lies
 
 
 def propagate(
@@ -80,8 +102,10 @@ def propagate(
     stages: Mapping[fx.Node, int],
     size: int,
     coordinate: int,
+    kept: Mapping[str, Kept] | None = None,
 ) -> LocalGraph:
-    """The graph of tensor-parallel rank `coordinate` of `size`.
+    """The graph of tensor-parallel rank `coordinate` of `size`; `kept` are the buffers that a step changes:
+    those that this graph does, unless it is one of several subgraphs.
 
     Nothing is traced again: shapes come from the traced graph and the placements, so no guard can be added here.
     """
@@ -89,22 +113,44 @@ def propagate(
     environment: dict[fx.Node, Any] = dict(traced.constants)
     inputs: list[Value] = []
     parameters: list[Bound] = []
+    state: dict[str, Bound] = {}
+    if kept is None:
+        kept = {name: Kept(placements[name], stages.get(node, 0)) for name, node in traced.updates.items()}
     for _, node in traced.inputs:
         value = emitter.declare(node.name, _shape(node.meta["val"]), node.meta["val"].dtype, Replicate(), data=True)
         environment[node] = value
         inputs.append(value)
     for node, tensor in traced.bound.items():
         fake = node.meta["val"]
-        placement = placements[tensor] if size > 1 else Replicate()
-        value = emitter.declare(node.name, _shape(fake), fake.dtype, placement, data=False)
+        placement = kept[tensor].placement if tensor in kept else placements[tensor]
+        placement = placement if size > 1 else Replicate()
+        changes = tensor in kept and kept[tensor].stage is not None
+        value = emitter.declare(node.name, _shape(fake), fake.dtype, placement, data=changes)
         environment[node] = value
         local = emitter.local_shape(value.shape, placement)
-        parameters.append(Bound(value.name, tensor, local, fake.dtype, placement))
+        bound = Bound(value.name, tensor, local, fake.dtype, placement)
+        if tensor in kept:
+            state[tensor] = bound
+        else:
+            parameters.append(bound)
     last = 0
+    written: dict[str, Value] = {}
+    updates: dict[str, str] = {}
+    changed = {node: [name for name, new in traced.updates.items() if new is node] for node in traced.updates.values()}
+
+    def update(node: fx.Node) -> None:
+        for name in changed.get(node, []):
+            written[name] = environment[node]
+            updates[name] = emitter.redistribute(environment[node], state[name].placement).name
+
+    for node in environment:
+        update(node)
     for node in traced.graph.nodes:
         if node.op == "call_function":
             emitter.stage = last = stages[node]
             environment[node] = settled(emitter, node, emit(emitter, node, environment))
+            # Here, not at the end: in the stage that has made it.
+            update(node)
         elif node.op not in ("placeholder", "output"):
             raise ExportError(f"the traced graph holds '{node.name}' ({node.op}), which shards can't express")
     emitter.stage = last
@@ -118,6 +164,8 @@ def propagate(
         emitter.from_data,
         emitter.gathered,
         _origins(emitter, environment),
+        tuple(KeptBuffer(bound, updates.get(name), kept[name].stage) for name, bound in state.items()),
+        written,
     )
 
 

@@ -13,11 +13,13 @@ from shardserve.shards.config import Signature, TensorSpec, describe
 
 @dataclass(frozen=True)
 class StageReport:
-    """One pipeline stage: the collectives of each step in order, what it sends, the bytes of weights on each rank."""
+    """One pipeline stage: the collectives of each step in order, what it sends, the bytes of weights on each rank, the
+    buffers that its first rank keeps between steps."""
 
     collectives: tuple[str, ...]
     sends: tuple[TensorSpec, ...]
     parameter_bytes: tuple[int, ...]
+    state: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class Report:
             megabytes = max(stage.parameter_bytes) / 1e6
             begin = f" from '{self.cuts[index - 1]}'" if index else ""
             lines.append(f"  stage {index}{begin}: {collectives}; {megabytes:.3g} MB of weights on a rank")
+            lines += [f"    keeps {_line(spec)}" for spec in stage.state]
             lines += [f"    sends {_line(spec)}" for spec in stage.sends if index < self.stage_size - 1]
         lines += [f"  output {_line(spec)}" for spec in self.signature.outputs]
+        if any(stage.state for stage in self.stages):
+            lines.append("  it keeps buffers between steps: for declare_servable(…, stateful=True) only")
         lines += [f"  {placement}: {', '.join(names)}" for placement, names in self._placed().items()]
         lines += [f"  replicated: {line}" for line in self.replicated or ()]
         lines += [f"  warning: {warning}" for warning in self.warnings]

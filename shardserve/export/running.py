@@ -35,6 +35,17 @@ class Shards:
         self.stages = [programs[start : start + size] for start in range(0, len(programs), size)]
         self.signature: Signature = first.signature
 
+    @property
+    def state(self) -> list[str]:
+        """The buffers that a rank keeps between steps."""
+        return sorted({spec.name for stage in self.stages for rank in stage for spec in rank.config.state})
+
+    def reset(self) -> None:
+        """Those buffers are as exported again."""
+        for stage in self.stages:
+            for program in stage:
+                program.reset()
+
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs of the last stage's first rank; InvalidInput as the server would say it."""
         *_, last = self.run_stages(inputs)

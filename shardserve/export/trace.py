@@ -37,6 +37,7 @@ class Trace:
         fx.Node, Any
     ]  # placeholders of inputs that aren't tensors: the example's value is part of the graph
     outputs: tuple[tuple[str, Any], ...]
+    updates: Mapping[str, fx.Node]  # buffers that the forward changes → what they are afterwards
     printer: Printer
     dims: Mapping[str, DimRange]
     conditions: tuple[str, ...]
@@ -73,7 +74,7 @@ def trace(
     """torch.export the model, then make the graph functional while its composite operators stay whole.
 
     `program`: the model, exported already; then dynamic_shapes is what was said there.
-    Raises ExportError for what can't be served: a model that torch.export refuses, that changes its buffers or inputs.
+    Raises ExportError for what can't be served: a model that torch.export refuses, that changes its inputs.
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -85,9 +86,6 @@ def trace(
         except Exception as error:  # torch.export raises whatever the model's own code raises
             raise ExportError(refusals.explain(error, model, args, kwargs)) from error
     signature = functional.graph_signature
-    for output in signature.output_specs:
-        if output.kind is not OutputKind.USER_OUTPUT:
-            raise ExportError(f"the model changes '{output.target}' ({output.kind.name.lower()}); shards keep no state")
     placeholders = [node for node in functional.graph.nodes if node.op == "placeholder"]
     tensors: dict[str, Tensor] = {}
     bound: dict[fx.Node, str] = {}
@@ -111,8 +109,7 @@ def trace(
     printer = Printer(symbols)
     ranges = functional.range_constraints
     dims = {name: _dim_range(ranges[symbol]) for symbol, name in symbols.items()}
-    returned = next(node for node in functional.graph.nodes if node.op == "output").args[0]
-    assert isinstance(returned, (tuple, list))
+    returned, updates = _returned(functional)
     out_spec = functional.call_spec.out_spec
     assert out_spec is not None
     return Trace(
@@ -121,7 +118,8 @@ def trace(
         bound,
         tuple(zip(names, inputs, strict=True)),
         constants,
-        _outputs(list(returned), out_spec, output_names),
+        _outputs(returned, out_spec, output_names),
+        updates,
         printer,
         dims,
         _conditions(functional.graph, placeholders, ranges, printer),
@@ -146,6 +144,25 @@ def _distinct(
 
     copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, own, (tuple(args), dict(kwargs)))
     return copied
+
+
+def _returned(program: torch.export.ExportedProgram) -> tuple[list[Any], dict[str, fx.Node]]:
+    """What the forward returns, flat, and the buffers that it changes with what they are afterwards."""
+    (values,) = next(node for node in program.graph.nodes if node.op == "output").args
+    assert isinstance(values, (tuple, list))
+    returned: list[Any] = []
+    updates: dict[str, fx.Node] = {}
+    for value, spec in zip(values, program.graph_signature.output_specs, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            returned.append(value)
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            assert spec.target is not None
+            assert isinstance(value, fx.Node)
+            updates[spec.target] = value
+        else:
+            kind = spec.kind.name.lower().replace("_", " ")
+            raise ExportError(f"the model changes '{spec.target}' ({kind}); a forward may change its buffers only")
+    return returned, updates
 
 
 def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list[str]:

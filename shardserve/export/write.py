@@ -17,7 +17,7 @@ from torch import Tensor
 from shardserve.errors import ExportError, ShardError
 from shardserve.export.cut import StageGraph
 from shardserve.export.placements import Replicate, Shard
-from shardserve.export.propagate import LocalGraph
+from shardserve.export.propagate import Bound, LocalGraph
 from shardserve.export.symbols import Dim, Printer
 from shardserve.export.weights_file import Layout, write_weights
 from shardserve.shards.config import (
@@ -30,7 +30,7 @@ from shardserve.shards.config import (
     Signature,
     TensorSpec,
 )
-from shardserve.shards.graph import GraphFile, Node, Parameter, dtype_name, encode_argument
+from shardserve.shards.graph import GraphFile, Node, Parameter, State, dtype_name, encode_argument
 
 Meanings = Mapping[str, tuple[tuple[Dim, ...], str]]
 """Name in a rank's graph → local shape and dtype."""
@@ -43,6 +43,8 @@ def meanings(graph: LocalGraph) -> Meanings:
         found[value.name] = (value.shape, dtype_name(value.dtype))
     for parameter in graph.parameters:
         found[parameter.name] = (parameter.shape, dtype_name(parameter.dtype))
+    for kept in graph.state:
+        found[kept.bound.name] = (kept.bound.shape, dtype_name(kept.bound.dtype))
     for node in graph.nodes:
         if node.shape is not None and node.dtype is not None:
             found[node.name] = (node.shape, dtype_name(node.dtype))
@@ -63,6 +65,15 @@ def crossing_specs(names: Sequence[str], meaning: Meanings, printer: Printer) ->
     return tuple(specs)
 
 
+def state_specs(stage: StageGraph) -> tuple[TensorSpec, ...]:
+    """What a rank keeps of the buffers that the model changes."""
+    stored = [_stored(kept.bound, kept.bound.tensor) for kept in stage.state]
+    try:
+        return tuple(TensorSpec(tensor, dtype, shape) for _, tensor, dtype, shape in stored)
+    except ValueError as error:
+        raise ExportError(f"a buffer can't be kept between steps: {error}") from error
+
+
 def graph_file(
     stage: StageGraph,
     meaning: Meanings,
@@ -70,8 +81,10 @@ def graph_file(
     printer: Printer,
     export_id: str,
     stored: Mapping[str, str],
+    fills: Mapping[str, bool | int | float | None],
 ) -> GraphFile:
-    """The graph file of one rank; `stored` gives each tensor's name in the weights file."""
+    """The graph file of one rank; `stored` gives each tensor's name in the weights file, `fills` the value of all
+    elements of each kept buffer."""
     nodes: list[Node] = []
     for node in stage.nodes:
         shape = dtype = None
@@ -86,13 +99,17 @@ def graph_file(
                 f"{node.op} ('{node.name}') has an argument that shards can't express: {error}"
             ) from error
         nodes.append(Node(node.name, node.op, args, kwargs, shape, dtype))
-    parameters = tuple(
-        Parameter(bound.name, stored[bound.tensor], dtype_name(bound.dtype), tuple(int(size) for size in bound.shape))
-        for bound in stage.parameters
+    parameters = tuple(Parameter(*_stored(bound, stored[bound.tensor])) for bound in stage.parameters)
+    state = tuple(
+        State(*_stored(kept.bound, kept.bound.tensor), kept.update, fills[kept.bound.tensor]) for kept in stage.state
     )
     return GraphFile(
-        FORMAT_VERSION, export_id, tuple(signature.dims), stage.receives, parameters, tuple(nodes), stage.sends
+        FORMAT_VERSION, export_id, tuple(signature.dims), stage.receives, parameters, tuple(nodes), stage.sends, state
     )
+
+
+def _stored(bound: Bound, tensor: str) -> tuple[str, str, str, tuple[int, ...]]:
+    return bound.name, tensor, dtype_name(bound.dtype), tuple(int(size) for size in bound.shape)
 
 
 def collectives(graph: GraphFile) -> list[tuple[object, ...]]:
@@ -199,6 +216,7 @@ def empty_config(
     stage_size: int,
     receives: tuple[TensorSpec, ...],
     sends: tuple[TensorSpec, ...],
+    state: tuple[TensorSpec, ...],
 ) -> ShardConfig:
     """A rank's config before its files are written."""
     nothing = hashlib.sha256().hexdigest()
@@ -217,6 +235,7 @@ def empty_config(
         WEIGHTS_FILE,
         nothing,
         0,
+        state=state,
     )
 
 

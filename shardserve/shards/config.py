@@ -15,7 +15,7 @@ from shardserve.shards import files
 from shardserve.shards.expressions import MAX_INTEGER, ExpressionError, evaluate, is_name, parse, parse_condition
 
 FORMAT_VERSION = 2
-"""What is written. 2 has `origins` and `flops`."""
+"""What is written. 2 has `origins`, `flops` and `state`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 CONFIG_FILE = "group_config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -206,7 +206,8 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signature's inputs in stage 0, else what the same coordinate of the stage before sends. `sends` is what it gives:
     the signature's outputs in the last stage; `origins`, of each, in all other stages, and none in older files.
     `flops`: FLOPs of this rank's matrix products in a step, 2 for a multiplication with its addition, an integer or an
-    expression over the dims; None: unknown.
+    expression over the dims; None: unknown. `state`: the buffers that the rank keeps between steps, as it has them, by
+    their names in the model; shards that have any run in stateful servables only.
     """
 
     format_version: int
@@ -225,6 +226,7 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameter_bytes: int
     origins: tuple[Origin, ...] = ()
     flops: int | str | None = None
+    state: tuple[TensorSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if not FILE_NAME.match(self.name):

@@ -60,6 +60,20 @@ class Parameter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
 
 
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A buffer that steps change. name: in the graph, what it was before the step. tensor: in the model; subgraphs of
+    one export that name it alike share it. update: the node, input or parameter that it is after the step; None where
+    this graph only reads it. fill: the value of all its elements at first; None: the weights file has them as `tensor`.
+    """
+
+    name: str
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    update: str | None
+    fill: bool | int | float | None
+
+
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One call, arguments encoded. A collective has the shape and dtype of the tensor that it is given."""
 
@@ -81,6 +95,7 @@ class GraphFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: tuple[Parameter, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
+    state: tuple[State, ...] = ()
 
     def encode(self) -> bytes:
         """The file's content."""

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,18 +14,22 @@ from torch import Tensor, fx
 from shardserve.errors import ShardError
 from shardserve.shards import arguments, expressions, files, operators
 from shardserve.shards.collective import Collective
-from shardserve.shards.config import CONFIG_FILE, ShardConfig
+from shardserve.shards.config import CONFIG_FILE, ShardConfig, TensorSpec
 from shardserve.shards.graph import (
     Device,
     GraphFile,
     Node,
+    Parameter,
     Ref,
     Size,
+    State,
     decode_argument,
     dtype_name,
     shortened,
     to_dtype,
 )
+from shardserve.shards.state import StateStore
+from shardserve.shards.updates import write_in_place
 from shardserve.shards.weights import Weights, WeightsFile, check_digest
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -38,16 +42,28 @@ class Program:
     """The shard of one local rank. One thread at a time may call `run` or `drain`."""
 
     def __init__(
-        self, config: ShardConfig, graph: GraphFile, parameters: Sequence[Tensor], device: torch.device
+        self,
+        config: ShardConfig,
+        graph: GraphFile,
+        parameters: Sequence[Tensor],
+        device: torch.device,
+        state: StateStore | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.dims = graph.dims
         self.parameters = list(parameters)
+        # Without a store, for its graph alone.
+        self._store = state or StateStore()
+        # In the order of graph.state; `run` changes them.
+        self._state = [state.tensor(buffer.tensor) for buffer in graph.state] if state is not None else []
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in self._state}
         # What the graph calls for each of its collectives.
         self.issued: dict[Callable[..., Any], Node] = {}
         builder = _Builder(self, graph)
         self._collectives = builder.collectives
+        # Of the state, what the graph doesn't write in place: its new value is copied when the step is done.
+        self._copied = builder.copied
         self.graph = builder.graph
         self._forward = builder.compile()
         # Asked once a step, with the dims' sizes: what to run instead of the graph itself, if there is something.
@@ -62,9 +78,11 @@ class Program:
         group_config_file: str | Path | None = None,
         device: str | torch.device = "cpu",
         weights: Weights | None = None,
+        state: StateStore | None = None,
     ) -> Program:
         """Read a shard's files; the config defaults to the group_config.json beside the graph. weights: how weights are
         loaded, and what was so far; programs that are given the same share tensors.
+        state: the buffers that the rank's programs keep; a store of its own if none is given.
 
         Raises ShardError, naming the file, when one is missing, altered, of another export or version, when the graph
         calls an operator that isn't allowed or when a weight is missing or has another shape or dtype.
@@ -88,13 +106,21 @@ class Program:
                 raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
         if graph.dims != tuple(config.signature.dims):
             raise ShardError(f"{graph_file} has the dims {graph.dims}, {config_file} {tuple(config.signature.dims)}")
+        kept = tuple(TensorSpec(buffer.tensor, buffer.dtype, buffer.shape) for buffer in graph.state)
+        if kept != config.state:
+            raise ShardError(
+                f"{graph_file} keeps {_named(kept)} between steps, {config_file} says {_named(config.state)}"
+            )
         file = WeightsFile.open(weights_file)
-        _check_parameters(graph, file)
+        _check_tensors((*graph.parameters, *(buffer for buffer in graph.state if buffer.fill is None)), file)
         target = torch.device(device)
         tensors = (weights or Weights()).load(file, config.weights_sha256, target)
         parameters = [tensors[parameter.tensor] for parameter in graph.parameters]
+        state = state or StateStore()
         try:
-            return cls(config, graph, parameters, target)
+            for buffer in graph.state:
+                state.add(buffer, config.weights_sha256, tensors, target)
+            return cls(config, graph, parameters, target, state)
         except ShardError as error:
             raise ShardError(f"{graph_file}: {error}") from error
 
@@ -103,19 +129,39 @@ class Program:
         """How many collectives each step issues; the same on all coordinates of the stage."""
         return len(self._collectives)
 
+    def reset(self) -> None:
+        """The buffers that it and the programs of the same store keep are as they were when they were loaded."""
+        self._store.reset()
+
     def begin(self) -> None:
         """A new step, with no collective issued so far. `run` does so too; needed where `run` may not be reached."""
         self._completed = 0
 
     def run(self, dims: Mapping[str, int], inputs: Sequence[Tensor], collective: Collective) -> list[Tensor]:
-        """One step: `inputs`, on this device, in the order of config.receives; the result in that of config.sends.
+        """One step: `inputs`, on this device, in the order of config.receives; the result in that of config.sends. The
+        buffers that it keeps are changed; after an exception they are partly changed.
 
         Raises what the operators raise: an IndexError for an id out of range, out of memory, …; then call `drain`.
         """
         self._collective, self._completed = collective, 0
         sizes = tuple(dims[dim] for dim in self.dims)
         forward = (self.compiled and self.compiled(sizes)) or self._forward
-        return list(forward(*sizes, *inputs, *self.parameters))
+        results = list(forward(*sizes, *inputs, *self.parameters, *self._state))
+        return self._keep(results) if self._state else results
+
+    def _keep(self, results: list[Tensor]) -> list[Tensor]:
+        """Copies the state's new values, which follow the outputs; gives the outputs."""
+        # What is a view of the state would change with it: the outputs are still being sent when the next step runs.
+        own = [x.clone() if x.untyped_storage().data_ptr() in self._held else x for x in results]
+        count = len(self.config.sends)
+        for index, value in zip(self._copied, own[count:], strict=True):
+            self._state[index].copy_(value)
+        return own[:count]
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """The buffers that each step copies as a whole, since the graph doesn't only write parts of them."""
+        return tuple(self.config.state[index].name for index in self._copied)
 
     def drain(self, dims: Mapping[str, int], collective: Collective) -> list[Tensor]:
         """After `run` raised: take part in the step's remaining collectives with zeros, and give zeros to send.
@@ -149,6 +195,10 @@ class Program:
         return issue
 
 
+def _named(state: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in state) or "nothing"
+
+
 def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
     kind = node.op.partition(".")[2]
     if kind == "all_reduce":
@@ -158,8 +208,8 @@ def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:
     return collective.reduce_scatter(x, node.args[1])
 
 
-def _check_parameters(graph: GraphFile, file: WeightsFile) -> None:
-    for parameter in graph.parameters:
+def _check_tensors(needed: Sequence[Parameter | State], file: WeightsFile) -> None:
+    for parameter in needed:
         entry = file.entries.get(parameter.tensor)
         if entry is None:
             raise ShardError(f"{file.path}: tensor '{parameter.tensor}' is missing")
@@ -187,15 +237,34 @@ class _Builder:
             self.define(name, self.graph.placeholder(f"input{index}"), "tensor")
         for index, parameter in enumerate(graph.parameters):
             self.define(parameter.name, self.graph.placeholder(f"parameter{index}"), "tensor")
+        for index, buffer in enumerate(graph.state):
+            self.define(buffer.name, self.graph.placeholder(f"state{index}"), "tensor")
         for node in graph.nodes:
             try:
                 self.define(node.name, *self.call(node))
             except ShardError as error:
                 raise ShardError(f"node '{shortened(node.name)}': {error}") from error
-        for name in graph.outputs:
+        for name in (*graph.outputs, *(buffer.update for buffer in graph.state if buffer.update is not None)):
             if self.kinds.get(name, "tensor") != "tensor":
                 raise ShardError(f"the output '{name}' isn't a tensor")
-        self.graph.output([self.value(name) for name in graph.outputs])
+        self.copied = self.finish(graph)
+
+    def finish(self, graph: GraphFile) -> list[int]:
+        """Makes the graph's output: what it sends, then the new values of the state that it doesn't write in place,
+        whose positions are given."""
+        kept = [(index, buffer.update) for index, buffer in enumerate(graph.state) if buffer.update is not None]
+        sends = [self.value(name) for name in graph.outputs]
+        output = self.graph.output([*sends, *(self.value(update) for _, update in kept)])
+        copied: list[int] = []
+        for place, (index, _) in enumerate(kept, len(sends)):
+            # From the output each time: what is rewritten stands there in the place of what was.
+            results = cast("list[fx.Node]", output.args[0])
+            if write_in_place(self.graph, self.values[graph.state[index].name], results[place]) is None:
+                copied.append(index)
+        results = cast("list[fx.Node]", output.args[0])
+        left = [value for (index, _), value in zip(kept, results[len(sends) :], strict=True) if index in copied]
+        output.args = ([*results[: len(sends)], *left],)
+        return copied
 
     def compile(self) -> Forward:
         forward: Forward = fx.GraphModule(torch.nn.Module(), self.graph).forward

@@ -50,9 +50,10 @@ class Call:
     """One instance's run through the model. arrays: in the order of the signature's inputs, without the batch dim.
 
     deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
-    of a stateful servable that it belongs to. endings: generations that ended while it was in one of their steps.
-    alone: shares neither its batch nor its group's window with any other call. lengths: its sizes of the dims that are
-    padded. urgency: the smallest goes first. held_until: when it no longer waits for others to share its batch.
+    of a stateful servable that it belongs to. begins: it is that one's first step. endings: generations that ended
+    while it was in one of their steps. alone: shares neither its batch nor its group's window with any other call.
+    lengths: its sizes of the dims that are padded. urgency: the smallest goes first. held_until: when it no longer
+    waits for others to share its batch.
     """
 
     arrays: tuple[Array, ...]
@@ -61,6 +62,7 @@ class Call:
     answer: Answer[tuple[Array, ...]]
     subgraph: int = 0
     session: Session | None = None
+    begins: bool = False
     endings: int = 0
     casualties: list[int] = field(default_factory=list)
     alone: bool = False
@@ -81,12 +83,13 @@ class Call:
 @dataclass(frozen=True)
 class Batch:
     """arrays: the model's inputs, C-contiguous. dims: the sizes of the signature's dynamic dims in this step. subgraph:
-    that of all its calls."""
+    that of all its calls. reset: the agents' state is first as it was when they loaded it."""
 
     calls: tuple[Call, ...]
     arrays: tuple[Array, ...]
     dims: dict[str, int]
     subgraph: int = 0
+    reset: bool = False
 
 
 class Batching:
@@ -298,7 +301,7 @@ class Batching:
                 arrays.append(self._stack(i, rows, shapes[i]))
             else:
                 arrays.append(np.ascontiguousarray(first[i]).reshape(first[i].shape))
-        return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph)
+        return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph, calls[0].begins)
 
     def _stack(self, number: int, rows: list[Array], shape: tuple[int, ...]) -> Array:
         if self._padding is not None and any(row.shape != shape for row in rows):

@@ -213,7 +213,7 @@ class ReplicaGroup:
         number, self._next_step = self._next_step, self._next_step + 1
         timer = self._loop.call_later(self._settings.step_timeout, self._step_timed_out, number)
         self._steps[number] = StepInFlight(batch, False, timer, time.monotonic())
-        step = group.Step(self.generation, number, batch.subgraph, batch.dims)
+        step = group.Step(self.generation, number, batch.subgraph, batch.dims, batch.reset)
         buffers = [array.reshape(-1).view(np.uint8).data for array in batch.arrays]
         with Parcel(buffers) as parcel:
             for agent in self.agents.values():

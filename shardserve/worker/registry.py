@@ -189,6 +189,12 @@ class Registry:
                     f"stage_size={config.stage_size}; servable {self._servable.name!r} declares {model.rank_size}, "
                     f"{model.stage_size}"
                 )
+            if config.state and not model.stateful:
+                names = ", ".join(spec.name for spec in config.state[:3]) + (", …" if len(config.state) > 3 else "")
+                raise ShardError(
+                    f"rank {message.rank}{which}: its shard keeps buffers between steps ({names}), which steps of "
+                    f"other clients would change: servable {self._servable.name!r} has to declare stateful=True"
+                )
             if config.rank != local:
                 raise ShardError(
                     f"rank {message.rank}{which}: needs the shard device{local}, was given device{config.rank}"

@@ -183,7 +183,10 @@ class Scheduler:
     def failed(self, batch: Batch, message: str) -> None:
         """The model raised. Of several calls, each runs again alone, so that only the one at fault fails."""
         if len(batch.calls) == 1:
-            batch.calls[0].fail(StepError(message))
+            (call,) = batch.calls
+            call.fail(StepError(message))
+            if call.session is not None:
+                call.session.spoil(StepError(message))
             return
         for call in reversed(batch.calls):
             call.alone = True

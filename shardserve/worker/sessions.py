@@ -1,7 +1,8 @@
 """Stateful servables: which method call holds which group.
 
 A session is one method call. From its first step to its end it has a group for itself, unbatched; others wait in the
-order in which they came. When the group's generation ends, the state that its agents kept is lost: the session is void.
+order in which they came. Its first step resets what the agents keep. When the group's generation ends, or a step
+raises, that is lost: the session has no further step.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ NO_GENERATION = Generation(0, 0)
 
 @dataclass(eq=False)
 class Session:
-    """One method call. group: what it holds, as long as it does. void: why its state is lost."""
+    """One method call. group: what it holds, as long as it does. begun: whether it had a step. void: why its state is
+    lost. spoiled: why it has no further step, whatever it makes of those that it had."""
 
     group: ReplicaGroup | None = None
     generation: Generation = NO_GENERATION
     calls: deque[Call] = field(default_factory=deque)
+    begun: bool = False
     void: str = ""
+    spoiled: str = ""
 
     def check(self) -> None:
         """Aborted if its state is lost."""
         if self.void:
             raise Aborted(self.void)
+
+    def spoil(self, error: ShardserveError) -> None:
+        """A step raised: some ranks may have changed their state, others not."""
+        self.spoiled = f"a step of this method call raised, and with it its state is lost: {error}"
+        self.refuse(Aborted(self.spoiled))
 
     def refuse(self, error: ShardserveError) -> None:
         """Answers all its waiting calls."""
@@ -52,6 +61,8 @@ class Sessions:
     def submit(self, session: Session, call: Call) -> None:
         """Aborted if the session's state is lost, Overloaded if too many wait."""
         session.check()
+        if session.spoiled:
+            raise Aborted(session.spoiled)
         if session not in self._holding and session not in self._waiting:
             if len(self._waiting) >= self._limit:
                 raise Overloaded(f"{len(self._waiting)} method calls wait for a group already (queue_limit)")
@@ -90,7 +101,9 @@ class Sessions:
     def _next(self, session: Session) -> None:
         self._drop_answered(session)
         if session.calls and session.group is not None and not session.void and not session.group.in_flight:
-            self._send(session.group, session.calls.popleft())
+            call = session.calls.popleft()
+            call.begins, session.begun = not session.begun, True
+            self._send(session.group, call)
 
     @staticmethod
     def _drop_answered(session: Session) -> None:

@@ -151,12 +151,14 @@ class Broken(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
-    """Payload: for the first pipeline stage the input tensors, for the others nothing. Shapes follow from `dims`."""
+    """Payload: for the first pipeline stage the input tensors, for the others nothing. Shapes follow from `dims`.
+    reset: the buffers that agents keep between steps are first put back to what they were when they were loaded."""
 
     generation: Generation
     step: int
     subgraph: int
     dims: dict[str, int]
+    reset: bool = False
 
 
 class Output(Message, frozen=True):

@@ -106,8 +106,14 @@ async def test_an_agent_joins_its_group():
         (1, config(0), ShardError, "rank 1: needs the shard device1, was given device0"),
         (2, config(1), ShardError, "rank 2: needs the shard device0, was given device1"),
         (1, config(1, export_id="e2"), ShardError, "rank 1: its shard is of export e2, that of rank 0 of export e1"),
-        (1, {"format_version": 9}, ShardError, "rank 1: group config: format_version is 9; this release reads 1"),
+        (1, {"format_version": 9}, ShardError, "rank 1: group config: format_version is 9; this release reads 1 and 2"),
         (1, {**config(1), "rank": "1"}, ShardError, "rank 1: group config: Expected `int`, got `str`"),
+        (
+            1,
+            {**config(1), "state": [{"name": "cache", "dtype": "float32", "shape": [2]}]},
+            ShardError,
+            r"rank 1: its shard keeps buffers between steps \(cache\), .* servable 'net' has to declare stateful=True",
+        ),
     ],
 )
 @asynchronous

@@ -4,8 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, Unavailable
+from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, StepError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.wire.messages import group
 from shardserve.worker.model_calls import ModelCalls
 
 from .harness import Cluster, asynchronous, quick
@@ -62,6 +63,49 @@ async def test_a_method_call_holds_its_group_unbatched_until_its_end():
     assert s.steps() == [(2, [2])]
     s.output(2, [20])
     assert (await other)[0].tolist() == [20]
+
+
+def resets(s):
+    return [step.reset for step in s.agents[0].stream.take(group.Step)]
+
+
+@asynchronous
+async def test_the_first_step_of_each_session_resets_what_agents_keep():
+    s = Setting()
+    for _ in range(2):
+        session = s.models.session()
+        for number, reset in enumerate((True, False, False)):
+            s.agents[0].stream.clear()
+            running = s.begin(session, 1)
+            await turn()
+            assert resets(s) == [reset]
+            s.output(s.steps()[0][0], [number])
+            await running
+        s.models.end(session)
+
+
+@asynchronous
+async def test_a_session_has_no_step_after_one_that_raised():
+    s = Setting()
+    first, second = s.models.session(), s.models.session()
+    calls = [s.begin(first, value) for value in (1, 2)]
+    await turn()
+    s.failure(0)
+    s.output(0, [0])
+    with pytest.raises(StepError, match="boom"):
+        await calls[0]
+    with pytest.raises(Aborted, match="a step of this method call raised, and with it its state is lost: boom"):
+        await calls[1]
+    with pytest.raises(Aborted, match="boom"):
+        await s.begin(first, 3)
+    # What it makes of its error is its own affair.
+    first.check()
+    s.models.end(first)
+    other = s.begin(second, 4)
+    await turn()
+    assert resets(s)[-1]
+    s.output(1, [40])
+    assert (await other)[0].tolist() == [40]
 
 
 @asynchronous

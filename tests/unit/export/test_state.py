@@ -1,0 +1,227 @@
+"""Models whose forward changes buffers: the shards keep them between steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardserve.errors import ExportError, ShardError
+from shardserve.export import Plan, export, verify
+from shardserve.export.verify import Shards
+from shardserve.shards.program import Program
+from shardserve.shards.state import StateStore
+
+WIDTH, HEADS, LONGEST = 16, 4, 12
+PLAN = Plan({"blocks.*.[qkv].*": "Shard(0)", "blocks.*.o.weight": "Shard(1)"})
+
+
+class Attention(nn.Module):
+    """x [1, 1, 16] at `position` [1]; keys are written by an index, values by index_copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        shape = (1, HEADS, LONGEST, WIDTH // HEADS)
+        self.register_buffer("keys", torch.zeros(shape), persistent=False)
+        self.register_buffer("values", torch.zeros(shape), persistent=False)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        q, k, v = (each(x).view(1, 1, HEADS, -1).transpose(1, 2) for each in (self.q, self.k, self.v))
+        self.keys[:, :, position] = k
+        self.values.index_copy_(2, position, v)
+        mask = torch.arange(LONGEST)[None] <= position[:, None]
+        y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
+        return x + self.o(y.transpose(1, 2).reshape(1, 1, WIDTH))
+
+
+class Decoder(nn.Module):
+    """token int64 [1, 1] → scores [1, 1, 20]; counts its steps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 20)
+        self.register_buffer("length", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, token: Tensor) -> Tensor:
+        x = self.embedding(token)
+        for block in self.blocks:
+            x = block(x, self.length)
+        self.length += 1
+        return self.head(x)
+
+
+TOKENS = [torch.tensor([[token]]) for token in (3, 7, 1, 19, 7)]
+
+
+def steps(run: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [run(token) for token in TOKENS]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_decoder_that_keeps_its_cache(tmp_path: Path, tp: int, pp: int) -> None:
+    model = Decoder()
+    plan = PLAN if tp > 1 else None
+    report = export(
+        model, (TOKENS[0],), name="decoder", out=tmp_path, plan=plan, tensor_parallel=tp, pipeline_parallel=pp
+    )
+    shards = Shards(tmp_path, "decoder")
+    got = steps(lambda token: shards.run({"token": token})[0])
+    for one, other in zip(got, steps(model), strict=True):
+        torch.testing.assert_close(one, other)
+    shards.reset()
+    assert torch.equal(shards.run({"token": TOKENS[0]})[0], got[0])
+    # Sharded by heads, written in place, each in its stage; the counter in all.
+    caches = {f"blocks.{i}.{name}" for i in range(2) for name in ("keys", "values")}
+    for stage in shards.stages:
+        for program in stage:
+            state = {spec.name: spec.shape for spec in program.config.state}
+            own = caches if pp == 1 else {name for name in caches if f"blocks.{program.config.stage}." in name}
+            assert state == dict.fromkeys(own, (1, HEADS // tp, LONGEST, WIDTH // HEADS)) | {"length": (1,)}
+            assert program.copied == ("length",)
+    assert sum(report.collectives().values()) == (2 if tp > 1 else 0)
+    assert "stateful=True" in str(report)
+    assert "keeps length: int64 [1]" in str(report)
+
+
+def test_verify_takes_two_steps_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = Decoder()
+    model.length += 2
+    model.blocks[0].values += 0.5
+    export(model, (TOKENS[0],), name="decoder", out=tmp_path, plan=PLAN, tensor_parallel=2, pipeline_parallel=2)
+    assert verify(model, (TOKENS[0],), None, tmp_path, "decoder").passed
+    assert model.length.tolist() == [2]
+    assert bool((model.blocks[0].values == 0.5).all())
+    with torch.no_grad():
+        model.blocks[1].keys += 1
+    assert not verify(model, (TOKENS[0],), None, tmp_path, "decoder").passed
+
+
+class Kinds(nn.Module):
+    """x [3, 4]: one buffer for each way to change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.up = nn.Linear(4, 8)
+        for name in ("last", "before", "rolled", "corner", "sums", "picked", "biased"):
+            self.register_buffer(name, torch.zeros(3, 8))
+        self.biased = torch.arange(24.0).reshape(3, 8)
+        self.register_buffer("seen", torch.zeros(5, 3, dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.up(x)
+        self.before.copy_(self.last)
+        self.last.copy_(y)
+        self.rolled[:, 1:] = self.rolled[:, :-1].clone()
+        self.rolled[:, 0] = y[:, 0]
+        self.corner[1:, 2:4] = y[1:, :2]
+        self.sums += y
+        self.picked[0] = y[2]
+        self.picked.masked_fill_(self.picked < 0, 0.25)
+        self.biased.mul_(0.5).add_(y)
+        self.seen[0] = y.sum(1) > 0
+        return self.before, self.rolled[:, ::2], self.corner + 1, self.sums.t(), self.picked[0], self.biased, self.seen
+
+
+KINDS = [torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_all_ways_to_change_a_buffer(tmp_path: Path, tp: int) -> None:
+    model = Kinds()
+    plan = Plan({"up.*": "Shard(0)"}) if tp > 1 else None
+    export(model, (KINDS[0],), name="kinds", out=tmp_path, plan=plan, tensor_parallel=tp)
+    shards = Shards(tmp_path, "kinds")
+    results = []
+    for x in KINDS:
+        got = shards.run({"x": x})
+        with torch.no_grad():
+            expected = model(x)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        results.append([(one, one.clone()) for one in got])
+    # What was given stays as it is, whatever later steps write.
+    assert all(torch.equal(one, then) for got in results for one, then in got)
+    if tp == 1:
+        # Read when it is written, written from itself, or between two writes; or what is written is no part.
+        assert set(shards.stages[0][0].copied) == {"last", "before", "sums", "picked", "biased"}
+
+
+class Late(nn.Module):
+    """The first layer uses what the second writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("memory", torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x + self.memory)
+        z = self.second(y)
+        self.memory.copy_(z)
+        return z
+
+
+def test_a_buffer_that_an_earlier_stage_uses(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"uses the buffer 'memory' in pipeline stage 0 and changes it in stage 1"):
+        export(Late(), (torch.ones(2, 4),), name="late", out=tmp_path, pipeline_parallel=2, cuts=("second",))
+    export(Late(), (torch.ones(2, 4),), name="late", out=tmp_path, tensor_parallel=1)
+
+
+class Early(nn.Module):
+    """The second layer uses what the first has written, before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("memory", torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.memory.clone()
+        self.memory[0] = self.first(x)[0]
+        return self.second(old + self.memory)
+
+
+def test_a_buffer_crosses_to_later_stages(tmp_path: Path) -> None:
+    model = Early()
+    export(model, (torch.ones(2, 4),), name="early", out=tmp_path, pipeline_parallel=2, cuts=("second",))
+    shards = Shards(tmp_path, "early")
+    assert [[spec.name for spec in stage[0].config.state] for stage in shards.stages] == [["memory"], []]
+    for factor in (1.0, 2.0, 3.0):
+        x = torch.ones(2, 4) * factor
+        with torch.no_grad():
+            torch.testing.assert_close(shards.run({"x": x})[0], model(x))
+
+
+class ChangesInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(1)
+        return x * 2
+
+
+def test_a_model_that_changes_its_input(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"changes 'x' \(user input mutation\); a forward may change its buffers only"
+    ):
+        export(ChangesInput(), (torch.ones(2),), name="x", out=tmp_path)
+
+
+def test_buffers_of_another_export_are_not_shared(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        model = Decoder()
+        if name == "other":
+            model.head = nn.Linear(WIDTH, 20)
+        export(model, (TOKENS[0],), name=name, out=tmp_path / name)
+    store = StateStore()
+    Program.load(tmp_path / "one" / "device0" / "one.graph.json", state=store)
+    with pytest.raises(ShardError, match=r"another subgraph keeps a buffer '.*', too, and is of another export"):
+        Program.load(tmp_path / "other" / "device0" / "other.graph.json", state=store)
