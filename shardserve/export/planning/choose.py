@@ -18,7 +18,10 @@ from shardserve.export.planning.probe import Move, Outcome, Placements, Prober
 ENOUGH = 1.1
 """A rank's share of bytes and of FLOPs, over total / ranks, at which no further collective is paid for less."""
 WORTH = 0.33
-"""What a set has to spare for its collectives, over what those that were chosen spare on average."""
+"""What a set has to spare for its collectives, of bytes or of FLOPs, over what those that were chosen spare on average.
+
+Of one or the other: a large embedding's lookup spares many bytes for one collective and no FLOPs, layers spare FLOPs.
+"""
 _GATHER = 1.5
 """Collectives that a gather inside the model counts as: what follows it is computed whole, by every rank."""
 
@@ -59,7 +62,11 @@ class Scorer:
 
     def spared(self, outcome: Outcome) -> float:
         """The parts of all parameter bytes and of all FLOPs that each rank is spared."""
-        return self.spared_bytes(outcome.placements) / self.total_bytes + outcome.flops / self.total_flops
+        return sum(self.shares(outcome))
+
+    def shares(self, outcome: Outcome) -> tuple[float, float]:
+        """Both parts, each from 0 to 1."""
+        return self.spared_bytes(outcome.placements) / self.total_bytes, outcome.flops / self.total_flops
 
     def spared_bytes(self, placements: Placements) -> float:
         return sum(self.bytes[tensor] for tensor in placements) * (1 - 1 / self.probe.size)
@@ -157,7 +164,7 @@ def choose(probe: Prober, fixed: Mapping[str, Replicate | Shard]) -> Choice:
     choice = Choice(given, start, candidates(probe, scorer, fixed))
     order = [(-scorer.worth(candidate.outcome), index, -1) for index, candidate in enumerate(choice.candidates)]
     heapq.heapify(order)
-    gained, paid, chosen = 0.0, 0.0, list[Candidate]()
+    gained, paid, chosen = [0.0, 0.0], 0.0, list[Candidate]()
     while order:
         worth, index, seen = heapq.heappop(order)
         candidate = choice.candidates[index]
@@ -167,7 +174,8 @@ def choose(probe: Prober, fixed: Mapping[str, Replicate | Shard]) -> Choice:
         outcome = probe({**choice.placements, **candidate.placements})
         if outcome is None or len(outcome.placements) == len(choice.placements):
             continue
-        gain = scorer.spared(outcome) - scorer.spared(choice.outcome)
+        gains = [new - old for new, old in zip(scorer.shares(outcome), scorer.shares(choice.outcome), strict=True)]
+        gain = sum(gains)
         price = scorer.price(outcome) - scorer.price(choice.outcome)
         if gain <= 0:
             continue
@@ -176,13 +184,18 @@ def choose(probe: Prober, fixed: Mapping[str, Replicate | Shard]) -> Choice:
             if actual > worth * 0.99 and seen != len(chosen):
                 heapq.heappush(order, (actual, index, len(chosen)))  # among those chosen it is worth less
                 continue
-            if scorer.enough(choice.outcome) or (paid and gain / price < WORTH * gained / paid):
+            if scorer.enough(choice.outcome) or (paid and _too_little(gains, price, gained, paid)):
                 continue
-        gained, paid = gained + gain, paid + max(price, 0.0)
+        gained, paid = [had + new for had, new in zip(gained, gains, strict=True)], paid + max(price, 0.0)
         choice.placements, choice.outcome = {**choice.placements, **candidate.placements}, outcome
         chosen.append(candidate)
     _drop(probe, scorer, choice, chosen)
     return choice
+
+
+def _too_little(gains: Sequence[float], price: float, gained: Sequence[float], paid: float) -> bool:
+    """Whether both what a set spares of bytes and what it spares of FLOPs is little beside those chosen before."""
+    return all(gain < 1e-9 or gain / price < WORTH * before / paid for gain, before in zip(gains, gained, strict=True))
 
 
 def _drop(probe: Prober, scorer: Scorer, choice: Choice, chosen: list[Candidate]) -> None:

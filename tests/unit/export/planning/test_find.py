@@ -135,6 +135,14 @@ def test_one_module_called_twice_and_layers_in_turn() -> None:
     assert chain == ["Shard(0)", "Shard(1)", "Shard(0)", "Shard(1)"]
 
 
+def test_layers_after_a_large_embedding_are_cut_too() -> None:
+    """One collective halves the embedding, most of all bytes; the layers' spare the FLOPs, of which it has none."""
+    layers = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(6)]
+    placements = found(nn.Sequential(nn.Embedding(4096, 32), *layers), torch.zeros(2, 5, dtype=torch.int64))
+    assert placements["0.weight"] == "Shard(0)"
+    assert {placements.get(f"{layer}.2.weight") for layer in range(1, 7)} == {"Shard(1)"}
+
+
 def test_it_is_deterministic() -> None:
     model, args, _ = transformer(blocks=2)
     first, second = (find(traced(model, *args), 2) for _ in range(2))
