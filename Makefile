@@ -48,12 +48,12 @@ format: $(VENV)/.installed-dev ## have ruff format everything
 stubs: $(VENV)/.installed-dev ## generate the gRPC stubs from protos/
 	$(BIN)/python protos/generate.py
 
-BENCHMARKS := smoke overhead collectives sharded pipelining batching front large dispatch recording window steady costs
+BENCHMARKS := smoke overhead collectives sharded pipelining batching front large dispatch recording window steady costs export-memory
 
 bench: $(addprefix bench-,$(BENCHMARKS)) ## all figures of docs/performance.md, one after the other, on a machine that does nothing else
 
 bench-%: $(VENV)/.installed-dev ## one of them: bench-smoke, bench-overhead, bench-collectives, bench-sharded, …
-	$(BIN)/python -m benchmarks.$*
+	$(BIN)/python -m benchmarks.$(subst -,_,$*)
 
 bench-zoo: $(VENV)/.installed-dev ## models of many families in each layout: exported, compared, counted; writes docs/zoo.md
 	$(BIN)/python -m benchmarks.zoo --docs

@@ -27,7 +27,7 @@ from shardserve.shards.config import CONFIG_FILE
 from shardserve.shards.expressions import MAX_INTEGER
 from shardserve.shards.files import open_regular
 
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 """Bytes that are read, hashed or written at once."""
 LONGEST_HEADER = 100_000_000
 """As the safetensors package has it."""
@@ -169,10 +169,11 @@ def digest_of(path: Path, watch: Watch | None = None) -> str:
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            while piece := file.read(CHUNK):
-                digest.update(piece)
+            scratch = memoryview(bytearray(CHUNK))
+            while count := file.readinto(scratch):
+                digest.update(scratch[:count])
                 if watch is not None:
-                    watch(len(piece))
+                    watch(count)
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()
