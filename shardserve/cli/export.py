@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: the function's options['plan'], or else auto)",
     )
     parser.add_argument(
-        "--save-plan", metavar="FILE", help="write the plan that was used, to read, edit and give again"
+        "--save-plan", metavar="FILE", help="write the plan that was used, to edit and give again (default: don't)"
     )
     parser.add_argument(
         "--cut",

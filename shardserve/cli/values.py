@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from shardserve.errors import ConfigError
+from shardserve.shards.expressions import is_name
 from shardserve.wire.sockets import parse_address
 
 HIGHEST_PORT = 65535
@@ -95,6 +96,19 @@ def server_address(text: str) -> str:
             raise
         said = f"{text!r} isn't host:port with a port of 1 to {HIGHEST_PORT}, and not unix:path"
         raise argparse.ArgumentTypeError(said) from error
+
+
+def dims(text: str) -> dict[str, int]:
+    """Sizes of dims: `batch=8,length=128`."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not is_name(name) or not _digits(size):
+            raise argparse.ArgumentTypeError(f"{part!r} isn't NAME=SIZE")
+        if name in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} has the dim {name} twice")
+        sizes[name] = int(size)
+    return sizes
 
 
 def device_count(text: str) -> int:

@@ -55,6 +55,8 @@ def assemble(
 ) -> list[list[RankShard]]:
     """The shards of each stage, by coordinate. ExportError where a tensor can't cross a cut."""
     export_id = uuid.uuid4().hex
+    at = cost.Sizes.example(traced).values
+    example = {name: at[symbol] for symbol, name in traced.printer.names.items() if symbol in at}
     shards: list[list[RankShard]] = [[] for _ in range(stage_size)]
     fills = {kept.bound.tensor: fill_value(traced.tensors[kept.bound.tensor]) for kept in graphs[0].state}
     for graph in graphs:
@@ -70,6 +72,7 @@ def assemble(
                 write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends, state),
                 origins=() if last else tuple(origin(name, graph, traced.printer) for name in part.sends),
                 flops=_flops(part, graph, traced),
+                example_dims=example,
             )
             file = write.graph_file(part, meaning, signature, traced.printer, export_id, stored, fills)
             weights = {stored[bound.tensor]: bound for bound in part.parameters}

@@ -15,7 +15,7 @@ from shardserve.shards import files
 from shardserve.shards.expressions import MAX_INTEGER, ExpressionError, evaluate, is_name, parse, parse_condition
 
 FORMAT_VERSION = 2
-"""What is written. 2 has `origins`, `flops` and `state`."""
+"""What is written. 2 has `origins`, `flops`, `example_dims` and `state`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 CONFIG_FILE = "group_config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -206,8 +206,9 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signature's inputs in stage 0, else what the same coordinate of the stage before sends. `sends` is what it gives:
     the signature's outputs in the last stage; `origins`, of each, in all other stages, and none in older files.
     `flops`: FLOPs of this rank's matrix products in a step, 2 for a multiplication with its addition, an integer or an
-    expression over the dims; None: unknown. `state`: the buffers that the rank keeps between steps, as it has them, by
-    their names in the model; shards that have any run in stateful servables only.
+    expression over the dims; None: unknown. `example_dims`: the dims' sizes in the export's example inputs. `state`:
+    the buffers that the rank keeps between steps, as it has them, by their names in the model; shards that have any run
+    in stateful servables only.
     """
 
     format_version: int
@@ -226,6 +227,7 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameter_bytes: int
     origins: tuple[Origin, ...] = ()
     flops: int | str | None = None
+    example_dims: dict[str, int] = {}
     state: tuple[TensorSpec, ...] = ()
 
     def __post_init__(self) -> None:
@@ -251,6 +253,9 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _known("flops", parse(self.flops).names, self.signature.dims)
         elif self.flops is not None and not 0 <= self.flops <= MAX_INTEGER:
             raise ValueError(f"flops is {self.flops}")
+        _known("example_dims", frozenset(self.example_dims), self.signature.dims)
+        if any(not 0 <= size <= MAX_INTEGER for size in self.example_dims.values()):
+            raise ValueError(f"example_dims is {self.example_dims}")
         for spec in (*self.receives, *self.sends):
             _known(f"tensor '{spec.name}'", spec.names, self.signature.dims)
 

@@ -26,17 +26,65 @@ def test_stages_ranks_collectives_and_what_crosses(exported, capsys):
     assert lines[0].startswith("transformer: 4 ranks, 2 pipeline stages, export ")
     assert "  dim batch: 1 to 32" in lines
     assert "  input ids: int64 [batch, length]" in lines
+    assert "a step at batch = 3, length = 10 (the example's sizes):" in lines
     rows = {tuple(line.split()[:2]): line for line in lines if line.split()[0].isdecimal()}
-    assert rows["1", "0"].endswith("5 all_reduce")
-    assert rows["2", "1"].endswith("4 all_reduce")
-    assert any(line.endswith("float32 [batch, length, 64]") for line in lines)
+    # 3 * 10 * 64 floats each
+    assert rows["1", "0"].endswith("5 all_reduce: 38.4 kB")
+    assert rows["2", "1"].endswith("4 all_reduce: 30.7 kB")
+    crossing = "    add_238 (7.68 kB, of blocks.1, whole on each rank): float32 [batch, length, 64]"
+    assert any(line.split(" (")[1:] == crossing.split(" (")[1:] for line in lines), lines
+
+
+def test_other_sizes(exported, capsys):
+    assert main(["inspect", str(exported), "--dims", "batch=6,length=20"]) == 0
+    out = capsys.readouterr().out
+    assert "a step at batch = 6, length = 20 (given):" in out
+    assert "5 all_reduce: 154 kB" in out
+    assert main(["inspect", str(exported), "--dims", "batch=6"]) == 0
+    assert "a step at batch = 6, length = 10 (given, else the example's sizes):" in capsys.readouterr().out
+    for dims, said in (
+        ("width=6", "there is no dim 'width'; the model has batch, length"),
+        ("batch=33", "1 to 32, got"),
+    ):
+        assert main(["inspect", str(exported), "--dims", dims]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_json(exported, capsys):
     assert main(["inspect", str(exported), "--json"]) == 0
     shards = json.loads(capsys.readouterr().out)
     assert [shard["config"]["rank"] for shard in shards] == [0, 1, 2, 3]
-    assert shards[3]["collectives"] == {"all_reduce": 4}
+    last = shards[3]
+    assert last["collectives"] == {"all_reduce": 4}
+    assert last["dims"] == {"batch": 3, "length": 10}
+    assert last["collective_bytes"] == 4 * 3 * 10 * 64 * 4
+    assert last["parameter_bytes"] == sum(parameter["bytes"] for parameter in last["parameters"])
+    assert last["sends"] == [{"name": "logits", "bytes": 3 * 10 * 256 * 4}]
+    assert last["flops"] > 0
+
+
+def test_a_page(exported, tmp_path, capsys):
+    page = tmp_path / "shards.html"
+    assert main(["inspect", str(exported), "--html", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert "5 all_reduce a step: 38.4 kB" in page.read_text()
+    assert main(["inspect", str(exported), "--html", str(tmp_path / "no" / "shards.html")]) == 1
+    assert "there is no directory" in capsys.readouterr().err
+
+
+def test_shards_of_the_first_version_are_shown_without_their_flops(exported, tmp_path, capsys):
+    old = tmp_path / "model"
+    shutil.copytree(exported, old)
+    for file in old.glob("*/group_config.json"):
+        config = json.loads(file.read_text())
+        for field in ("origins", "flops", "example_dims"):
+            del config[field]
+        file.write_text(json.dumps({**config, "format_version": 1}))
+    assert main(["inspect", str(old)]) == 0
+    out = capsys.readouterr().out
+    assert "a step at batch = 1, length = 1 (the smallest sizes):" in out
+    assert out.count("unknown") == 4
 
 
 def test_on_a_terminal_a_bar_while_it_reads_and_the_same_output(exported):
@@ -67,6 +115,13 @@ def test_errors_name_the_folder(exported, tmp_path, capsys):
     config.write_text(config.read_text().replace('"export_id": "', '"export_id": "0'))
     assert main(["inspect", str(tmp_path / "model")]) == 1
     assert "device2" in capsys.readouterr().err
+    shutil.copytree(exported / "device1", tmp_path / "model" / "device2", dirs_exist_ok=True)
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    assert "device2 holds the shard of rank 1" in capsys.readouterr().err
+    graph = tmp_path / "model" / "device0" / "transformer.graph.json"
+    graph.write_text(graph.read_text().replace("relu", "silu").replace("gelu", "silu"))
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    assert "transformer.graph.json: its sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["rank_table", "inspect_shards", "export"])
