@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from shardserve.export import export, verify
 from shardserve.export.flops import flops
 from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.verify import Shards
-from shardserve.shards.graph import dtype_name
+from shardserve.shards.graph import GraphFile, dtype_name
 from shardserve.shards.program import Program
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2), "tp4": (4, 1)}
@@ -169,8 +168,8 @@ def measure(name: str, case: Case, layout: str, base: Whole, folder: Path) -> Ro
     programs = [program for stage in shards.stages for program in stage]
     ranks = len(programs)
     held = [program.config.parameter_bytes for program in programs]
-    collectives = Counter(report.collectives())
-    replicated = _replicated(case.model, shards) / base.weights if tensor_parallel > 1 else 0.0
+    collectives = dict(report.collectives())
+    replicated = _replicated(shards, folder) / base.weights if tensor_parallel > 1 else 0.0
     row = Row(
         name,
         layout,
@@ -185,19 +184,25 @@ def measure(name: str, case: Case, layout: str, base: Whole, folder: Path) -> Ro
         sum(flops) / base.flops if base.flops else None,
         max(flops) * ranks / base.flops if base.flops else None,
         replicated,
-        "; ".join(report.warnings),
+        "; ".join(report.replicated or ()),
         report.trace_seconds,
     )
     return Row(**{**row.__dict__, "missed": tuple(_missed(row, case, tensor_parallel))})
 
 
-def _replicated(model: nn.Module, shards: Shards) -> int:
+def _replicated(shards: Shards, folder: Path) -> int:
     """Bytes of weights that are the same on the ranks of a stage."""
     shared = 0
     for stage in shards.stages:
-        if len(stage) > 1:
-            for first, second in zip(stage[0].parameters, stage[1].parameters, strict=True):
-                shared += first.nbytes if first.shape == second.shape and torch.equal(first, second) else 0
+        held: list[dict[str, Tensor]] = []
+        for program in stage[:2]:
+            graph = GraphFile.load(folder / f"device{program.config.rank}" / program.config.graph_file)
+            named = zip(graph.parameters, program.parameters, strict=True)
+            held.append({parameter.tensor: tensor for parameter, tensor in named})
+        for name, tensor in held[0].items():
+            # What one rank alone has (a bias that is added once) isn't on the others, but isn't cut either.
+            same = len(held) > 1 and (name not in held[1] or torch.equal(tensor, held[1][name]))
+            shared += tensor.nbytes if same else 0
     return shared
 
 
