@@ -34,21 +34,20 @@ def encoder(net: nn.Module, collectives: int, **changed: Any) -> Case:
     return Case(net, kwargs, shapes, collectives, bounded=True, **changed)
 
 
-def decoder(net: nn.Module, collectives: int | None = 2 * LAYERS + 2, **changed: Any) -> Case:
+def decoder(net: nn.Module, collectives: int = 2 * LAYERS + 2, **changed: Any) -> Case:
     """The prompt's ids and padding mask; logits of all positions."""
-    return encoder(net, collectives, **changed)  # type: ignore[arg-type]
+    return encoder(net, collectives, **changed)
 
 
 @model
 def bert() -> Case:
-    # The pooler is replicated or gathered: its width is small.
-    return encoder(hf.BertModel(hf.BertConfig(**ENCODER)), 2 * LAYERS + 2)
+    return encoder(hf.BertModel(hf.BertConfig(**ENCODER)), 2 * LAYERS + 1)
 
 
 @model
 def roberta() -> Case:
     config = hf.RobertaConfig(**{**ENCODER, "max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1})
-    return encoder(hf.RobertaForMaskedLM(config), 2 * LAYERS + 3)
+    return encoder(hf.RobertaForMaskedLM(config), 2 * LAYERS + 2)
 
 
 @model
@@ -57,18 +56,18 @@ def distilbert() -> Case:
         vocab_size=VOCABULARY, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER,
         max_position_embeddings=POSITIONS, num_labels=3,
     )  # fmt: skip
-    return encoder(hf.DistilBertForSequenceClassification(config), 2 * LAYERS + 2)
+    return encoder(hf.DistilBertForSequenceClassification(config), 2 * LAYERS + 1)
 
 
 @model
 def albert() -> Case:
     config = hf.AlbertConfig(**ENCODER, embedding_size=32, num_hidden_groups=1)
-    return encoder(hf.AlbertModel(config), 2 * LAYERS + 2)
+    return encoder(hf.AlbertModel(config), 2 * LAYERS + 1)
 
 
 @model
 def electra() -> Case:
-    return encoder(hf.ElectraForPreTraining(hf.ElectraConfig(**ENCODER, embedding_size=32)), 2 * LAYERS + 3)
+    return encoder(hf.ElectraForPreTraining(hf.ElectraConfig(**ENCODER, embedding_size=32)), 2 * LAYERS + 1)
 
 
 @model
@@ -81,7 +80,8 @@ def gpt2() -> Case:
 
 @model
 def gpt_neox() -> Case:
-    return decoder(hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**DECODER)))
+    # Attention and layers of a block are added: one reduction of both.
+    return decoder(hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**DECODER)), LAYERS + 2)
 
 
 @model

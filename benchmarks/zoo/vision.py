@@ -34,13 +34,13 @@ def images(net: nn.Module, collectives: int | None = None, **changed: Any) -> Ca
 
 @model
 def vit() -> Case:
-    return images(hf.ViTForImageClassification(hf.ViTConfig(**PATCHES)), 2 * LAYERS + 2, bounded=True)
+    return images(hf.ViTForImageClassification(hf.ViTConfig(**PATCHES)), 2 * LAYERS, bounded=True)
 
 
 @model
 def deit() -> Case:
     net = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**PATCHES))
-    return images(net, 2 * LAYERS + 2, bounded=True)
+    return images(net, 2 * LAYERS, bounded=True)
 
 
 @model
@@ -48,7 +48,7 @@ def swin() -> Case:
     config = hf.SwinConfig(
         image_size=SIDE, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=8
     )
-    return images(hf.SwinForImageClassification(config), 2 * 4 + 3, bounded=True, tensor_parallel=(2,))
+    return images(hf.SwinForImageClassification(config), 2 * 4, bounded=True, tensor_parallel=(2,))
 
 
 @model
@@ -80,7 +80,7 @@ def clip() -> Case:
     }
     texts = Dim("texts", min=1, max=6)
     shapes = {"input_ids": {0: texts, 1: LENGTH}, "pixel_values": {0: BATCH}, "attention_mask": {0: texts, 1: LENGTH}}
-    return Case(net, kwargs, shapes, 2 * 2 * LAYERS + 4, bounded=True)
+    return Case(net, kwargs, shapes, 2 * 2 * LAYERS + 1, bounded=True)
 
 
 @model
@@ -94,6 +94,7 @@ def detr() -> Case:
         encoder_ffn_dim=256, decoder_ffn_dim=256, num_queries=8, num_labels=8,
     )  # fmt: skip
     kwargs = {"pixel_values": torch.randn(3, 3, 64, 64)}
+    # 2 and 3 a block, and one for each block of the backbone that is cut.
     return Case(hf.DetrForObjectDetection(config), kwargs, {"pixel_values": {0: BATCH}})
 
 
@@ -107,7 +108,7 @@ def whisper() -> Case:
     )  # fmt: skip
     kwargs = {"input_features": torch.randn(3, 16, 32), "decoder_input_ids": tokens(512, 3, 5)}
     shapes = {"input_features": {0: BATCH}, "decoder_input_ids": {0: BATCH, 1: LENGTH}}
-    return Case(hf.WhisperForConditionalGeneration(config), kwargs, shapes, (2 + 3) * LAYERS + 3, bounded=True)
+    return Case(hf.WhisperForConditionalGeneration(config), kwargs, shapes, (2 + 3) * LAYERS + 2, bounded=True)
 
 
 @model
@@ -120,5 +121,5 @@ def wav2vec2() -> Case:
     kwargs = {"input_values": torch.randn(3, 800)}
     samples = Dim("samples", min=200, max=1600)
     return Case(
-        hf.Wav2Vec2ForCTC(config), kwargs, {"input_values": {0: BATCH, 1: samples}}, 2 * LAYERS + 3, bounded=True
+        hf.Wav2Vec2ForCTC(config), kwargs, {"input_values": {0: BATCH, 1: samples}}, 2 * LAYERS + 1, bounded=True
     )
