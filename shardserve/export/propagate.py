@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export import rules, rules_dims, rules_updates
+from shardserve.export import rules, rules_channels, rules_dims, rules_index, rules_updates
 from shardserve.export.emit import Call, Emitter, LocalNode, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import operator_advice
@@ -21,7 +21,8 @@ from shardserve.export.trace import Trace
 from shardserve.shards import operators
 
 # Importing them registers their rules.
-assert {rules_dims.reduction, rules_updates.copy} <= set(rules.RULES.values())
+_TABLES = (rules_dims, rules_channels, rules_index, rules_updates)
+assert all(table.rule is rules.rule for table in _TABLES)
 
 _CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}

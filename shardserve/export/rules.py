@@ -122,11 +122,11 @@ def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         bias = bias and emitter.redistribute(bias, Shard(0, blocks))
         return call.emit(emitter, Shard(last, blocks), input=x, weight=weight, bias=bias)
     x = emitter.redistribute(x, Shard(last, weight.placement.blocks))
-    bias = _one_rank_only(emitter, bias)
+    bias = one_rank_only(emitter, bias)
     return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
 
 
-def _one_rank_only(emitter: Emitter, bias: Value | None) -> Value | None:
+def one_rank_only(emitter: Emitter, bias: Value | None) -> Value | None:
     """The bias of a sum over ranks: added by the first."""
     if bias is None:
         return None
@@ -147,8 +147,8 @@ def matmul(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     def emitted(placement: Placement, left: Value, right: Value) -> Value | list[Value]:
         return call.emit(emitter, placement, **{first: left, second: right})
 
-    if left.placement == Shard(m) and _whole(right):
-        return emitted(Shard(ndim - 2), left, right)
+    if isinstance(left.placement, Shard) and left.placement.dim == m and _whole(right):
+        return emitted(Shard(ndim - 2, left.placement.blocks), left, right)
     contracted = _contraction(left, k, right, n - 1)
     if contracted is not None:
         left, right = (emitter.redistribute(side, Shard(dim, contracted)) for side, dim in ((left, k), (right, n - 1)))
@@ -213,7 +213,7 @@ def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         bias = emitter.redistribute(bias, Shard(0, blocks))
         return call.emit(emitter, Shard(1, blocks), self=bias, mat1=emitter.replicated(left))
     left = emitter.redistribute(left, Shard(1, blocks))
-    own = _one_rank_only(emitter, bias)
+    own = one_rank_only(emitter, bias)
     if own is not None:
         return call.emit(emitter, Partial(), self=own, mat1=left)
     return emitter.call("aten.mm.default", (left, right), {}, call.shape, call.dtype, Partial(), call.name)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
-from shardserve.export.rules import rule
+from shardserve.export.rules import pointwise, rule
 from shardserve.export.symbols import divide
 
 Result = Value | list[Value] | None
@@ -67,7 +67,7 @@ def squeeze(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, placement)
 
 
-@rule("expand")
+@rule("expand", "broadcast_to")
 def expand(emitter: Emitter, call: Call) -> Result:
     """The sharded dim isn't one that is expanded: those have size 1."""
     placement = call["self"].placement
@@ -77,7 +77,8 @@ def expand(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, placement, size=sizes)
 
 
-@rule("select", "unbind", "cumsum", "softmax", "_softmax", "log_softmax", "_log_softmax")
+@rule("select", "unbind", "softmax", "_softmax", "log_softmax", "_log_softmax")
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", "argsort")
 def along_dim(emitter: Emitter, call: Call) -> Result:
     """Works along one dim: parts of another stand alone."""
     x = emitter.reduced(call["self"])
@@ -162,9 +163,12 @@ def cat(emitter: Emitter, call: Call) -> Result:
     return aligned.emit(emitter, Shard(after, sharded.blocks))
 
 
-@rule("sum", "mean", "amax", "amin", "var", "any", "all", "argmax", "logsumexp", "prod")
+@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod")
+@rule("any", "all", "argmax", "argmin", "logsumexp", "max", "min", "median")
 def reduction(emitter: Emitter, call: Call) -> Result:
     """Over dims: those that are not sharded alone; a sum or mean over the sharded dim leaves terms of a sum."""
+    if "other" in call.arguments:
+        return pointwise(emitter, call)  # the larger of two tensors' elements
     x = call["self"]
     if x.placement == Partial() and call.opname in ("sum", "mean") and call.dtype == x.dtype:
         return call.emit(emitter, Partial())  # the terms' sums: less to reduce
@@ -191,25 +195,6 @@ def reduction(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, result, self=x)
 
 
-_SPATIAL = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)]
-_SPATIAL += ["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"]
-_SPATIAL += ["upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"]
-
-
-@rule(*_SPATIAL)
-def spatial(emitter: Emitter, call: Call) -> Result:
-    """input [batch, channels, …]: each channel of each instance alone."""
-    name = next(iter(call.values))
-    x = emitter.reduced(call[name])
-    if not isinstance(x.placement, Shard) or x.placement.dim >= x.ndim - _spatial_dims(call):
-        return None
-    return call.emit(emitter, x.placement, **{name: x})
-
-
-def _spatial_dims(call: Call) -> int:
-    return int(call.opname[-2])
-
-
 @rule("zeros_like", "ones_like", "full_like")
 def filled_like(emitter: Emitter, call: Call) -> Result:
     """Only the shape matters."""
@@ -221,34 +206,3 @@ def filled_like(emitter: Emitter, call: Call) -> Result:
 def filled_new(emitter: Emitter, call: Call) -> Result:
     """Only the dtype and device matter."""
     return call.emit(emitter, Replicate())
-
-
-@rule("_native_batch_norm_legit_no_training")
-def batch_norm(emitter: Emitter, call: Call) -> Result:
-    """input [batch, channels, …], everything else [channels]: channel by channel; the other two results are empty."""
-    x = emitter.reduced(call["input"])
-    sharded = isinstance(x.placement, Shard) and x.placement.dim == 1
-    if isinstance(x.placement, Shard) and not sharded:
-        x = emitter.replicated(x)
-    blocks = x.placement.blocks if isinstance(x.placement, Shard) else 1
-    channels = Shard(0, blocks) if sharded else Replicate()
-    names = ("weight", "bias", "running_mean", "running_var")
-    per_channel = [call[name] and emitter.redistribute(call[name], channels) for name in names]
-    arguments = (x, *per_channel, False, call["momentum"], call["eps"], True)
-    normalized = emitter.call("aten.batch_norm.default", arguments, {}, call.shape, call.dtype, x.placement, call.name)
-    return [normalized]
-
-
-@rule("conv1d", "conv2d", "conv3d")
-def convolution(emitter: Emitter, call: Call) -> Result:
-    """input [batch, in, …], weight [out, in / groups, …]: by output channels, or by input channels without groups."""
-    x, weight, bias = emitter.reduced(call["input"]), call["weight"], call.get("bias")
-    placement = weight.placement
-    if call["groups"] != 1 or not isinstance(placement, Shard) or placement.dim > 1:
-        return None
-    if placement.dim == 0:
-        bias = bias and emitter.redistribute(bias, placement)
-        return call.emit(emitter, Shard(1, placement.blocks), input=emitter.replicated(x), weight=weight, bias=bias)
-    own = emitter.replicated(bias) if bias is not None and emitter.coordinate == 0 else None
-    x = emitter.redistribute(x, placement)
-    return call.emit(emitter, Partial(), input=x, weight=weight, bias=own)

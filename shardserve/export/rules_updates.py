@@ -11,6 +11,7 @@ from typing import Any
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Replicate, Shard
 from shardserve.export.rules import pointwise, rule
+from shardserve.export.rules_index import result_dims
 
 Result = Value | list[Value] | None
 
@@ -83,12 +84,7 @@ def index_put(emitter: Emitter, call: Call) -> Result:
     indexed = [dim for dim, index in enumerate(indices) if index is not None]
     if not indexed or any(indices[dim].dtype.itemsize == 1 for dim in indexed):
         return None  # masks: how much is written depends on the data
-    whole = [dim for dim in range(target.ndim) if dim not in indexed]
-    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
-    # The dims of what is written: those of the indices where they stand, or in front if they stand apart.
-    front = [dim for dim in whole if adjacent and dim < indexed[0]]
-    common = max(indices[dim].ndim for dim in indexed)
-    order: list[int] = [*front, *([-1] * common), *(dim for dim in whole if dim not in front)]
+    order = result_dims(target.ndim, indices)
     dims = {}
     for place, dim in enumerate(order):
         at = place - len(order) + values.ndim

@@ -1,0 +1,131 @@
+"""Rules of operators on [batch, channels, …]: convolutions, pooling, and norms of channels."""
+
+from __future__ import annotations
+
+from shardserve.export.emit import Call, Emitter, Value
+from shardserve.export.placements import Partial, Replicate, Shard
+from shardserve.export.rules import one_rank_only, rule
+from shardserve.export.symbols import divide
+
+Result = Value | list[Value] | None
+
+_SPATIAL = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)]
+_SPATIAL += ["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"]
+_SPATIAL += ["upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"]
+
+
+@rule(*_SPATIAL)
+def spatial(emitter: Emitter, call: Call) -> Result:
+    """input [batch, channels, …]: each channel of each instance alone."""
+    name = next(iter(call.values))
+    x = emitter.reduced(call[name])
+    if not isinstance(x.placement, Shard) or x.placement.dim >= x.ndim - _spatial_dims(call):
+        return None
+    return call.emit(emitter, x.placement, **{name: x})
+
+
+def _spatial_dims(call: Call) -> int:
+    return int(call.opname[-2])
+
+
+@rule("_native_batch_norm_legit_no_training")
+def batch_norm(emitter: Emitter, call: Call) -> Result:
+    """input [batch, channels, …], everything else [channels]: channel by channel; the other two results are empty."""
+    x = emitter.reduced(call["input"])
+    sharded = isinstance(x.placement, Shard) and x.placement.dim == 1
+    if isinstance(x.placement, Shard) and not sharded:
+        x = emitter.replicated(x)
+    blocks = x.placement.blocks if isinstance(x.placement, Shard) else 1
+    channels = Shard(0, blocks) if sharded else Replicate()
+    names = ("weight", "bias", "running_mean", "running_var")
+    per_channel = [call[name] and emitter.redistribute(call[name], channels) for name in names]
+    arguments = (x, *per_channel, False, call["momentum"], call["eps"], True)
+    normalized = emitter.call("aten.batch_norm.default", arguments, {}, call.shape, call.dtype, x.placement, call.name)
+    return [normalized]
+
+
+@rule("group_norm", "instance_norm")
+def group_norm(emitter: Emitter, call: Call) -> Result:
+    """input [batch, channels, …], everything else [channels]: whole groups of channels, or channels, stand alone."""
+    x = emitter.reduced(call["input"])
+    placement = x.placement
+    if not isinstance(placement, Shard) or placement.dim != 1:
+        return None
+    changed: dict[str, object] = {"input": x}
+    if call.opname == "group_norm":
+        groups = divide(call["num_groups"], emitter.size * placement.blocks)
+        if groups is None:
+            return None
+        changed["num_groups"] = call["num_groups"] // emitter.size
+    names = [name for name in ("weight", "bias", "running_mean", "running_var") if call.get(name) is not None]
+    changed |= {name: emitter.redistribute(call[name], Shard(0, placement.blocks)) for name in names}
+    return call.emit(emitter, placement, **changed)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(emitter: Emitter, call: Call) -> Result:
+    """input [batch, in, …], weight [out, in / groups, …]: by output channels, by input channels, or by groups."""
+    x, weight = emitter.reduced(call["input"]), call["weight"]
+    channels = x.ndim - weight.ndim + 1
+    if call["groups"] != 1:
+        return _by_groups(emitter, call, x, weight, channels)
+    placement = weight.placement
+    if placement == Replicate() and isinstance(x.placement, Shard) and x.placement.dim == channels:
+        placement = Shard(1, x.placement.blocks)  # a slice of the weight costs nothing
+    if not isinstance(placement, Shard) or placement.dim > 1:
+        return None
+    return _convolved(emitter, call, x, weight, placement, channels, outputs=0)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(emitter: Emitter, call: Call) -> Result:
+    """input [batch, in, …], weight [in, out / groups, …]: by output or by input channels."""
+    x, weight = emitter.reduced(call["input"]), call["weight"]
+    channels = x.ndim - weight.ndim + 1
+    placement = weight.placement
+    if placement == Replicate() and isinstance(x.placement, Shard) and x.placement.dim == channels:
+        placement = Shard(0, x.placement.blocks)
+    if call["groups"] != 1 or not isinstance(placement, Shard) or placement.dim > 1:
+        return None
+    return _convolved(emitter, call, x, weight, placement, channels, outputs=1)
+
+
+def _convolved(
+    emitter: Emitter, call: Call, x: Value, weight: Value, placement: Shard, channels: int, outputs: int
+) -> Result:
+    """weight cut along `outputs`, its dim of output channels, or along the other, of input channels."""
+    weight, bias = emitter.redistribute(weight, placement), call.get("bias")
+    along = Shard(channels, placement.blocks)
+    if placement.dim == outputs:
+        bias = bias and emitter.redistribute(bias, Shard(0, placement.blocks))
+        return call.emit(emitter, along, input=emitter.replicated(x), weight=weight, bias=bias)
+    x, bias = emitter.redistribute(x, along), one_rank_only(emitter, bias)
+    return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
+
+
+def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: int) -> Result:
+    """Each group of input channels makes its own output channels: a rank has whole groups of both."""
+    given = next((side.placement for side in (weight, x) if side.placement != Replicate()), None)
+    if not isinstance(given, Shard) or given.dim != (0 if given is weight.placement else channels):
+        return None
+    if divide(call["groups"], emitter.size * given.blocks) is None:
+        return None
+    own, bias = Shard(0, given.blocks), call.get("bias")
+    along = Shard(channels, given.blocks)
+    return call.emit(
+        emitter,
+        along,
+        input=emitter.redistribute(x, along),
+        weight=emitter.redistribute(weight, own),
+        bias=bias and emitter.redistribute(bias, own),
+        groups=call["groups"] // emitter.size,
+    )
+
+
+@rule("_weight_norm")
+def weight_norm(emitter: Emitter, call: Call) -> Result:
+    """v [...], g [1, …, n, …, 1]: each of the n parts along `dim` has a norm of its own."""
+    v, g = emitter.reduced(call["v"]), emitter.reduced(call["g"])
+    if not isinstance(v.placement, Shard) or v.placement.dim != call["dim"] % v.ndim:
+        return None
+    return call.emit(emitter, v.placement, v=v, g=emitter.redistribute(g, v.placement))

@@ -1,0 +1,147 @@
+"""Operators between a pair of layers that are cut: each works on its part, so that the pair costs one all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from shardserve.export import Plan, export, verify
+
+BATCH = Dim("batch", min=1, max=5)
+
+
+class Pair(nn.Module):
+    """Two layers with what a test does between them; the width is cut: the last dim, or that of channels."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], convolutions: bool = False) -> None:
+        super().__init__()
+        self.between, self.convolutions = between, convolutions
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.conv_up, self.conv_down = nn.Conv1d(8, 16, 3, padding=1), nn.Conv1d(16, 8, 1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.instance = nn.InstanceNorm1d(16, affine=True)
+        self.depthwise = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv1d(16, 32, 3, padding=1, groups=4)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = (self.conv_up, self.conv_down) if self.convolutions else (self.up, self.down)
+        return last(self.between(first(x)))
+
+
+def check(model: nn.Module, x: Tensor, plan: dict[str, str], tmp_path: Path, expected: dict[str, int]) -> None:
+    report = export(
+        model, (x,), name="m", out=tmp_path, tensor_parallel=2, plan=Plan(plan), dynamic_shapes=({0: BATCH},)
+    )
+    assert dict(report.collectives()) == expected
+    assert not report.gathered
+    result = verify(model, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4)
+    assert result.passed, result
+
+
+IDS = torch.tensor([2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y.repeat_interleave(2, 1),
+        lambda y: y.repeat(1, 3, 1),
+        lambda y: y.flip([1]),
+        lambda y: y.roll(1, 1),
+        lambda y: F.pad(y, (0, 0, 1, 2)),
+        lambda y: F.pad(y, (0, 0, 1, 2), mode="reflect"),
+        lambda y: y[:, IDS],
+        lambda y: y[:, IDS[:, None], :],
+        lambda y: y.index_select(1, IDS),
+        lambda y: y.gather(1, y.argsort(1)),
+        lambda y: y.sort(1).values,
+        lambda y: y.topk(2, 1).values,
+        lambda y: y.cummax(1).values,
+        lambda y: y.max(1).values + y.std(1),
+        lambda y: torch.max(y, -y),
+        lambda y: y.norm(dim=1),
+        lambda y: y.transpose(1, 2).unsqueeze(2).expand(-1, -1, 3, -1).tril().sum(2).transpose(1, 2),
+    ],
+)
+def test_beside_the_cut_dim(tmp_path: Path, between: Callable[[Tensor], Tensor]) -> None:
+    plan = {"up.*": "Shard(0)", "down.weight": "Shard(1)"}
+    check(Pair(between), torch.randn(2, 3, 8), plan, tmp_path, {"all_reduce": 1})
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_copies_along_the_cut_dim(tmp_path: Path, times: int) -> None:
+    """Copies one after another are blocks, of each of which a rank has its part; each element several times isn't."""
+    plan = {"up.*": "Shard(0)"}
+    weight = torch.randn(4, 16 * times)
+    for folder, between in (
+        ("repeat", lambda y: F.linear(y.repeat(1, 1, times), weight)),
+        ("interleave", lambda y: F.linear(y.repeat_interleave(times, -1), weight)),
+    ):
+        model = Pair(between)
+        model.down = nn.Linear(4, 4)
+        check(model, torch.randn(2, 3, 8), plan, tmp_path / folder, {"all_reduce": 1})
+
+
+@pytest.mark.parametrize("layer", ["norm", "instance", "depthwise"])
+def test_channels(tmp_path: Path, layer: str) -> None:
+    model = Pair(lambda y: getattr(model, layer)(y), convolutions=True)
+    plan = {"conv_up.*": "Shard(0)", "conv_down.weight": "Shard(1)"}
+    check(model, torch.randn(2, 8, 6), plan, tmp_path, {"all_reduce": 1})
+
+
+def test_groups_of_channels(tmp_path: Path) -> None:
+    model = Pair(lambda y: model.grouped(y), True)
+    model.conv_down = nn.Conv1d(32, 8, 1)
+    plan = {"conv_up.*": "Shard(0)", "grouped.*": "Shard(0)", "conv_down.weight": "Shard(1)"}
+    check(model, torch.randn(2, 8, 6), plan, tmp_path, {"all_reduce": 1})
+
+
+@pytest.mark.parametrize(("dim", "collective"), [(0, "all_reduce"), (1, "all_gather")])
+def test_transposed_convolution(tmp_path: Path, dim: int, collective: str) -> None:
+    model = nn.ConvTranspose1d(8, 16, 3, 2)
+    plan = {"weight": f"Shard({dim})"}
+    check(model, torch.randn(2, 8, 6), plan, tmp_path, {collective: 1})
+
+
+def test_a_whole_convolution_after_one_that_is_cut(tmp_path: Path) -> None:
+    """It takes its part of the weight, instead of gathering the activation."""
+    model = nn.Sequential(nn.Conv1d(8, 16, 3), nn.ConvTranspose1d(16, 8, 3), nn.Conv1d(8, 4, 1))
+    check(model, torch.randn(2, 8, 6), {"0.*": "Shard(0)"}, tmp_path, {"all_reduce": 1})
+
+
+def test_parametrized_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 8))
+    plan = {"0.parametrizations.weight.*": "Shard(0)", "0.bias": "Shard(0)", "2.weight": "Shard(1)"}
+    check(model, torch.randn(2, 8), plan, tmp_path, {"all_reduce": 1})
+
+
+class Experts(nn.Module):
+    """A mixture of gated layers, each token's matrices looked up by its experts' numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(4, 32, 8) / 3)
+        self.down = nn.Parameter(torch.randn(4, 8, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        flat = chosen.flatten()
+        hidden = torch.bmm(self.gate_up[flat], x.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1)
+        gate, up = hidden.chunk(2, -1)
+        given = torch.bmm(self.down[flat], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (given * weights.flatten()[:, None]).view(-1, 2, 8).sum(1)
+
+
+def test_experts(tmp_path: Path) -> None:
+    plan = {"gate_up": "Shard(1, blocks=2)", "down": "Shard(2)"}
+    check(Experts(), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 1})
