@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from shardserve.agent.compilation import Compilation
-from shardserve.agent.forking import ForkRequest, LastWords
+from shardserve.agent.forking import ForkRequest, LastWords, LoadingTeller
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
 from shardserve.agent.timeline import Timeline
@@ -45,7 +45,7 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
         torch.set_num_threads(request.threads)
         # SIGALRM's default action ends the process, whatever keeps the load from ending.
         signal.setitimer(signal.ITIMER_REAL, settings.load_timeout)
-        agent = Agent(request, shared_memory, settings)
+        agent = Agent(request, shared_memory, settings, LoadingTeller(last_words))
         signal.setitimer(signal.ITIMER_REAL, 0)
         with torch.inference_mode():
             agent.serve()
@@ -64,14 +64,16 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
 class Agent:
     """ShardError, ConfigError or StartError if the shard can't be loaded or the device or port isn't there."""
 
-    def __init__(self, request: ForkRequest, shared_memory: int | None, settings: Settings) -> None:
+    def __init__(
+        self, request: ForkRequest, shared_memory: int | None, settings: Settings, told: Callable[[int, int], None]
+    ) -> None:
         self._request = request
         self._shared_memory = shared_memory
         self._settings = settings
         _check_device(request)
         # Subgraphs of the same weights share them, and what they keep between steps.
         state = StateStore()
-        weights = Weights(mapped=settings.weights == "mmap")
+        weights = Weights(settings.weights == "mmap", told)
         self._programs = [
             Program.load(model, config, request.device, weights, state)
             for model, config in zip(request.model_files, request.config_files, strict=True)

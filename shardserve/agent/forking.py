@@ -7,11 +7,12 @@ this one is a module of ours that imports torch once (1.3 to 3 s) and forks an a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -53,17 +54,17 @@ class ForkRequest(msgspec.Struct, frozen=True):
 
 
 class ForkReply(msgspec.Struct, frozen=True):
-    """pid of the child; its pidfd and the reading end of its last words are attached. error: why there is none."""
+    """pid of the child; its pidfd and the reading end of what it says are attached. error: why there is none."""
 
     pid: int
     error: str = ""
 
 
-# Of last words: a pipe holds 64 KiB that nobody reads before the death, so longer ones would keep the agent alive.
+# A pipe holds 64 KiB that nobody may have read before the death, so longer ones would keep the agent alive.
 LAST_WORDS_LENGTH = 4000
 
 
-class LastWords(msgspec.Struct, frozen=True):
+class LastWords(msgspec.Struct, frozen=True, tag="last"):
     """Why an agent ended of its own will. error: a class name of shardserve.errors, or nothing if it left in order."""
 
     error: str
@@ -71,28 +72,73 @@ class LastWords(msgspec.Struct, frozen=True):
 
     def write(self, pipe: int) -> None:
         """Says them, as far as they fit."""
-        words = LastWords(self.error, self.message[:LAST_WORDS_LENGTH])
-        os.write(pipe, msgspec.msgpack.encode(words))
+        _say(pipe, LastWords(self.error, self.message[:LAST_WORDS_LENGTH]))
 
 
-class AgentProcess(NamedTuple):
-    """pidfd becomes readable when the process ends; then `last_words` has a LastWords or nothing."""
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How many bytes of its weights an agent has loaded, and of how many that it knows of."""
 
-    pid: int
-    pidfd: int
-    last_words: int
+    done: int
+    total: int
+
+
+Said: Any = LastWords | Loading
+
+
+class LoadingTeller:
+    """Says on an agent's pipe what it has loaded, each percent once: all of it fits into the pipe, read or not."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        self._said: tuple[int, int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = 100 * done // max(total, 1), total
+        if now != self._said:
+            self._said = now
+            _say(self._pipe, Loading(done, total))
+
+
+def _say(pipe: int, message: LastWords | Loading) -> None:
+    os.write(pipe, msgspec.json.encode(message) + b"\n")
+
+
+class AgentProcess:
+    """A forked agent: pidfd becomes readable when the process ends, `words` when it has said something."""
+
+    def __init__(self, pid: int, pidfd: int, words: int) -> None:
+        os.set_blocking(words, False)
+        self.pid, self.pidfd, self.words = pid, pidfd, words
+        self.loading: Loading | None = None
+        self._last_words: LastWords | None = None
+        self._unread = b""
+
+    def read(self) -> bool:
+        """Takes in what it has said since the last time, if anything; False when it says no more."""
+        try:
+            data = os.read(self.words, MESSAGE_LIMIT)
+        except BlockingIOError:
+            return True
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            # A process that was killed while it spoke leaves half a message.
+            with contextlib.suppress(msgspec.DecodeError):
+                message: Loading | LastWords = msgspec.json.decode(line, type=Said)
+                if isinstance(message, Loading):
+                    self.loading = message
+                else:
+                    self._last_words = message
+        return bool(data)
 
     def read_last_words(self) -> LastWords | None:
-        """None too where a process was killed while it spoke."""
-        data = os.read(self.last_words, MESSAGE_LIMIT)
-        try:
-            return msgspec.msgpack.decode(data, type=LastWords) if data else None
-        except msgspec.DecodeError:
-            return None
+        """What an agent that has ended had to say; None too where it was killed while it spoke."""
+        # All of it is there: its end of the pipe went with it.
+        self.read()
+        return self._last_words
 
     def close(self) -> None:
         os.close(self.pidfd)
-        os.close(self.last_words)
+        os.close(self.words)
 
 
 class ForkServer:

@@ -15,6 +15,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from typing import NamedTuple
 
 from shardserve.agent.forking import AgentProcess, ForkServer
 from shardserve.agent.slots import AgentSlot, HostOptions, plan_slots
@@ -40,10 +41,22 @@ from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
 
+MEGABYTE = 1_000_000
+
+
+class Loaded(NamedTuple):
+    """What this host's agents had loaded when all were ready: bytes of weights, and seconds from the first's fork."""
+
+    size: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.size / MEGABYTE:.3g} MB of weights loaded in {self.seconds:.1f} s"
+
 
 class Supervisor:
     """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not.
-    `progress` hears until then of the agents that come."""
+    `progress` hears until then of the agents that load and come."""
 
     needs_others = False
     failure: ShardserveError | None = None
@@ -78,6 +91,8 @@ class Supervisor:
         self._waits_for = ""
         self._unknown = ""
         self._reminder: asyncio.Future[None] | None = None
+        self._forked_at = 0.0
+        self.loaded: Loaded | None = None
 
     async def run(self) -> None:
         if not self._options.with_server:
@@ -218,6 +233,10 @@ class Supervisor:
                 self._waits(len(self._slots) or len(missing), missing)
             case group.HostReady():
                 self._waits(len(self._slots), ())
+                # They say so before they register, but on another way.
+                for slot in self._slots:
+                    if slot.process is not None:
+                        self._says(slot.process)
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):
                 self._kill(rank, pid, reason)
@@ -257,6 +276,7 @@ class Supervisor:
                     self._stream.send(group.GaveUp(slot.request.rank, slot.given_up))
             return
         self._slots = plan_slots(self._options, message, self._name, self._settings)
+        self._forked_at = self._loop.time()
         await asyncio.gather(*(self._fork(slot) for slot in self._slots))
 
     # The agents.
@@ -301,11 +321,26 @@ class Supervisor:
             return
         slot.process = process
         self._loop.add_reader(process.pidfd, self._died, slot, process)
+        self._loop.add_reader(process.words, self._says, process)
         if self._stopping.is_set():
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
+    def _says(self, process: AgentProcess) -> None:
+        """How far an agent's loading is, or its last words, which are wanted when it has ended."""
+        if not process.read():
+            self._loop.remove_reader(process.words)
+        if self._ready is None:
+            return
+        known = [slot.process.loading for slot in self._slots if slot.process and slot.process.loading]
+        done, total = sum(each.done for each in known), sum(each.total for each in known)
+        if done < total or len(known) < len(self._slots):
+            self._progress("loading weights, MB", done // MEGABYTE, total // MEGABYTE)
+        else:
+            self.loaded = Loaded(total, self._loop.time() - self._forked_at)
+
     def _died(self, slot: AgentSlot, process: AgentProcess) -> None:
         self._loop.remove_reader(process.pidfd)
+        self._loop.remove_reader(process.words)
         words = process.read_last_words()
         process.close()
         slot.process = None
@@ -363,6 +398,7 @@ class Supervisor:
         for slot in self._slots:
             if slot.process is not None:
                 self._loop.remove_reader(slot.process.pidfd)
+                self._loop.remove_reader(slot.process.words)
                 slot.process.close()
         for memory in {slot.shared_memory for slot in self._slots if slot.shared_memory is not None}:
             os.close(memory)

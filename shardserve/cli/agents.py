@@ -95,7 +95,7 @@ def _by_rank(option: str, subgraphs: list[list[Path]], ranks: int) -> list[list[
 def _start(
     args: argparse.Namespace, graphs: list[list[str]], configs: list[list[str]] | None, progress: Progress
 ) -> str:
-    distributed.begin_agents(
+    loaded = distributed.begin_agents(
         args.distributed_address,
         graphs,
         configs,
@@ -108,4 +108,5 @@ def _start(
         insecure=args.insecure,
         progress=progress,
     ).result()
-    return f"{values.counted(len(graphs), 'agent')} of the server at {args.distributed_address}"
+    what = f"{values.counted(len(graphs), 'agent')} of the server at {args.distributed_address}"
+    return f"{what}; {loaded}" if loaded else what

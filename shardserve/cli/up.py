@@ -123,6 +123,7 @@ def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progres
         **guard,
         vital=count == len(shards),
         with_server=True,
+        progress=progress,
     )
     try:
         for done in concurrent.futures.as_completed((servable, agents)):
@@ -132,7 +133,8 @@ def _start(args: argparse.Namespace, name: str, shards: list[list[str]], progres
             raise
         # A table that the user has never seen was made of the shards.
         raise ConfigError(str(error).replace(f"rank table {table}: $", f"the model in {_folders(shards)}")) from error
-    return f"{name} of {values.counted(count, 'rank')}; {fronts(args)}"
+    what = f"{name} of {values.counted(count, 'rank')}; {fronts(args)}"
+    return f"{what}; {agents.result()}" if agents.result() else what
 
 
 def _folders(shards: list[list[str]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from shardserve.agent.slots import HostOptions
-from shardserve.agent.supervisor import Supervisor
+from shardserve.agent.supervisor import Loaded, Supervisor
 from shardserve.errors import ConfigError
 from shardserve.progress import Progress, quietly
 from shardserve.servable import declare_distributed as declare_servable
@@ -154,11 +154,12 @@ def begin_agents(
     vital: bool = False,
     with_server: bool = False,
     progress: Progress = quietly,
-) -> Future[None]:
-    """As `startup_agents`, but returns at once; the future is done when all agents are registered.
+) -> Future[Loaded | None]:
+    """As `startup_agents`, but returns at once; the future is done when all agents are registered, and has what they
+    loaded, if that is known.
 
     vital: a rank that dies too often ends all that this process runs, with an error. with_server: the server is in this
-    process, too. progress hears of the agents that come.
+    process, too. progress hears of the agents that load and come.
     """
     address = check_far_address("distributed_address", distributed_address)
     options = HostOptions(
@@ -188,15 +189,20 @@ def begin_agents(
         if not os.path.isfile(path):
             raise ConfigError(f"model_files: there is no file {path}")
     settings = Settings.from_environment()
-    ready: Future[None] = Future()
+    ready: Future[Loaded | None] = Future()
+    made: list[Supervisor] = []
+
+    def make() -> Supervisor:
+        made.append(Supervisor(options, settings, on_ready, progress))
+        return made[0]
 
     def on_ready(error: Exception | None) -> None:
         if error is None:
-            ready.set_result(None)
+            ready.set_result(made[0].loaded)
         else:
             ready.set_exception(error)
 
-    settle(lambda: Supervisor(options, settings, on_ready, progress))
+    settle(make)
     return ready
 
 

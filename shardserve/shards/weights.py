@@ -143,25 +143,35 @@ class WeightsFile:
 class Weights:
     """What a process has loaded, by the files' sha256: programs that are given the same Weights share tensors.
 
-    `mapped`: map the files rather than read them. `watch` hears of the bytes that are read.
+    `mapped`: map the files rather than read them. `told` hears how many bytes have been read, and of how many in the
+    files that it was given so far.
     """
 
     mapped: bool = False
-    watch: Watch | None = None
+    told: Callable[[int, int], None] | None = None
+    _done: int = 0
+    _total: int = 0
     _loaded: dict[tuple[str, torch.device], dict[str, Tensor]] = field(default_factory=dict)
 
     def load(self, file: WeightsFile, sha256: str, device: torch.device) -> Mapping[str, Tensor]:
         """The tensors of a file, on `device`; ShardError unless its content has this sha256."""
         key = sha256, device
         if key not in self._loaded:
+            self._total += file.size
+            self._watch(0)
             if self.mapped:
-                found = digest_of(file.path, self.watch)
+                found = digest_of(file.path, self._watch)
                 tensors = {name: tensor.to(device) for name, tensor in file.map().items()}
             else:
-                tensors, found = file.read(device, self.watch)
+                tensors, found = file.read(device, self._watch)
             check_digest(file.path, found, sha256)
             self._loaded[key] = tensors
         return self._loaded[key]
+
+    def _watch(self, count: int) -> None:
+        self._done += count
+        if self.told is not None:
+            self.told(self._done, self._total)
 
 
 def digest_of(path: Path, watch: Watch | None = None) -> str:

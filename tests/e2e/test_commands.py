@@ -200,7 +200,9 @@ def test_up_draws_how_many_agents_are_loaded_on_a_terminal(subgraphs):
         flags = (*served.fronts, *served.agents)
         models = ("--model-dir", "model/read", "--model-dir", "model/step")
         with OnTerminal(("up", ".", *models, *flags), subgraphs, **served._environment) as up:
-            assert up.process.stdout.readline().startswith("ready: ")
+            line = up.process.stdout.readline()
+            assert line.startswith("ready: ")
+            assert " MB of weights loaded in " in line
             up.process.send_signal(signal.SIGTERM)
             assert up.process.wait(20) == 0
             drawn = up.read_to_end()

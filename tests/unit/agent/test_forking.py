@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords
+from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords, Loading, LoadingTeller
 from shardserve.errors import StartError
 
 from .shards import write_shards
@@ -68,6 +68,28 @@ def test_an_agent_says_why_it_ends(server, tmp_path, free_port):
     [no_weights] = fork(server, request(free_port, model))
     words = ended(no_weights)
     assert words == LastWords("ShardError", f"{tmp_path}/device0/weights.safetensors: No such file or directory")
+
+
+def test_an_agent_says_how_much_it_has_loaded(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+    size = (tmp_path / "device0" / "weights.safetensors").stat().st_size
+    [agent] = fork(server, request(free_port, model))
+    while agent.loading is None or agent.loading.done < size:
+        ready, _, _ = select.select([agent.words], [], [], 60)
+        assert ready
+        assert agent.read()
+    assert agent.loading == Loading(size, size)
+    signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
+    assert ended(agent) is None
+
+
+def test_what_is_told_of_a_load_fits_into_a_pipe():
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"):
+        tell = LoadingTeller(writer)
+        for done in range(0, 10**12 + 1, 10**7):
+            tell(done, 10**12)
+        assert len(os.read(reader, 1 << 16).splitlines()) == 101
 
 
 def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_port):

@@ -60,12 +60,15 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 def test_reads_what_safetensors_writes(tmp_path: Path, mapped: bool) -> None:
     save_file(TENSORS, tmp_path / "w", {"format": "pt"})
-    read: list[int] = []
-    weights = Weights(mapped, read.append)
+    told: list[tuple[int, int]] = []
+    weights = Weights(mapped, lambda done, total: told.append((done, total)))
     sha256 = digest_of(tmp_path / "w")
     loaded = weights.load(WeightsFile.open(tmp_path / "w"), sha256, CPU)
     assert same(dict(loaded), TENSORS)
-    assert sum(read) == (tmp_path / "w").stat().st_size
+    size = (tmp_path / "w").stat().st_size
+    assert told[0] == (0, size)
+    assert told[-1] == (size, size)
+    assert len(told) > 2
     assert weights.load(WeightsFile.open(tmp_path / "w"), sha256, CPU) is loaded
     with pytest.raises(ShardError, match="w: its sha256"):
         weights.load(WeightsFile.open(tmp_path / "w"), "0" * 64, CPU)
