@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from shardserve.errors import ShardError
 from shardserve.shards import arguments, expressions, files, operators
 from shardserve.shards.collective import Collective
-from shardserve.shards.config import CONFIG_FILE, ShardConfig, TensorSpec
+from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.shards.graph import (
     Device,
     GraphFile,
     Node,
     Parameter,
     Ref,
+    Shape,
     Size,
     State,
     decode_argument,
@@ -106,11 +107,10 @@ class Program:
                 raise ShardError(f"{graph_file} has {count} {what}, {config_file} says {len(specs)}")
         if graph.dims != tuple(config.signature.dims):
             raise ShardError(f"{graph_file} has the dims {graph.dims}, {config_file} {tuple(config.signature.dims)}")
-        kept = tuple(TensorSpec(buffer.tensor, buffer.dtype, buffer.shape) for buffer in graph.state)
-        if kept != config.state:
-            raise ShardError(
-                f"{graph_file} keeps {_named(kept)} between steps, {config_file} says {_named(config.state)}"
-            )
+        kept = [(buffer.tensor, buffer.dtype, buffer.shape) for buffer in graph.state]
+        declared = [(spec.name, spec.dtype, spec.shape) for spec in config.state]
+        if kept != declared:
+            raise ShardError(f"{graph_file} keeps {_named(kept)} between steps, {config_file} says {_named(declared)}")
         file = WeightsFile.open(weights_file)
         _check_tensors((*graph.parameters, *(buffer for buffer in graph.state if buffer.fill is None)), file)
         target = torch.device(device)
@@ -195,8 +195,8 @@ class Program:
         return issue
 
 
-def _named(state: Sequence[TensorSpec]) -> str:
-    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in state) or "nothing"
+def _named(state: Sequence[tuple[str, str, Shape]]) -> str:
+    return shortened(", ".join(f"{name} {dtype} {list(shape)}" for name, dtype, shape in state)) if state else "nothing"
 
 
 def _issue(collective: Collective, node: Node, x: Tensor) -> Tensor:

@@ -69,6 +69,6 @@ def _make(state: State, owner: str, weights: Mapping[str, Tensor], device: torch
         return _Kept(owner, state, initial.clone(), initial)
     try:
         tensor = torch.full(state.shape, state.fill, dtype=to_dtype(state.dtype), device=device)
-    except RuntimeError as error:
+    except (RuntimeError, OverflowError, TypeError) as error:
         raise ShardError(f"buffer '{state.tensor}': {error}") from error
     return _Kept(owner, state, tensor, state.fill)

@@ -64,7 +64,10 @@ def altered(original: Any, dice: random.Random) -> Any:
     """A copy with one to three places altered: replaced, removed, doubled, swapped, a key renamed."""
     content = copy.deepcopy(original)
     for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        container, key = dice.choice(list(places(content)))
+        found = list(places(content))
+        if not found:
+            break
+        container, key = dice.choice(found)
         action = dice.randrange(6)
         if action < 3:
             container[key] = copy.deepcopy(dice.choice(NASTY))
@@ -112,6 +115,35 @@ def test_altered_graphs(shard: Path) -> None:
         else:
             outcomes[True] += 1
     assert outcomes[False] > 100 < outcomes[True], outcomes
+
+
+def test_altered_state(shard: Path, tmp_path: Path) -> None:
+    """The buffers of a graph and of its config, altered alike or not, each time with new checksums."""
+    folder = Path(shutil.copytree(shard, tmp_path / "device0"))
+    graph = json.loads((folder / "m.graph.json").read_text())
+    config = json.loads((folder / "group_config.json").read_text())
+    spec = {"dtype": "float32", "shape": [4]}
+    graph["state"] = [{"name": "old", "tensor": "cache", **spec, "update": "old", "fill": 0.5}]
+    config["state"] = [{"name": "cache", **spec}]
+    dice, outcomes = random.Random(4), Counter[bool]()
+    for attempt in range(600):
+        state = altered(graph["state"], dice) if attempt else graph["state"]
+        if str(2**31) in json.dumps(state):
+            continue  # a buffer of 8 GB is a fine one
+        kept: Any = config["state"]
+        if dice.random() < 0.7 and isinstance(state, list) and all(isinstance(entry, dict) for entry in state):
+            kept = [{"name": entry.get("tensor"), **{key: entry.get(key) for key in spec}} for entry in state]
+        content = json.dumps({**graph, "state": state}).encode()
+        (folder / "m.graph.json").write_bytes(content)
+        sealed = {**config, "state": kept, "graph_sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "group_config.json").write_text(json.dumps(sealed))
+        try:
+            Program.load(folder / "m.graph.json")
+        except ShardError:
+            outcomes[False] += 1
+        else:
+            outcomes[True] += 1
+    assert outcomes[False] > 100 > 20 < outcomes[True], outcomes
 
 
 def test_altered_headers_of_weights(shard: Path, tmp_path: Path) -> None:
