@@ -57,7 +57,8 @@ def encode(
     """
     pieces: list[Buffer] = [b""]
     payload = 0
-    for buffer in buffers:
+    given = [*buffers]
+    for buffer in given:
         size = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
         if size:
             pieces.append(buffer)
@@ -72,7 +73,9 @@ def encode(
             f"are more than one message of a connection takes ({MAX_PAYLOAD} and {MAX_HEADER} bytes)"
         )
     if shared is not None and payload >= SMALLEST and shared.ready():
-        place = _place(shared, buffers if isinstance(buffers, Parcel) else None, pieces[1:], payload)
+        place = shared.place_relayed(given, payload, ALIGNMENT)
+        if place is None:
+            place = _place(shared, buffers if isinstance(buffers, Parcel) else None, pieces[1:], payload)
         if place is not None:
             return [PREFIX.pack(len(header), SHARED | len(place)) + header + place]
     pieces[0] = PREFIX.pack(len(header), payload) + header

@@ -4,6 +4,7 @@ A segment is a sealed memfd: no name, no limit of /dev/shm, gone with the last p
 word for each receiver of what is in it, and at its end a token by which a receiver knows that it opened the right one.
 A receiver writes the number of the use into its word when it looks at the bytes no more. Only when all have, the
 segment is used again; one whose receiver went away before is never, and is given up when the others have read it.
+The last words are for those to whom a receiver relays the bytes: see wire/relays.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ Words = npt.NDArray[np.uint64]
 
 PAGE = 4096
 TOKEN = 16
-RECEIVERS = (PAGE - TOKEN) // 8
+WORDS = (PAGE - TOKEN) // 8
+RELAYS = 64
+RECEIVERS = WORDS - RELAYS
+# A word of a relay: with the number of the use, that somebody may look at it; or that it can't be told any more.
+LENT = np.uint64(1 << 63)
+LOST = np.uint64((1 << 64) - 1)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # Each is a descriptor of this process.
 MOST_SEGMENTS = 64
@@ -78,7 +84,7 @@ class Segment:
         self.use = 0
         self.used = 0.0
         self.held = False
-        self.lost = False
+        self._lost = False
         # Who may look at it, one a word, None for those that are gone; and who was ever told of it.
         self.readers: list[Path | None] = []
         self.told: set[Path] = set()
@@ -94,19 +100,32 @@ class Segment:
             raise
         memory[PAGE - TOKEN : PAGE] = np.frombuffer(self.token, np.uint8)
         self._words = words_of(memory)
+        self._relays = self._words[RECEIVERS:]
         self.data: Bytes = memory[PAGE:]
 
     @property
     def unread(self) -> bool:
-        """Whether somebody may look at it still."""
-        return self.held or any(
-            reader is not None and self._words[word] != self.use for word, reader in enumerate(self.readers)
+        """Whether somebody may look at it still, as far as that can be told."""
+        return (
+            self.held
+            or any(reader is not None and self._words[word] != self.use for word, reader in enumerate(self.readers))
+            or (self._lent and not self.lost)
         )
+
+    @property
+    def lost(self) -> bool:
+        """Whether it can't be told any more who looks at it."""
+        return self._lost or bool((self._relays == LOST).any())
+
+    @property
+    def _lent(self) -> bool:
+        return bool((self._relays == (LENT | np.uint64(self.use))).any())
 
     def leave(self, path: Path) -> None:
         for word, reader in enumerate(self.readers):
             if reader is path:
-                self.lost = self.lost or bool(self._words[word] != self.use)
+                # What it relayed it can't take back either.
+                self._lost = self._lost or bool(self._words[word] != self.use) or self._lent
                 self.readers[word] = None
         self.told.discard(path)
 

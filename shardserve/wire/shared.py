@@ -14,15 +14,17 @@ import os
 import stat
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from shardserve.wire import relays
+from shardserve.wire.relays import Lent, Mapped
 from shardserve.wire.segments import (
     PAGE,
-    RECEIVERS,
     SEALS,
     TOKEN,
+    WORDS,
     Bytes,
     Parcel,
     Segment,
@@ -49,16 +51,19 @@ class SharedError(Exception):
 class SharedPath:
     """Shared memory on one connection to a process of the same user: what we send, and what we are sent.
 
-    send_control: writes a control record to the other side; any thread may call it.
+    send_control: writes a control record to the other side; any thread may call it. relay: what is sent here as it came
+    on another such connection isn't copied.
     """
 
-    def __init__(self, send_control: Callable[[bytes], object]) -> None:
+    def __init__(self, send_control: Callable[[bytes], object], relay: bool = False) -> None:
         self._send_control = send_control
+        self._relay = relay
+        self._lent: list[Lent] = []
         self.offered = False
         self.accepted = False
         self.closed = False
-        # By token: the words, to be written, and the bytes, to be read.
-        self._mapped: dict[bytes, tuple[Words, Bytes]] = {}
+        # By token.
+        self._mapped: dict[bytes, Mapped] = {}
 
     # What we send.
 
@@ -83,10 +88,24 @@ class SharedPath:
             return None
         return PLACE.pack(os.getpid(), segment.fd, segment.token, word, segment.capacity, segment.use, size)
 
+    def place_relayed(self, buffers: Iterable[relays.Buffer], size: int, alignment: int) -> bytes | None:
+        """Where these buffers are already, if they are a payload that came in shared memory; None if they aren't."""
+        received = relays.find(buffers, size, alignment) if self._relay else None
+        if received is None or (fd := received.mapped.descriptor()) is None or (lent := received.lend()) is None:
+            return None
+        self._lent = [*(other for other in self._lent if not other.read), lent]
+        mapped = received.mapped
+        mapped.told.add(self)
+        return PLACE.pack(os.getpid(), fd, mapped.token, lent.word, len(mapped.memory), received.use, size)
+
     def forget(self, segment: Segment) -> None:
         """Tells the other side that this segment isn't used again."""
+        self.forget_relayed(segment.token)
+
+    def forget_relayed(self, token: bytes) -> None:
+        """As `forget`, of a segment of somebody else."""
         with contextlib.suppress(OSError):
-            self._send_control(CONTROL.pack(FORGET, os.getpid(), segment.fd, segment.token))
+            self._send_control(CONTROL.pack(FORGET, os.getpid(), 0, token))
 
     # What we are sent.
 
@@ -101,7 +120,8 @@ class SharedPath:
         elif kind == ACCEPT:
             self.accepted = self.offered and token == pool().token
         elif kind == FORGET:
-            self._mapped.pop(token, None)
+            if (mapped := self._mapped.pop(token, None)) is not None:
+                mapped.forget()
         else:
             raise SharedError(f"a control record of kind {kind}")
 
@@ -118,18 +138,24 @@ class SharedPath:
         mapped = self._mapped.get(token)
         if mapped is None:
             mapped = self._mapped[token] = _map(pid, fd, token, capacity)
-        words, memory = mapped
-        if word >= RECEIVERS or size > len(memory):
-            raise SharedError(f"a place of {size} bytes, word {word}, in a segment of {len(memory)}")
+        if word >= WORDS or size > len(mapped.memory):
+            raise SharedError(f"a place of {size} bytes, word {word}, in a segment of {len(mapped.memory)}")
         # An array of its own for each use: what ends with it is this use.
-        data: Bytes = np.frombuffer(memory.data, np.uint8, size)
-        weakref.finalize(data, _say_read, words, word, use, os.getpid()).atexit = False
+        data: Bytes = np.frombuffer(mapped.memory.data, np.uint8, size)
+        weakref.finalize(data, _say_read, mapped.words, word, use, os.getpid()).atexit = False
+        if self._relay:
+            relays.remember(data, mapped, use)
         return data
 
     def close(self) -> None:
         """The connection ended."""
         self.closed = True
+        for mapped in self._mapped.values():
+            mapped.forget()
         self._mapped.clear()
+        for lent in self._lent:
+            lent.give_up()
+        self._lent.clear()
         if self.offered:
             pool().leave(self)
 
@@ -154,11 +180,11 @@ def _can_open(pid: int, fd: int, token: bytes) -> bool:
         os.close(probe)
 
 
-def _map(pid: int, fd: int, token: bytes, capacity: int) -> tuple[Words, Bytes]:
+def _map(pid: int, fd: int, token: bytes, capacity: int) -> Mapped:
     """A segment's words, to be written, and its bytes, to be read."""
-    what = f"descriptor {fd} of process {pid}"
+    what, source = f"descriptor {fd} of process {pid}", f"/proc/{pid}/fd/{fd}"
     try:
-        opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        opened = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise SharedError(f"{what}: {error.strerror}") from error
     try:
@@ -168,7 +194,7 @@ def _map(pid: int, fd: int, token: bytes, capacity: int) -> tuple[Words, Bytes]:
         first = map_memory(opened, PAGE, writable=True)
         if first[PAGE - TOKEN :].tobytes() != token:
             raise SharedError(f"{what} is another segment than was said")
-        return words_of(first), map_memory(opened, PAGE + capacity, writable=False)[PAGE:]
+        return Mapped(source, token, words_of(first), map_memory(opened, PAGE + capacity, writable=False)[PAGE:])
     except OSError as error:
         raise SharedError(f"{what}: {error.strerror}") from error
     finally:

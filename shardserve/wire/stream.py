@@ -29,7 +29,8 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
     `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
     the kernel hasn't taken yet, in bytes: callers bound their queues with it. share: large payloads go through shared
-    memory where the connection is a Unix socket; what comes that way is read-only.
+    memory where the connection is a Unix socket; what comes that way is read-only. relay: what came so on one such
+    connection goes on to another without a copy.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         door: Door | None = None,
         on_admitted: Callable[[], None] | None = None,
         share: bool = False,
+        relay: bool = False,
     ) -> None:
         self._union = union
         self._max_payload = max_payload
@@ -56,7 +58,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._on_lost = on_lost
         self._on_made = on_made
         self._on_admitted = on_admitted
-        self._share = share
+        self._share, self._relay = share, relay
         self._shared: SharedPath | None = None
         self._transport: asyncio.Transport | None = None
         self._reason: Exception | None = None
@@ -90,7 +92,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
             self._entrance = None
             self._raw = bytearray(RECEIVE if self._tls is not None else 0)
         if self._share and self._tls is None and self.peer_socket.family == socket.AF_UNIX:
-            self._shared = SharedPath(self._send_control)
+            self._shared = SharedPath(self._send_control, self._relay)
         self._reader = FrameReader(self._union, self._max_payload, shared=self._shared)
         if self._on_admitted is not None:
             self._on_admitted()

@@ -37,6 +37,7 @@ class GroupConnection:
             door=worker.door,
             on_admitted=lambda: worker.admitted(self.stream),
             share=True,
+            relay=True,
         )
 
     def _made(self, connection: socket.socket) -> bool:
@@ -93,7 +94,13 @@ class FrontConnection:
         self._worker = worker
         self._requests: Requests | None = None
         self.stream: FrameStream[front.ToWorker] = FrameStream(
-            front.ToWorker, self._frame, self._lost, on_made=_may_connect, on_admitted=self._made, share=True
+            front.ToWorker,
+            self._frame,
+            self._lost,
+            on_made=_may_connect,
+            on_admitted=self._made,
+            share=True,
+            relay=True,
         )
 
     def _made(self) -> None:
