@@ -5,10 +5,22 @@ meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → 
 (from the files).
 """
 
-from shardserve.export.api import export
+from shardserve.export.api import export, export_subgraphs
 from shardserve.export.plan import Plan
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import load_checkpoint, without_storage
+from shardserve.export.subgraphs import Subgraph
 from shardserve.export.verify import VerifyResult, verify
 
-__all__ = ["Plan", "Report", "StageReport", "VerifyResult", "export", "load_checkpoint", "verify", "without_storage"]
+__all__ = [
+    "Plan",
+    "Report",
+    "StageReport",
+    "Subgraph",
+    "VerifyResult",
+    "export",
+    "export_subgraphs",
+    "load_checkpoint",
+    "verify",
+    "without_storage",
+]

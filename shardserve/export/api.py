@@ -1,9 +1,10 @@
-"""`export`: from a plain module to the folders of all local ranks."""
+"""`export` and `export_subgraphs`: from a plain module to the folders of all local ranks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from torch.export import ExportedProgram
 
 from shardserve.errors import ExportError
 from shardserve.export import balance, cut, planning
-from shardserve.export.assemble import RankShard, assemble
+from shardserve.export.assemble import RankShard, assemble, with_all_weights
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph, propagate
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, load_checkpoint
 from shardserve.export.state import settle
+from shardserve.export.subgraphs import Subgraph, calling, with_own_constants
 from shardserve.export.trace import Trace, ordered, trace
-from shardserve.export.write import Writer, folder_of
+from shardserve.export.write import Writer, Written, folder_of
 from shardserve.progress import Progress, quietly
-from shardserve.shards.config import FILE_NAME, ShardConfig, Signature, TensorSpec
+from shardserve.shards.config import FILE_NAME, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
 
 _CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
@@ -58,46 +60,120 @@ def export(
     is found automatically; the report has it. `strict` refuses a plan that shards no parameter, if tensor_parallel is
     more than 1. `progress` hears of what is traced, cut and written. Raises ExportError.
     """
+    whole = Subgraph(args, kwargs or {}, dynamic_shapes, input_names, output_names)
+    shape = tensor_parallel, pipeline_parallel
+    folders = {name: Path(out)}
+    return _export(model, name, {name: whole}, folders, shape, plan, weights, program, cuts, strict, progress)[name]
+
+
+def export_subgraphs(
+    model: nn.Module,
+    subgraphs: Mapping[str, Subgraph],
+    *,
+    name: str,
+    out: str | Path,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    plan: Plan | None = None,
+    weights: Weights | Checkpoint | None = None,
+    cuts: Sequence[str] = (),
+    strict: bool = False,
+    progress: Progress = quietly,
+) -> dict[str, Report]:
+    """Cut several ways to call one model alike, and write each to out/SUBGRAPH/device0 …
+
+    A rank that is given all of them has one copy of the weights (their files are one, where the file system has hard
+    links) and of each buffer that one of them changes. Everything else is as for `export`.
+    """
+    if not subgraphs:
+        raise ExportError("no subgraph is given")
+    for subgraph in subgraphs:
+        if not FILE_NAME.match(subgraph):
+            raise ExportError(f"subgraph '{subgraph}' must be letters, digits, '_', '-' and '.', to name a folder")
+    folders = {subgraph: Path(out) / subgraph for subgraph in subgraphs}
+    shape = tensor_parallel, pipeline_parallel
+    return _export(model, name, subgraphs, folders, shape, plan, weights, None, cuts, strict, progress)
+
+
+def _export(
+    model: nn.Module,
+    name: str,
+    subgraphs: Mapping[str, Subgraph],
+    folders: Mapping[str, Path],
+    shape: tuple[int, int],
+    plan: Plan | None,
+    weights: Weights | Checkpoint | None,
+    program: ExportedProgram | None,
+    cuts: Sequence[str],
+    strict: bool,
+    progress: Progress,
+) -> dict[str, Report]:
+    """shape: tensor-parallel ranks, pipeline stages. The rest is as for `export_subgraphs`."""
     started = time.perf_counter()
-    _check(name, tensor_parallel, pipeline_parallel)
+    size, count = shape
+    _check(name, size, count)
     # Before the tracing, which takes its time.
-    with folder_of(Path(out)):
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(folder_of(folder))
         plan = plan or Plan(auto=True)
-        kwargs = ordered(model, kwargs or {})
         filled = _filled(model, weights)
-        progress("tracing the model", 0, 1)
-        traced = trace(model, args, kwargs, dynamic_shapes, input_names, output_names, program)
-        filled.check([tensor for node, tensor in traced.bound.items() if node.users])
+        traces = _traced(model, subgraphs, program, progress)
+        filled.check([tensor for traced in traces.values() for node, tensor in traced.bound.items() if node.users])
         trace_seconds = time.perf_counter() - started
-        placements, plan, whole = _planned(model, plan, traced, tensor_parallel, progress)
-        if strict and _only_replicated(placements, tensor_parallel):
-            raise ExportError(f"the plan shards no parameter: {tensor_parallel} ranks would compute the same")
-        cuts = _cuts(traced, tuple(cuts) or (tuple(plan.cuts) if pipeline_parallel > 1 else ()), pipeline_parallel)
-        stages = cut.assign(traced, cuts)
-        kept = settle([traced], placements, [stages], tensor_parallel)
-        graphs: list[LocalGraph] = []
-        for rank in range(tensor_parallel):
-            progress("cutting the graph", rank, tensor_parallel)
-            graphs.append(propagate(traced, placements, stages, tensor_parallel, rank, kept))
-        signature = _signature(traced, graphs[0])
-        shards = assemble(name, traced, graphs, signature, pipeline_parallel)
-        reports = _write(Path(out), name, traced, shards, progress)
-        return Report(
-            name,
-            Path(out),
-            shards[0][0].config.export_id,
-            tensor_parallel * pipeline_parallel,
-            pipeline_parallel,
-            signature,
-            tuple(cuts),
-            reports,
-            dict(graphs[0].gathered),
-            (*filled.warnings, *_warnings(graphs[0], placements, tensor_parallel)),
-            trace_seconds,
-            time.perf_counter() - started,
-            plan,
-            whole,
-        )
+        placements: dict[str, Replicate | Shard] = {}
+        plans: dict[str, tuple[Plan, tuple[str, ...] | None]] = {}
+        for subgraph, traced in traces.items():
+            found, complete, whole = _planned(model, plan, traced, size, placements, progress)
+            plans[subgraph] = complete, whole
+            placements |= found
+        if strict and _only_replicated(placements, size):
+            raise ExportError(f"the plan shards no parameter: {size} ranks would compute the same")
+        first = next(iter(traces.values()))
+        cuts = _cuts(first, tuple(cuts) or (tuple(plan.cuts) if count > 1 else ()), count)
+        stages = {subgraph: cut.assign(traced, cuts) for subgraph, traced in traces.items()}
+        kept = settle(list(traces.values()), placements, list(stages.values()), size)
+        graphs: dict[str, list[LocalGraph]] = {subgraph: [] for subgraph in traces}
+        for rank in range(size):
+            progress("cutting the graph", rank, size)
+            for subgraph, traced in traces.items():
+                graphs[subgraph].append(propagate(traced, placements, stages[subgraph], size, rank, kept))
+        shards = {
+            subgraph: assemble(name, traced, graphs[subgraph], _signature(traced, graphs[subgraph][0]), count)
+            for subgraph, traced in traces.items()
+        }
+        reports = _write(folders, name, with_all_weights(shards), traces, progress)
+        return {
+            subgraph: Report(
+                name,
+                folders[subgraph],
+                shards[subgraph][0][0].config.export_id,
+                size * count,
+                count,
+                shards[subgraph][0][0].config.signature,
+                tuple(cuts),
+                reports[subgraph],
+                dict(graphs[subgraph][0].gathered),
+                (*filled.warnings, *_warnings(graphs[subgraph][0], placements, size)),
+                trace_seconds,
+                time.perf_counter() - started,
+                *plans[subgraph],
+            )
+            for subgraph in traces
+        }
+
+
+def _traced(
+    model: nn.Module, subgraphs: Mapping[str, Subgraph], program: ExportedProgram | None, progress: Progress
+) -> dict[str, Trace]:
+    traces: dict[str, Trace] = {}
+    for number, (name, subgraph) in enumerate(subgraphs.items()):
+        progress("tracing the model", number, len(subgraphs))
+        with calling(model, subgraph.method):
+            kwargs = ordered(model, subgraph.kwargs)
+            names = subgraph.input_names, subgraph.output_names
+            traces[name] = trace(model, subgraph.args, kwargs, subgraph.dynamic_shapes, *names, program)
+    return with_own_constants(model, traces) if len(traces) > 1 else traces
 
 
 def _check(name: str, tensor_parallel: int, pipeline_parallel: int) -> None:
@@ -109,11 +185,20 @@ def _check(name: str, tensor_parallel: int, pipeline_parallel: int) -> None:
 
 
 def _planned(
-    model: nn.Module, plan: Plan, traced: Trace, size: int, progress: Progress
+    model: nn.Module,
+    plan: Plan,
+    traced: Trace,
+    size: int,
+    decided: Mapping[str, Replicate | Shard],
+    progress: Progress,
 ) -> tuple[dict[str, Replicate | Shard], Plan, tuple[str, ...] | None]:
-    """The placement of every tensor, the plan that says so, and, of one that was found, what stays whole and why."""
+    """The placement of every tensor, the plan that says so, and, of one that was found, what stays whole and why.
+
+    `decided`: placements of tensors that another subgraph has, too.
+    """
     shapes = {tensor: tuple(value.shape) for tensor, value in traced.tensors.items()}
-    given = _placements(model, plan, shapes, size)
+    given = {name: placement for name, placement in decided.items() if name in shapes}
+    given |= _placements(model, plan, shapes, size)
     placements: dict[str, Replicate | Shard] = dict.fromkeys(shapes, Replicate())
     if size == 1 or not plan.auto:
         return placements | given, plan, None
@@ -181,26 +266,40 @@ def _signature(traced: Trace, graph: LocalGraph) -> Signature:
 
 
 def _write(
-    out: Path, name: str, traced: Trace, shards: Sequence[Sequence[RankShard]], progress: Progress
-) -> tuple[StageReport, ...]:
-    reports: list[StageReport] = []
-    count = sum(map(len, shards))
-    writer = Writer(out, name)
-    try:
-        for ranks in shards:
-            written: list[ShardConfig] = []
-            for shard in ranks:
-                progress("writing shards", shard.config.rank, count)
-                values = partial(shard.part, tensors=traced.tensors)
-                written.append(writer.write(shard.config, shard.graph, shard.layout, values))
-            sizes = tuple(config.parameter_bytes for config in written)
-            config = ranks[0].config
-            reports.append(StageReport(ranks[0].collectives, config.sends, sizes, config.state))
+    folders: Mapping[str, Path],
+    name: str,
+    shards: Mapping[str, Sequence[Sequence[RankShard]]],
+    traces: Mapping[str, Trace],
+    progress: Progress,
+) -> dict[str, tuple[StageReport, ...]]:
+    """The weights of a rank are written with the first subgraph, and linked to by the others."""
+    reports: dict[str, tuple[StageReport, ...]] = {}
+    tensors = {tensor: value for traced in traces.values() for tensor, value in traced.tensors.items()}
+    count = sum(len(ranks) for stages in shards.values() for ranks in stages)
+    with ExitStack() as stack:
+        writers = {subgraph: Writer(folder, name) for subgraph, folder in folders.items()}
+        for writer in writers.values():
+            stack.callback(writer.discard)
+        first: dict[int, Written] = {}
+        done = 0
+        for subgraph, stages in shards.items():
+            found: list[StageReport] = []
+            for ranks in stages:
+                sizes: list[int] = []
+                for shard in ranks:
+                    progress("writing shards", done, count)
+                    done, rank = done + 1, shard.config.rank
+                    values = partial(shard.part, tensors=tensors)
+                    written = writers[subgraph].write(shard.config, shard.graph, shard.layout, values, first.get(rank))
+                    first.setdefault(rank, written)
+                    sizes.append(written.config.parameter_bytes)
+                config = ranks[0].config
+                found.append(StageReport(ranks[0].collectives, config.sends, tuple(sizes), config.state))
+            reports[subgraph] = tuple(found)
         progress("writing shards", count, count)
-        writer.commit()
-    finally:
-        writer.discard()
-    return tuple(reports)
+        for writer in writers.values():
+            writer.commit()
+    return reports
 
 
 def _warnings(graph: LocalGraph, placements: Mapping[str, Replicate | Shard], size: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -92,6 +92,18 @@ def _flops(stage: cut.StageGraph, graph: LocalGraph, traced: Trace) -> int | str
         return flops
     except (ExportError, ExpressionError):
         return None
+
+
+def with_all_weights(shards: Mapping[str, list[list[RankShard]]]) -> dict[str, list[list[RankShard]]]:
+    """Subgraphs of one model, each rank with the weights of all of them: they are one file."""
+    union: dict[int, dict[str, Bound]] = {}
+    for stages in shards.values():
+        for shard in (shard for ranks in stages for shard in ranks):
+            union.setdefault(shard.config.rank, {}).update(shard.weights)
+    return {
+        subgraph: [[replace(shard, weights=union[shard.config.rank]) for shard in ranks] for ranks in stages]
+        for subgraph, stages in shards.items()
+    }
 
 
 def _check_alike(ranks: Sequence[RankShard]) -> None:

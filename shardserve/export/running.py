@@ -14,20 +14,25 @@ from shardserve.progress import Progress, quietly
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name
 from shardserve.shards.program import Program
+from shardserve.shards.state import StateStore
 from shardserve.shards.weights import Weights
 
 
 class Shards:
     """All local ranks of one export, loaded from `out`."""
 
-    def __init__(self, out: str | Path, name: str, progress: Progress = quietly) -> None:
+    def __init__(self, out: str | Path, name: str, progress: Progress = quietly, beside: Shards | None = None) -> None:
+        """beside: another subgraph of the same ranks, which they share their buffers with."""
         folder = Path(out)
         first = ShardConfig.load(folder / "device0" / CONFIG_FILE)
         files = [folder / f"device{rank}" / f"{name}{GRAPH_SUFFIX}" for rank in range(first.rank_size)]
         programs: list[Program] = []
+        self.stores: list[StateStore] = []
         for rank, file in enumerate(files):
             progress("reading shards", rank, len(files))
-            programs.append(Program.load(file, weights=Weights(mapped=True)))
+            state = beside.stores[rank] if beside else StateStore()
+            self.stores.append(state)
+            programs.append(Program.load(file, weights=Weights(mapped=True), state=state))
         for rank, program in enumerate(programs):
             if program.config.export_id != first.export_id or program.config.rank != rank:
                 raise ShardError(f"{files[rank]} is not rank {rank} of the same export as device0")
@@ -42,9 +47,8 @@ class Shards:
 
     def reset(self) -> None:
         """Those buffers are as exported again."""
-        for stage in self.stages:
-            for program in stage:
-                program.reset()
+        for store in self.stores:
+            store.reset()
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs of the last stage's first rank; InvalidInput as the server would say it."""

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -147,6 +148,14 @@ def folder_of(out: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Written:
+    """A rank's shard in a writer's folder; `config` has the files' checksums."""
+
+    config: ShardConfig
+    folder: Path
+
+
 class Writer:
     """Writes all ranks of one export into a hidden folder of `out`, then puts the device folders in place."""
 
@@ -157,17 +166,25 @@ class Writer:
         self.ranks: list[int] = []
 
     def write(
-        self, config: ShardConfig, graph: GraphFile, layout: Layout, tensor: Callable[[str], Tensor]
-    ) -> ShardConfig:
-        """Write one rank, with the tensors of `layout`, each asked for when its turn has come.
-
-        Gives its config with the files' checksums.
+        self,
+        config: ShardConfig,
+        graph: GraphFile,
+        layout: Layout,
+        tensor: Callable[[str], Tensor],
+        same: Written | None = None,
+    ) -> Written:
+        """Write one rank, with the tensors of `layout`, each asked for when its turn has come. `same`: what has these
+        weights already.
         """
         folder = self.folder / f"device{config.rank}"
         folder.mkdir()
         content = graph.encode()
         (folder / config.graph_file).write_bytes(content)
-        weights_sha256, parameter_bytes = write_weights(folder / config.weights_file, layout, tensor)
+        if same is None:
+            weights_sha256, parameter_bytes = write_weights(folder / config.weights_file, layout, tensor)
+        else:
+            _link(same.folder / same.config.weights_file, folder / config.weights_file)
+            weights_sha256, parameter_bytes = same.config.weights_sha256, same.config.parameter_bytes
         config = msgspec.structs.replace(
             config,
             graph_sha256=hashlib.sha256(content).hexdigest(),
@@ -177,7 +194,7 @@ class Writer:
         content = msgspec.json.format(msgspec.json.encode(config), indent=2)
         (folder / CONFIG_FILE).write_bytes(content + b"\n")
         self.ranks.append(config.rank)
-        return config
+        return Written(config, folder)
 
     def commit(self) -> None:
         """Replace the device folders of an earlier export, those of ranks that are no more included."""
@@ -237,6 +254,13 @@ def empty_config(
         0,
         state=state,
     )
+
+
+def _link(there: Path, here: Path) -> None:
+    try:
+        here.hardlink_to(there)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(there, here)
 
 
 def _config(folder: Path) -> ShardConfig | None:
