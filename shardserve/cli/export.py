@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from shardserve.shards.config import FILE_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shardserve.export import Plan
+    from shardserve.export import Plan, Report, Subgraph
+    from shardserve.progress import Progress
 
 DEFAULT_TOLERANCE = 1e-4
 _LATER = ("--meta", "--ranks", "--memory-per-device")
@@ -26,8 +28,9 @@ _LATER = ("--meta", "--ranks", "--memory-per-device")
 EXAMPLE = """SOURCE is one of
   package.module:function, importable from the current directory. The function takes no arguments and returns
     (model, args) or (model, args, options): a torch.nn.Module, a tuple of example inputs, and a dict with any of
-    kwargs, dynamic_shapes (as torch.export takes them), input_names, output_names, plan, and weights: safetensors
-    files to take the parameters from, which then need no memory;
+    kwargs, dynamic_shapes (as torch.export takes them), input_names, output_names, plan, weights: safetensors
+    files to take the parameters from, which then need no memory, and subgraphs, instead of an example: a dict of
+    shardserve.export.Subgraph, each written to DIR/its name;
   a folder in the Hugging Face layout: config.json and safetensors; needs the transformers package, fetches nothing;
   a .pt2 file of torch.export.save. Loading one runs what is in it, as importing a module does: only your own.
 
@@ -111,49 +114,100 @@ def _export(args: argparse.Namespace) -> int:
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
         model, example, options = read_source(args.source)
-        from shardserve.export import export, verify  # importing torch takes seconds: not before it is needed
+        from shardserve.export import Subgraph  # importing torch takes seconds: not before it is needed
 
         inputs = _inputs(args.inputs) if args.inputs else None
-        plan = _plan(args.plan, options.pop("plan", None), model)
-        report = export(
-            model,
-            example,
-            name=args.name,
-            out=args.out,
-            tensor_parallel=args.tp,
-            pipeline_parallel=args.pp,
-            plan=plan,
-            cuts=tuple(args.cut),
-            strict=args.strict,
-            progress=progress,
-            **options,
-        )
-    print(report, flush=True)
+        options["plan"] = _plan(args.plan, options.get("plan"), model)
+        if "subgraphs" in options:
+            subgraphs, reports = _export_subgraphs(args, model, example, options, progress)
+        else:
+            subgraphs = {"": Subgraph(example, options.get("kwargs") or {}, options.get("dynamic_shapes"))}
+            reports = [_export_one(args, model, example, options, progress)]
+    print(*reports, sep="\n", flush=True)
     if args.save_plan is not None:
-        report.plan.save(args.save_plan)
+        reports[0].plan.save(args.save_plan)
     if not args.verify:
         return 0
-    with shown_progress() as progress:
+    return max([_verify(args, model, name, subgraph, inputs) for name, subgraph in subgraphs.items()])
+
+
+def _export_one(
+    args: argparse.Namespace, model: Any, example: tuple[Any, ...], options: dict[str, Any], progress: Progress
+) -> Report:
+    from shardserve.export import export
+
+    return export(
+        model,
+        example,
+        name=args.name,
+        out=args.out,
+        tensor_parallel=args.tp,
+        pipeline_parallel=args.pp,
+        cuts=tuple(args.cut),
+        strict=args.strict,
+        progress=progress,
+        **options,
+    )
+
+
+def _export_subgraphs(
+    args: argparse.Namespace, model: Any, example: tuple[Any, ...], options: dict[str, Any], progress: Progress
+) -> tuple[dict[str, Subgraph], list[Report]]:
+    from shardserve.export import Subgraph, export_subgraphs
+
+    subgraphs = options.pop("subgraphs")
+    if not isinstance(subgraphs, Mapping) or not all(isinstance(value, Subgraph) for value in subgraphs.values()):
+        raise ExportError(f"{args.source}: options['subgraphs'] must be a dict of shardserve.export.Subgraph")
+    others = [option for option in options if option not in ("plan", "weights")]
+    if example or others:
+        what = f"options['{others[0]}']" if others else "an example"
+        raise ExportError(f"{args.source}: gives {what} beside options['subgraphs'], which have their own")
+    if args.inputs:
+        raise ExportError("--inputs is for a model without subgraphs: each of them has inputs of its own")
+    reports = export_subgraphs(
+        model,
+        subgraphs,
+        name=args.name,
+        out=args.out,
+        tensor_parallel=args.tp,
+        pipeline_parallel=args.pp,
+        cuts=tuple(args.cut),
+        strict=args.strict,
+        progress=progress,
+        **options,
+    )
+    return dict(subgraphs), list(reports.values())
+
+
+def _verify(
+    args: argparse.Namespace, model: Any, name: str, subgraph: Subgraph, inputs: Mapping[str, Tensor] | None
+) -> int:
+    """name: of the subgraph, "" of one that isn't among several."""
+    from shardserve.export import verify
+    from shardserve.export.subgraphs import calling
+
+    with shown_progress() as progress, calling(model, subgraph.method):
         result = verify(
             model,
-            example,
-            options.get("kwargs"),
-            args.out,
+            subgraph.args,
+            subgraph.kwargs,
+            args.out / name,
             args.name,
             atol=args.atol,
             rtol=args.rtol,
             progress=progress,
             inputs=inputs,
-            dynamic_shapes=options.get("dynamic_shapes"),
+            dynamic_shapes=subgraph.dynamic_shapes,
         )
-    print(f"compared at {values.counted(len(result.sizes), 'size')} of the inputs")
+    which = f"subgraph {name}: " if name else ""
+    print(f"{which}compared at {values.counted(len(result.sizes), 'size')} of the inputs")
     for output in result.outputs:
         relative = f"max relative error {output.max_relative:.3g}"
         print(f"output {output.name}: max abs error {output.max_abs:.3g} with {output.where}, {relative}")
     print(f"max abs error: {result.max_abs_error:.3g}")
     if not result.passed:
         print(
-            f"shardserve export: the shards differ from the model by more than atol {args.atol:g}, "
+            f"shardserve export: {which}the shards differ from the model by more than atol {args.atol:g}, "
             f"rtol {args.rtol:g}; the largest difference is in {result.worst}; {result.parting}",
             file=sys.stderr,
         )

@@ -15,7 +15,7 @@ from shardserve.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "plan", "weights")
+OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "plan", "subgraphs", "weights")
 """Of the dict that a function may return."""
 
 

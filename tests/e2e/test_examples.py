@@ -44,6 +44,16 @@ def test_subgraphs():
 
 
 @pytest.mark.timeout(150)
+def test_decoder():
+    ports = free_ports(5)
+    output = run("decoder", "--distributed-address", f"127.0.0.1:{ports[0]}", "--agent-start-port", str(ports[1]))
+    assert output.count("64 written: ") == 2
+    assert "the same as the whole model" in output
+    assert "kill -9 of rank 3 while it generated: ABORTED" in output
+    assert "the next call is answered, right" in output
+
+
+@pytest.mark.timeout(150)
 def test_transformer(tmp_path):
     left_out = shutil.ignore_patterns("model", "__pycache__")
     shutil.copytree(EXAMPLES / "transformer", tmp_path / "transformer", ignore=left_out)

@@ -73,6 +73,27 @@ def says_weights():
 def inside():
     return torch.zeros(-1)
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("memory", torch.zeros(2, 4))
+
+    def write(self, x):
+        self.memory.copy_(self.linear(x))
+        return self.memory * 2
+
+    def look(self, x):
+        return self.memory - self.linear(x)
+
+def two():
+    from shardserve.export import Subgraph
+    x = torch.ones(2, 4)
+    return Two(), (), {"subgraphs": {method: Subgraph((x,), method=method) for method in ("write", "look")}}
+
+def two_and_an_example():
+    return Two(), (torch.ones(2, 4),), two()[2]
+
 def leaves():
     raise SystemExit(3)
 """
@@ -122,6 +143,17 @@ def test_verifies_with_given_inputs_and_tells_each_output_s_error(run, tmp_path:
     assert "in.npz: 'input', <U1, can't be a tensor" in run(*words)[2]
     with pytest.raises(WrongUsage, match="--inputs is for --verify"):
         run(*words[:5], "--inputs", "in.npz")
+
+
+def test_subgraphs_are_exported_together_and_verified(run, tmp_path: Path) -> None:
+    code, out, err = run("userland:two", "--name", "m", "--out", "model", "--tp", "2", "--verify")
+    assert (code, err) == (0, "")
+    assert out.count("keeps memory: float32 ") == 2
+    assert "subgraph look: compared at 1 size" in out
+    files = [tmp_path / "model" / name / "device1" / "m.graph.json" for name in ("write", "look")]
+    assert all(file.exists() for file in files)
+    code, _, err = run("userland:two_and_an_example", "--name", "m", "--out", "model")
+    assert (code, "gives an example beside options['subgraphs']" in err) == (1, True)
 
 
 def test_a_plan_file_goes_before_the_function_s(run, tmp_path: Path) -> None:
