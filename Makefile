@@ -23,6 +23,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed ## export the matmul model, serve it on 8 ranks, call it, lose a rank, stop
 	$(BIN)/python examples/matmul_distributed/demo.py
 
+$(VENV)/.installed-examples: $(VENV)/.installed
+	$(PIP) --editable '.[examples]'
+	@touch $@
+
+example-%: $(VENV)/.installed-examples ## one with trained weights: example-sentence-embeddings, example-image-classification
+	$(BIN)/python examples/$(subst -,_,$*)/run.py
+
 test: $(VENV)/.installed-dev ## all tests
 	$(BIN)/python -m pytest
 

