@@ -54,8 +54,8 @@ def _run(name: str, layouts: list[str]) -> list[dict[str, Any]]:
     except subprocess.TimeoutExpired:
         failure, found = f"not done after {TIMEOUT} s", []
     if failure is not None:
-        empty = {"model": name, "exported": False, "matches": False, "failure": failure, "missed": ["not exported"]}
-        found = [{**empty, "layout": layout} for layout in layouts]
+        failed = {"model": name, "failure": failure, "matches": False, "missed": ["not exported"], "why": []}
+        found = [{**failed, "layout": layout} for layout in layouts]
     for row in found:
         print(table([row]).splitlines()[-1], flush=True)
     return found
