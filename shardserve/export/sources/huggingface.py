@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardserve.errors import ExportError
 from shardserve.export.sources.checkpoint import Checkpoint, load_checkpoint
-from shardserve.export.sources.storage import named, without_storage
+from shardserve.export.sources.storage import without_storage
 
 CONFIG = "config.json"
 MOST_ROWS = 64
@@ -63,7 +63,7 @@ def load_folder(path: str | Path) -> Folder:
     checkpoint = load_checkpoint(path)
     model = _model(path, content, checkpoint)
     kwargs, dynamic_shapes = _example(model, str(config_file))
-    return Folder(model, _named_as_in(model, checkpoint), kwargs, dynamic_shapes)
+    return Folder(model, checkpoint, kwargs, dynamic_shapes)
 
 
 def _transformers() -> Any:
@@ -114,36 +114,6 @@ def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     return next((tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()), torch.float32)
 
 
-def _named_as_in(model: Any, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint's tensors by the model's names, by transformers' own rules: with the base model's prefix or
-    without, names of earlier releases. ExportError for tensors that would have to be put together from several."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError as error:
-        raise ExportError(f"this release of transformers isn't supported: {error}") from error
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known = model.state_dict()
-    converted: list[str] = []
-
-    def rename(name: str) -> str:
-        new, rule = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if rule is not None and name not in known:
-            converted.append(name)
-            return name
-        return name if rule is not None else str(new)
-
-    renamed = checkpoint.renamed(rename)
-    if converted:
-        raise ExportError(
-            f"{next(iter(checkpoint.origins.values()))}: {named(converted)} are stored in parts that transformers puts "
-            "together: load the model with from_pretrained in a module:function"
-        )
-    return renamed
-
-
 def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Example inputs of 2 rows and their dynamic dims, after the model's main input."""
     taken = inspect.signature(model.forward).parameters
@@ -162,6 +132,9 @@ def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         shapes = {main: {0: rows}}
     elif main == "input_values":
         inputs, shapes = {main: torch.randn(2, SAMPLES)}, {main: {0: rows}}
+    elif main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        # Whisper and its kin: the encoder halves the frames, and takes one length only.
+        inputs, shapes = {main: torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)}, {main: {0: rows}}
     else:
         raise ExportError(
             f"{where}: no default example for {type(model).__name__}, whose main input is '{main}': {_OWN}"
@@ -196,7 +169,10 @@ def _text(model: Any, ids: str, mask: str, dim: str, rows: Any) -> tuple[dict[st
 
 def _positions(model: nn.Module, config: Any) -> int | None:
     """How long a sequence may be; None where the config has no limit."""
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limits = (
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")
+    )
+    longest = next((limit for limit in limits if limit), None)
     if not isinstance(longest, int) or longest < 2:
         return None
     for name, module in model.named_modules():

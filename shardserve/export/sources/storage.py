@@ -16,11 +16,9 @@ from torch.utils._device import DeviceContext
 
 from shardserve.errors import ExportError
 from shardserve.export.sources.checkpoint import Checkpoint
+from shardserve.export.sources.names import named, named_as_in
 from shardserve.shards.graph import dtype_name
 from shardserve.shards.weights import Entry, tensor_at
-
-SHOWN = 5
-"""Names in a message, at most."""
 
 
 @contextmanager
@@ -86,7 +84,7 @@ class Filled:
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint | None) -> Filled:
-    """Gives parameters and persistent buffers their values from the checkpoint, by name; without copying any.
+    """Gives parameters and persistent buffers their values from the checkpoint, by name, without copying.
 
     Those that have none in it keep the values that they have; those on the meta device are `missing` and get zeros that
     take no memory. Parameters that the checkpoint lacks are `missing` whatever they hold: it is initialisation. Raises
@@ -97,6 +95,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint | None) -> Filled:
             if isinstance(value, Tensor) and value.is_meta:
                 where = f"{prefix}.{name}" if prefix else name
                 raise ExportError(f"constant '{where}' is on the meta device, without values: make it elsewhere")
+    checkpoint = None if checkpoint is None else named_as_in(model, checkpoint)
     values = {} if checkpoint is None else dict(checkpoint.tensors)
     missing: set[str] = set()
     for group in _groups(model):
@@ -132,12 +131,6 @@ def hollow(tensor: Tensor) -> Tensor:
 def has_meta(model: nn.Module) -> bool:
     """Whether one of the module's tensors has no values."""
     return any(place.tensor.is_meta for group in _groups(model) for place in group)
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of them, quoted, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
 
 
 @dataclass(frozen=True)

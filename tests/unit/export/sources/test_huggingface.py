@@ -111,6 +111,27 @@ def test_the_base_model_s_prefix(saved: Callable[..., Path], tmp_path: Path) -> 
     assert all(torch.equal(value, model.bert.state_dict()[name]) for name, value in base.model.state_dict().items())
 
 
+def test_parts_that_would_have_to_be_put_together(saved: Callable[..., Path]) -> None:
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    folder = load_folder(saved(transformers.MixtralForCausalLM(config)))
+    with pytest.raises(
+        ExportError, match=r"'model\.layers\.0\..*' and 1 more are stored in parts that transformers puts"
+    ):
+        fill(folder.model, folder.checkpoint)
+
+
+def test_sound(saved: Callable[..., Path]) -> None:
+    config = transformers.WhisperConfig(
+        d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        vocab_size=50, num_mel_bins=4, max_source_positions=10, max_target_positions=12, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    folder = load_folder(saved(transformers.WhisperForConditionalGeneration(config)))
+    assert folder.kwargs["input_features"].shape == (2, 4, 20)
+    assert folder.dynamic_shapes["decoder_input_ids"][1].max == 12
+    assert not fill(folder.model, folder.checkpoint).missing
+
+
 def test_images(saved: Callable[..., Path]) -> None:
     config = transformers.ViTConfig(**SIZES, image_size=16, patch_size=8)
     folder = load_folder(saved(transformers.ViTForImageClassification(config)))
