@@ -143,6 +143,10 @@ class Emitter:
     def replicated(self, value: Value) -> Value:
         return self.redistribute(value, Replicate())
 
+    def was_gathered(self, value: Value) -> bool:
+        """Whether every rank has the whole of a sharded value already."""
+        return isinstance(value.placement, Shard) and (value.name, Replicate()) in self._cache
+
     def redistribute(self, value: Value, target: Replicate | Shard) -> Value:
         """The same tensor placed as `target`; each such change is made once."""
         if value.placement == target:
@@ -257,13 +261,16 @@ Rule = Callable[["Emitter", "Call"], "Value | list[Value] | None"]
 
 @dataclass(frozen=True)
 class Call:
-    """An operator of the model's graph: its arguments by name, and its results' whole shapes and dtypes."""
+    """An operator of the model's graph: its arguments by name, and its results' whole shapes and dtypes. `shared`:
+    whether several others take the result.
+    """
 
     name: str
     op: torch._ops.OpOverload
     arguments: Mapping[str, Any]
     results: tuple[tuple[tuple[Dim, ...], torch.dtype], ...]
     several: bool
+    shared: bool = False
 
     @property
     def shape(self) -> tuple[Dim, ...]:

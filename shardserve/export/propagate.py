@@ -231,7 +231,7 @@ def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs:
     arguments.pop("pin_memory", None)
     if arguments.get("dropout_p") or arguments.get("training"):
         raise ExportError(f"{op} draws random numbers or updates statistics{_where(node)}")
-    return Call(node.name, op, arguments, results, several)
+    return Call(node.name, op, arguments, results, several, len(node.users) > 1)
 
 
 def _where(node: fx.Node) -> str:

@@ -61,6 +61,9 @@ def pointwise(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     kept = _pending_sum(call)
     if kept is not None:
         return call.emit(emitter, kept)
+    added = _added_once(emitter, call)
+    if added is not None:
+        return added
     call = call.mapped(emitter.reduced)
     sharded = next(
         (
@@ -72,6 +75,8 @@ def pointwise(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     )
     if sharded is None:
         return call.emit(emitter, Replicate())
+    if _residual(emitter, call):
+        return call.mapped(emitter.replicated).emit(emitter, Replicate())
     return call.mapped(lambda value: _aligned(emitter, value, sharded, len(call.shape))).emit(emitter, sharded)
 
 
@@ -91,6 +96,31 @@ def _pending_sum(call: Call) -> Partial | None:
         other = call["other"]
         linear = call.get("rounding_mode") is None and (not isinstance(other, Value) or _whole(other))
     return Partial() if linear else None
+
+
+def _residual(emitter: Emitter, call: Call) -> bool:
+    """Whether something whole is added to what had to be gathered before: sharded, the result would be gathered too."""
+    if call.opname != "add":
+        return False
+    whole = [value for value in call.values.values() if _whole(value) and value.shape == call.shape]
+    sharded = [value for value in call.values.values() if isinstance(value.placement, Shard)]
+    return bool(whole) and all(map(emitter.was_gathered, sharded))
+
+
+def _added_once(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """A whole operand added to a pending sum: by one rank, so that the sum may go on pending and take in more terms."""
+    if call.opname != "add" or call.shared or call.get("alpha") != 1:
+        return None
+    sides = [call["self"], call["other"]]
+    term = next((side for side in sides if isinstance(side, Value) and side.placement == Partial()), None)
+    other = sides[0] if term is sides[1] else sides[1]
+    if term is None or not isinstance(other, Value) or not _whole(other):
+        return None
+    if term.shape != call.shape or term.dtype != call.dtype:
+        return None
+    if emitter.coordinate == 0:
+        return call.emit(emitter, Partial())
+    return emitter.call("aten.alias.default", (term,), {}, call.shape, call.dtype, Partial(), call.name)
 
 
 def _whole(value: Value) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
@@ -18,10 +19,14 @@ def simplify(size: Any) -> Dim:
     """The integer or sympy expression behind an int, SymInt or expression."""
     if isinstance(size, torch.SymInt):
         size = size.node.expr
-    if isinstance(size, sympy.Basic):
-        expanded = sympy.expand(size)
-        return int(expanded) if expanded.is_Integer else expanded
-    return int(size)
+    return _expanded(size) if isinstance(size, sympy.Basic) else int(size)
+
+
+# Few expressions come again and again, from every operator and every placement that is tried.
+@lru_cache(maxsize=65536)
+def _expanded(size: sympy.Basic) -> Dim:
+    expanded = sympy.expand(size)
+    return int(expanded) if expanded.is_Integer else expanded
 
 
 def product(sizes: Any) -> Dim:
@@ -36,6 +41,11 @@ def divide(size: Dim, parts: Dim) -> Dim | None:
     """size / parts where that is exact for all values of the dims, else None."""
     if isinstance(size, int) and isinstance(parts, int):
         return size // parts if size % parts == 0 else None
+    return _divided(size, parts)
+
+
+@lru_cache(maxsize=65536)
+def _divided(size: Dim, parts: Dim) -> Dim | None:
     quotient = sympy.expand(sympy.cancel(sympy.sympify(size) / parts))
     above, below = sympy.fraction(sympy.together(quotient))
     if below != 1 or not above.is_polynomial(*above.free_symbols):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from shardserve.export.placements import Replicate, Shard
-from shardserve.export.planning.choose import choose, grouped, pattern
+from shardserve.export.planning.choose import choose, pattern
 from shardserve.export.planning.probe import Prober
 from shardserve.export.planning.reasons import replicated
 from shardserve.export.trace import Trace
@@ -41,15 +41,16 @@ def patterns(traced: Trace, placements: Mapping[str, Replicate | Shard], names: 
 
     `names`: every name of a tensor of the model → its name among the traced ones.
     """
-    sharded = [name for name in traced.tensors if isinstance(placements.get(name), Shard)]
     found: dict[str, str] = {}
-    for (text, *_), group in grouped(traced.tensors, sharded).items():
-        wanted = placements[group[0]]
-        matched = [first for name, first in names.items() if fnmatchcase(name, str(text))]
-        alike = len(group) > 1 and all(placements.get(first, Replicate()) == wanted for first in matched)
-        for name in [str(text)] if alike else group:
-            if alike or not any(fnmatchcase(name, other) for other in found):
-                found[name] = str(placements[group[0]] if alike else placements[name])
+    for tensor in traced.tensors:
+        wanted = placements.get(tensor)
+        if not isinstance(wanted, Shard) or any(fnmatchcase(tensor, text) for text in found):
+            continue
+        for text in (pattern(tensor), pattern(tensor, literal=1), pattern(tensor, literal=2), tensor):
+            matched = [first for name, first in names.items() if fnmatchcase(name, text)]
+            if text == tensor or (len(matched) > 1 and all(placements.get(first) == wanted for first in matched)):
+                found[text] = str(wanted)
+                break
     return found
 
 

@@ -18,11 +18,14 @@ from shardserve.export.planning.probe import Move, Outcome, Placements, Prober
 ENOUGH = 1.1
 """A rank's share of bytes and of FLOPs, over total / ranks, at which no further collective is paid for less."""
 WORTH = 0.33
-"""What a set has to spare for its collectives, of bytes or of FLOPs, over what those that were chosen spare on average.
+"""What a set has to spare for its collectives, of bytes or of FLOPs, over what those chosen before spare for theirs;
+or, where that is less, what part of a rank's excess over its equal share, times its part of the collectives with it.
 
 Of one or the other: a large embedding's lookup spares many bytes for one collective and no FLOPs, layers spare FLOPs.
 """
-_GATHER = 1.5
+PASSES = 3
+_NUMBER = r"(?<![^.])\d+(?![^.])"
+_GATHER = 2.0
 """Collectives that a gather inside the model counts as: what follows it is computed whole, by every rank."""
 
 
@@ -85,13 +88,15 @@ class Scorer:
         """What is spared for each collective."""
         return self.spared(outcome) / max(self.price(outcome), 1e-6)
 
-    def enough(self, outcome: Outcome) -> bool:
-        """Whether a rank's shares of bytes and FLOPs are about total / ranks."""
-        share = ENOUGH / self.probe.size
+    def excess(self, outcome: Outcome) -> tuple[float, float]:
+        """A rank's bytes and FLOPs over total / ranks, less 1."""
         left_bytes = 1 - self.spared_bytes(outcome.placements) / self.total_bytes
-        left_flops = 1 - outcome.flops / self.total_flops
-        no_flops = not any(self.probe.node_flops.values())
-        return left_bytes <= share and (no_flops or left_flops <= share)
+        left_flops = 1 - outcome.flops / self.total_flops if any(self.probe.node_flops.values()) else 0.0
+        return left_bytes * self.probe.size - 1, left_flops * self.probe.size - 1
+
+    def enough(self, outcome: Outcome) -> bool:
+        """Whether a rank's shares are about total / ranks."""
+        return max(self.excess(outcome)) <= ENOUGH - 1
 
 
 def grouped(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[tuple[object, ...], list[str]]:
@@ -103,9 +108,10 @@ def grouped(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[tuple[o
     return groups
 
 
-def pattern(name: str) -> str:
-    """The name with * for the numbers of modules in lists."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+def pattern(name: str, literal: int = 0) -> str:
+    """The name with * for the numbers of modules in lists, all but the last `literal` of them."""
+    numbers = re.findall(_NUMBER, name)
+    return re.sub(_NUMBER, "*", name, count=len(numbers) - literal) if len(numbers) > literal else name
 
 
 def candidates(probe: Prober, scorer: Scorer, fixed: Mapping[str, Replicate | Shard]) -> list[Candidate]:
@@ -138,10 +144,13 @@ def candidates(probe: Prober, scorer: Scorer, fixed: Mapping[str, Replicate | Sh
 
 
 def _grown(grower: Grower, tensor: str) -> Iterator[Outcome]:
+    undivided = grower.undivided(tensor)
     for shard in grower.variants(tensor):
+        if shard.dim in undivided:
+            continue
         for eager in (True, False):
             outcome = grower.grow(tensor, shard, eager)
-            if outcome is not None:
+            if outcome is not None and grower.probe.sound(outcome):
                 yield outcome
 
 
@@ -162,49 +171,62 @@ def choose(probe: Prober, fixed: Mapping[str, Replicate | Shard]) -> Choice:
     start = probe(given)
     assert start is not None, "explicit placements are checked before"
     choice = Choice(given, start, candidates(probe, scorer, fixed))
+    chosen: list[Candidate] = []
+    for _ in range(PASSES):  # what was worth too little of a large excess may be worth enough of a small one
+        before = len(chosen)
+        _take(scorer, choice, chosen, fixed)
+        if len(chosen) == before or scorer.enough(choice.outcome):
+            break
+    _drop(scorer, choice, chosen)
+    return choice
+
+
+def _take(scorer: Scorer, choice: Choice, chosen: list[Candidate], fixed: Mapping[str, Replicate | Shard]) -> None:
+    """Goes once through the candidates, what spares the most for its collectives first."""
     order = [(-scorer.worth(candidate.outcome), index, -1) for index, candidate in enumerate(choice.candidates)]
     heapq.heapify(order)
-    gained, paid, chosen = [0.0, 0.0], 0.0, list[Candidate]()
     while order:
         worth, index, seen = heapq.heappop(order)
         candidate = choice.candidates[index]
         if any(fixed.get(name, choice.placements.get(name, shard)) != shard
                for name, shard in candidate.placements.items()):  # fmt: skip
             continue
-        outcome = probe({**choice.placements, **candidate.placements})
+        outcome = scorer.probe({**choice.placements, **candidate.placements})
         if outcome is None or len(outcome.placements) == len(choice.placements):
             continue
-        gains = [new - old for new, old in zip(scorer.shares(outcome), scorer.shares(choice.outcome), strict=True)]
+        gained = scorer.shares(choice.outcome)
+        gains = [new - old for new, old in zip(scorer.shares(outcome), gained, strict=True)]
         gain = sum(gains)
-        price = scorer.price(outcome) - scorer.price(choice.outcome)
-        if gain <= 0:
+        paid, price = scorer.price(choice.outcome), scorer.price(outcome) - scorer.price(choice.outcome)
+        if gain <= 0 or (price > 0 and scorer.enough(choice.outcome)):
             continue
-        if price > 0:
-            actual = -gain / price
-            if actual > worth * 0.99 and seen != len(chosen):
-                heapq.heappush(order, (actual, index, len(chosen)))  # among those chosen it is worth less
-                continue
-            if scorer.enough(choice.outcome) or (paid and _too_little(gains, price, gained, paid)):
-                continue
-        gained, paid = [had + new for had, new in zip(gained, gains, strict=True)], paid + max(price, 0.0)
+        if price > 0 and -gain / price > worth * 0.99 and seen != len(chosen):
+            heapq.heappush(order, (-gain / price, index, len(chosen)))  # among those chosen it is worth less
+            continue
+        left = sum(scorer.excess(choice.outcome)) / scorer.probe.size
+        if (
+            price > 0
+            and paid > 0
+            and gain / price < WORTH * left / (paid + price)
+            and _little(gains, price, gained, paid)
+        ):
+            continue
         choice.placements, choice.outcome = {**choice.placements, **candidate.placements}, outcome
         chosen.append(candidate)
-    _drop(probe, scorer, choice, chosen)
-    return choice
 
 
-def _too_little(gains: Sequence[float], price: float, gained: Sequence[float], paid: float) -> bool:
+def _little(gains: Sequence[float], price: float, gained: Sequence[float], paid: float) -> bool:
     """Whether both what a set spares of bytes and what it spares of FLOPs is little beside those chosen before."""
     return all(gain < 1e-9 or gain / price < WORTH * before / paid for gain, before in zip(gains, gained, strict=True))
 
 
-def _drop(probe: Prober, scorer: Scorer, choice: Choice, chosen: list[Candidate]) -> None:
+def _drop(scorer: Scorer, choice: Choice, chosen: list[Candidate]) -> None:
     """Leave out what, after all, costs a collective and isn't needed for a rank's share to be about total / ranks."""
     for candidate in sorted(chosen, key=lambda candidate: scorer.worth(candidate.outcome)):
         others = {name for other in chosen if other is not candidate for name in other.placements}
         rest = {name: shard for name, shard in choice.placements.items()
                 if name in others or name not in candidate.placements}  # fmt: skip
-        outcome = probe(rest)
+        outcome = scorer.probe(rest)
         if outcome is not None and scorer.enough(outcome) and scorer.price(outcome) < scorer.price(choice.outcome):
             choice.placements, choice.outcome = rest, outcome
             chosen.remove(candidate)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from shardserve.export.emit import Value
-from shardserve.export.placements import Shard
+from shardserve.export.placements import Placement, Shard
 from shardserve.export.planning.probe import Move, Outcome, Prober
 from shardserve.export.symbols import Dim, divide, product
 
 REACH = 80
 """How many nodes before a value are searched for the parameter that makes it."""
 ROUNDS = 16
+VIEWS = frozenset({"view", "_unsafe_view", "reshape", "unflatten"})
 
 
 class Grower:
@@ -44,6 +45,28 @@ class Grower:
                     pending += [Shard(shard.dim, blocks) for blocks in self._blocks(outcome)]
             self._variants[tensor] = tuple(found)
         return self._variants[tensor]
+
+    def undivided(self, tensor: str) -> dict[int, str]:
+        """Dims along which cutting a tensor leads nowhere, and why: what it makes, or takes, is viewed as a number of
+        heads, say, that doesn't divide. If it is what it makes, that is all of its dims: along another it could be cut,
+        for a reduction of its own, but what follows would still be computed whole.
+        """
+        reasons: dict[int, str] = {}
+        made: set[int] = set()
+        for shard in self.variants(tensor):
+            outcome = self.probe({tensor: shard})
+            assert outcome is not None
+            views = [_undivided(self.probe, move.value, move.placement, move.taker) for move in outcome.gathers]
+            if any(view is not None for view in views):
+                made.add(shard.dim)
+            views += [_undivided_before(self.probe, value, wanted) for value, wanted in outcome.wants]
+            found = next((view for view in views if view is not None), None)
+            if shard.blocks == 1 and found is not None:
+                reasons[shard.dim] = found
+            elif shard.dim in reasons and not any(move.taker for move in outcome.gathers):
+                del reasons[shard.dim]
+        makes = next((reasons[dim] for dim in reasons if dim in made), None)
+        return reasons if makes is None else {shard.dim: makes for shard in self.variants(tensor)}
 
     def _blocks(self, outcome: Outcome) -> Iterator[int]:
         """In how many blocks the gathered values are taken apart by what gathers them."""
@@ -119,6 +142,37 @@ class Grower:
         return None
 
 
+def _undivided(probe: Prober, value: str, placement: Placement, taker: fx.Node | None) -> str | None:
+    """That a view takes the sharded dim apart into dims that the ranks don't divide, if it does."""
+    source = probe.source(value)
+    if source is None or taker is None or not isinstance(placement, Shard):
+        return None
+    before, after = probe.whole(source), probe.whole(taker)
+    if getattr(taker.target, "_opname", "") not in VIEWS or not isinstance(before, Value):
+        return None
+    return _apart(before.shape, after.shape, placement.dim, probe.size)
+
+
+def _undivided_before(probe: Prober, value: str, wanted: Shard) -> str | None:
+    """The same of a value that a view has put together."""
+    view = probe.source(value)
+    if view is None or getattr(view.target, "_opname", "") not in VIEWS:
+        return None
+    before, after = probe.whole(view.all_input_nodes[0]), probe.whole(view)
+    return _apart(after.shape, before.shape, wanted.dim, probe.size)
+
+
+def _apart(whole: Sequence[Dim], apart: Sequence[Dim], dim: int, ranks: int) -> str | None:
+    head = product(whole[:dim])
+    for index, size in enumerate(apart):
+        if product(apart[:index]) == head and size != 1:
+            if not isinstance(size, int) or size % ranks == 0 or size == whole[dim]:
+                return None
+            sizes = [part for part in apart[index:] if isinstance(part, int)]
+            return f"{size} (of {whole[dim]} as {sizes}) doesn't divide into {ranks} ranks"
+    return None
+
+
 def _parts(node: fx.Node, value: Value, move: Move, probe: Prober) -> list[int]:
     """The blocks of the sharded dim that `node`, which couldn't take the parts, may mean."""
     assert isinstance(move.placement, Shard)
@@ -140,7 +194,7 @@ def _parts(node: fx.Node, value: Value, move: Move, probe: Prober) -> list[int]:
         return [part] if isinstance(part, int) else []
     if name == "select" and result.ndim == value.ndim - 1:
         return [size]
-    if name in ("view", "_unsafe_view", "reshape", "unflatten"):
+    if name in VIEWS:
         return _leading(value.shape, result.shape, dim)
     return []
 

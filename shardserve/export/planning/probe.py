@@ -121,12 +121,27 @@ class Prober:
             self.placeholders.setdefault(self.tied[tensor], []).append(node)
         self._outputs = {value for _, value in traced.outputs}
         self._whole = self._baseline()
+        self._from_data = self._reached([node for _, node in traced.inputs])
         self.node_flops = {node: self.sizes(cost.node_flops(node)) for node in self.order if _is_call(node)}
         self._tried: dict[tuple[tuple[str, Shard], ...], Outcome | None] = {}
 
     def source(self, value: str) -> fx.Node | None:
         """The node that makes a value of `makes` or `wants`; None for one between two nodes."""
         return self.nodes.get(value) or self.nodes.get(value.rpartition("_item")[0])
+
+    def sound(self, outcome: Outcome) -> bool:
+        """Whether nothing is gathered that depends on parameters alone: they would better have stayed whole."""
+        sources = (self.source(move.value.partition("~")[0]) for move in outcome.gathers)
+        return all(source is None or source in self._from_data for source in sources)
+
+    def _reached(self, pending: list[fx.Node]) -> set[fx.Node]:
+        reached = set(pending)
+        while pending:
+            for user in pending.pop().users:
+                if user not in reached:
+                    reached.add(user)
+                    pending.append(user)
+        return reached
 
     def whole(self, node: fx.Node) -> Any:
         """What `node` gives when nothing is sharded."""

@@ -1,0 +1,104 @@
+"""Blocks of a cut dim that are taken apart, and sums that go on pending: counted, run from the files and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardserve.export import Plan, export, verify
+
+
+class Net(nn.Module):
+    """Two layers with a function between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], inner: int = 16, after: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, inner), nn.Linear(after, 8)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(self.up(x)))
+
+
+PAIR = {"up.*": "Shard(0)", "down.weight": "Shard(1)"}
+GATED = {"up.*": "Shard(0, blocks=2)", "down.weight": "Shard(1)"}
+
+
+def by_slices(x: Tensor) -> Tensor:
+    return x[..., :16] * torch.sigmoid(x[..., 16:])
+
+
+def by_unbind(x: Tensor) -> Tensor:
+    first, second = x.unflatten(-1, (2, 16)).unbind(-2)
+    return first * second
+
+
+def heads_repeated(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (4, 4)).repeat_interleave(2, dim=-2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("net", "plan"),
+    [
+        (Net(by_slices, inner=32), GATED),
+        (Net(by_unbind, inner=32), GATED),
+        (Net(F.glu, inner=32), GATED),
+        (Net(heads_repeated, after=32), PAIR),
+    ],
+    ids=["slices", "unbind", "glu", "repeat_interleave"],
+)
+def test_what_is_between_two_layers_stays_sharded(net: Net, plan: dict[str, str], tmp_path: Path) -> None:
+    run(net, plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 5, 8))
+
+
+class Summed(nn.Module):
+    """Terms that start from something whole: one reduction for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(16, 8) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.ones_like(x)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            total = total + down(torch.relu(up(x)))
+        return self.norm(total + x)
+
+
+def test_a_whole_term_joins_a_pending_sum(tmp_path: Path) -> None:
+    plan = {"ups.*": "Shard(0)", "downs.*.weight": "Shard(1)"}
+    run(Summed(), plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 8))
+
+
+class Residual(nn.Module):
+    """What makes the stream is sharded; the layers that add to it take it whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return x
+
+
+def test_a_stream_that_was_gathered_stays_whole(tmp_path: Path) -> None:
+    run(Residual(), {"stem.*": "Shard(0)"}, {"all_gather": 1}, tmp_path, torch.randn(2, 4))
+
+
+def run(net: nn.Module, plan: dict[str, str], collectives: dict[str, int], out: Path, x: Tensor) -> None:
+    report = export(net, (x,), name="m", out=out, tensor_parallel=2, plan=Plan(plan))
+    assert dict(report.collectives()) == collectives
+    result = verify(net, (x,), None, out, "m", atol=1e-5, rtol=1e-5)
+    assert result.passed, result
