@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from shardserve.errors import ExportError
 from shardserve.export import cost, cut
+from shardserve.export.state import changing
 from shardserve.export.symbols import simplify
 from shardserve.export.trace import Trace
 from shardserve.shards.config import DTYPES
@@ -61,8 +62,9 @@ class _Pieces:
     def __init__(self, traced: Trace, hardware: cost.Hardware) -> None:
         self.traced, self.hardware = traced, hardware
         self.sizes = cost.Sizes.example(traced)
-        self.from_data = {node: True for _, node in traced.inputs}
-        live = _live([value for _, value in traced.outputs])
+        self.changing = changing(traced)
+        self.from_data = dict.fromkeys((*(node for _, node in traced.inputs), *self.changing), True)
+        live = _live([*(value for _, value in traced.outputs), *traced.updates.values()])
         self.order: list[fx.Node] = []
         # Name of the module → the index in `order` at which it begins.
         self.begins: dict[str, int] = {}
@@ -101,6 +103,8 @@ class _Pieces:
         for node in self.order:
             if _several(node.all_input_nodes) is not None:  # one result of several is there as soon as the others
                 index_of[node] = index_of[node.all_input_nodes[0]]
+        # A buffer that the model changes is where it is written; later stages get it from there.
+        index_of.update({buffer: index_of.get(update, -1) for buffer, update in self.changing.items()})
         last: dict[fx.Node, int] = {}
         for index, node in enumerate(self.order):
             for source in node.all_input_nodes:
@@ -117,6 +121,12 @@ class _Pieces:
                 alive[index] = None if reason or held is None else held + size
                 if reason:
                     refused.setdefault(index, reason)
+        for buffer, update in self.changing.items():
+            reason = f"the buffer '{self.traced.bound[buffer]}' is used before it and changed after it"
+            first = min((index for index, node in enumerate(self.order) if buffer in node.all_input_nodes), default=0)
+            for index in range(first + 1, index_of.get(update, -1) + 1):
+                alive[index] = None
+                refused.setdefault(index, reason)
         return alive, refused
 
     def _bytes(self, node: fx.Node) -> tuple[int, str]:

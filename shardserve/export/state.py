@@ -64,6 +64,21 @@ def _stage(name: str, stage: int, found: Mapping[str, Kept]) -> int:
     return stage
 
 
+def changing(traced: Trace) -> dict[fx.Node, fx.Node]:
+    """The buffers whose new value depends on the inputs' values: placeholder → that value."""
+    placeholders = {name: node for node, name in traced.bound.items()}
+    found: dict[fx.Node, fx.Node] = {}
+    while True:
+        reached = {*(node for _, node in traced.inputs), *found}
+        for node in traced.graph.nodes:
+            if any(source in reached for source in node.all_input_nodes):
+                reached.add(node)
+        more = {placeholders[name]: node for name, node in traced.updates.items() if node in reached}
+        if more.keys() == found.keys():
+            return found
+        found = more
+
+
 def fill_value(tensor: Tensor) -> int | float | bool | None:
     """The value of all its elements; None if they differ, or are none that JSON has."""
     if not tensor.numel() or tensor.is_complex():

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, ShardError
 from shardserve.export import Plan, export, verify
 from shardserve.export.verify import Shards
 from shardserve.shards.program import Program
+from shardserve.shards.regions import find_regions, region_graph, replace_regions
 from shardserve.shards.state import StateStore
 
 WIDTH, HEADS, LONGEST = 16, 4, 12
@@ -64,6 +66,25 @@ TOKENS = [torch.tensor([[token]]) for token in (3, 7, 1, 19, 7)]
 def steps(run: Any) -> list[Tensor]:
     with torch.no_grad():
         return [run(token) for token in TOKENS]
+
+
+def test_compiled_regions_keep_the_order_of_reads_and_writes(tmp_path: Path) -> None:
+    for name, model, inputs in (("kinds", Kinds(), KINDS), ("decoder", Decoder(), TOKENS)):
+        export(model, (inputs[0],), name=name, out=tmp_path / name)
+        shards = Shards(tmp_path / name, name)
+        ((program,),) = shards.stages
+        regions = find_regions(program.graph, 0)
+        assert regions
+        alone = [fx.GraphModule(nn.Module(), region_graph(program.graph, 0, region)) for region in regions]
+        runs = [lambda tensors, module=module: [x.clone() for x in module(*tensors)] for module in alone]
+        forward = fx.GraphModule(nn.Module(), replace_regions(program.graph, 0, regions, runs)).forward
+        program.compiled = lambda sizes, forward=forward: forward
+        (spec,) = program.config.receives
+        for x in inputs:
+            with torch.no_grad():
+                expected = model(x)
+            for one, other in zip(shards.run({spec.name: x}), pytree.tree_leaves(expected), strict=True):
+                torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -174,7 +195,26 @@ class Late(nn.Module):
 def test_a_buffer_that_an_earlier_stage_uses(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"uses the buffer 'memory' in pipeline stage 0 and changes it in stage 1"):
         export(Late(), (torch.ones(2, 4),), name="late", out=tmp_path, pipeline_parallel=2, cuts=("second",))
+    with pytest.raises(
+        ExportError, match=r"0 modules to cut at \(the buffer 'memory' is used before it and changed after"
+    ):
+        export(Late(), (torch.ones(2, 4),), name="late", out=tmp_path, pipeline_parallel=2)
     export(Late(), (torch.ones(2, 4),), name="late", out=tmp_path, tensor_parallel=1)
+
+
+def test_a_balanced_cut_is_where_no_buffer_is_in_the_way(tmp_path: Path) -> None:
+    class Longer(Late):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(super().forward(x).relu())
+
+    model = Longer()
+    report = export(model, (torch.ones(2, 4),), name="longer", out=tmp_path, pipeline_parallel=2)
+    assert report.cuts == ("third",)
+    assert verify(model, (torch.ones(2, 4),), None, tmp_path, "longer").passed
 
 
 class Early(nn.Module):
