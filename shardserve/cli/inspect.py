@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """example:
   shardserve inspect examples/transformer/model
-  shardserve inspect examples/transformer/model --dims batch=8,length=128 --html shards.html
+  shardserve inspect examples/transformer/model --dims batch=8,length=64 --html shards.html
 """
 
 _COLUMNS = ("rank", "stage", "parameters", "weights", "FLOPs", "operators", "sends", "collectives a step")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from shardserve.errors import ExportError
 from shardserve.export.compare import abs_error, close
 from shardserve.export.origins import rank_part, sum_of_terms
+from shardserve.export.placements import Shard
 from shardserve.export.running import Shards
-from shardserve.export.trace import evaluating, trace
+from shardserve.export.trace import Trace, evaluating, trace
+from shardserve.export.write import part
 from shardserve.shards.config import Origin, TensorSpec
+from shardserve.shards.program import Program
+
+MOST_BLOCKS = 64
+MOST_NAMES = 3
 
 
 def where_they_part(
@@ -24,16 +31,29 @@ def where_they_part(
     atol: float,
     rtol: float,
 ) -> str:
-    """A sentence on the first pipeline stage that gives other values than the whole model does, for these inputs.
+    """A sentence on the first pipeline stage that gives other values than the whole model does, for these inputs, and
+    on those of its weights that aren't the model's.
 
     The model is traced again, as for the export, from the example in `args` and `kwargs`: its graph's nodes have the
     names that the shards have for what crosses a cut. Raises ExportError where that can't be done.
     """
+    traced = trace(model, args, kwargs, dynamic_shapes, None, None)
+    if any(tensor.is_meta for tensor in traced.tensors.values()):
+        raise ExportError("the model's parameters have no values here")
+    said, stage = _stage(shards, model, traced, inputs, (atol, rtol))
+    wrong = [name for program in stage for name in _wrong_weights(program, traced.tensors)]
+    return f"{said}; its weights that aren't the model's: {_some(wrong)}" if wrong else said
+
+
+def _stage(
+    shards: Shards, model: nn.Module, traced: Trace, inputs: Mapping[str, Tensor], tolerances: tuple[float, float]
+) -> tuple[str, Sequence[Program]]:
+    """What is to be said of the stage, and its ranks; without ranks where it isn't known."""
     *before, last = shards.stages
     if not before:
-        return "there is one pipeline stage, so no cut at which to look"
+        return "there is one pipeline stage, so no cut at which to look", last
     origins = {origin.tensor for stage in before for origin in stage[0].config.origins} - {""}
-    whole = _unsharded(model, args, kwargs, dynamic_shapes, inputs, origins)
+    whole = _unsharded(model, traced, inputs, origins)
     dims = shards.bind(inputs)
     looked = 0
     for stage, ranks in zip(before, shards.run_stages(inputs), strict=False):
@@ -41,25 +61,43 @@ def where_they_part(
         for index, (spec, origin) in enumerate(zip(config.sends, config.origins, strict=False)):
             if origin.tensor not in whole:
                 continue
-            found = _difference([tensors[index] for tensors in ranks], whole[origin.tensor], origin, dims, (atol, rtol))
+            found = _difference([tensors[index] for tensors in ranks], whole[origin.tensor], origin, dims, tolerances)
             looked += found is not None
             if found:
-                first = stage[0].config.rank
-                return f"they part in pipeline stage {config.stage}: {_of(spec, origin)}{_on(first, found)}"
+                return (
+                    f"they part in pipeline stage {config.stage}: {_of(spec, origin)}{_on(config.rank, found)}",
+                    stage,
+                )
     if not looked:
-        return "where they part can't be told: the shards don't say what crosses their cuts"
-    return f"they part in pipeline stage {last[0].config.stage}, the last: what comes to it is right"
+        return "where they part can't be told: the shards don't say what crosses their cuts", ()
+    return f"they part in pipeline stage {last[0].config.stage}, the last: what comes to it is right", last
 
 
-def _unsharded(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    dynamic_shapes: Any,
-    inputs: Mapping[str, Tensor],
-    names: set[str],
-) -> Mapping[str, Tensor]:
-    traced = trace(model, args, kwargs, dynamic_shapes, None, None)
+def _wrong_weights(program: Program, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    config = program.config
+    for name, tensor in zip(program.tensor_names, program.parameters, strict=True):
+        if name in tensors and not _is_part(tensor, tensors[name], config.tensor_parallel_size, config.coordinate):
+            yield f"'{name}' on rank {config.rank}"
+
+
+def _is_part(tensor: Tensor, whole: Tensor, ranks: int, coordinate: int) -> bool:
+    """Whether it is the whole, or a rank's part of one of its dims, in however many blocks."""
+    if tensor.shape == whole.shape:
+        return abs_error(tensor, whole.detach()) == 0
+    cut = [dim for dim in range(whole.ndim) if tensor.shape[dim] != whole.shape[dim]]
+    if tensor.ndim != whole.ndim or len(cut) != 1:
+        return False
+    size = whole.shape[cut[0]]
+    blocks = [count for count in range(1, MOST_BLOCKS + 1) if size % (ranks * count) == 0]
+    return any(abs_error(tensor, part(whole, Shard(cut[0], count), ranks, coordinate)) == 0 for count in blocks)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + rest
+
+
+def _unsharded(model: nn.Module, traced: Trace, inputs: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Tensor]:
     given: dict[fx.Node, Any] = {node: traced.tensors[name] for node, name in traced.bound.items()}
     given.update(traced.constants)
     given.update(zip((node for _, node in traced.inputs), inputs.values(), strict=True))

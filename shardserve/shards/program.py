@@ -54,6 +54,7 @@ class Program:
         self.device = device
         self.dims = graph.dims
         self.parameters = list(parameters)
+        self.tensor_names = [parameter.tensor for parameter in graph.parameters]
         # Without a store, for its graph alone.
         self._store = state or StateStore()
         # In the order of graph.state; `run` changes them.

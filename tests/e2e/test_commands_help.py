@@ -94,6 +94,8 @@ def test_export_inspect_and_rank_table(shell, tmp_path):
     shutil.copytree(EXAMPLES / "transformer", folder, ignore=shutil.ignore_patterns("model", "__pycache__"))
     assert "max abs error: " in shell.output(ALL["export"][0], folder)
     assert "4 ranks, 2 pipeline stages" in shell.output(ALL["inspect"][0], tmp_path)
+    assert "wrote " in shell.output(ALL["inspect"][1], tmp_path)
+    assert "batch = 8, length = 64" in (tmp_path / "shards.html").read_text()
     assert '"rank_id": "7"' in shell.output(ALL["rank-table"][0], tmp_path)
     assert shell.output(ALL["rank-table"][1], tmp_path) == ""
     assert '"server_id": "10.0.0.2"' in (tmp_path / "rank_table.json").read_text()

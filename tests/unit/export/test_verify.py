@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.zoo import CASES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import Dim
@@ -60,7 +61,7 @@ def three_stages(
 def test_the_first_stage_with_other_values_is_named(three_stages, tmp_path: Path, rank: int, said: str) -> None:
     model, args, options, out = three_stages
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
-    alter_weight(tmp_path, rank, "up.weight")
+    weight = alter_weight(tmp_path, rank, "up.weight")
     result = verify(model, args, None, tmp_path, "t", dynamic_shapes=options["dynamic_shapes"])
     assert not result.passed
     assert result.parting.startswith(said)
@@ -68,7 +69,8 @@ def test_the_first_stage_with_other_values_is_named(three_stages, tmp_path: Path
         stage = rank // 2
         assert f"of module 'blocks.{stage}'" in result.parting
         # Both ranks send what the all-reduce has given to both.
-        assert result.parting.endswith(f"on ranks {2 * stage}, {2 * stage + 1}")
+        assert f"on ranks {2 * stage}, {2 * stage + 1}; " in result.parting
+    assert result.parting.endswith(f"its weights that aren't the model's: '{weight}' on rank {rank}")
 
 
 def small(*modules: nn.Module) -> nn.Module:
@@ -94,7 +96,7 @@ def test_of_a_tensor_in_parts_the_rank_is_named(tmp_path: Path) -> None:
     alter_weight(tmp_path, 1, "0.weight")
     result = verify(model, (torch.randn(2, 8),), None, tmp_path, "m", **options)
     assert result.parting.startswith("they part in pipeline stage 0: 'gelu' of module '1', which it sends to the next")
-    assert result.parting.endswith("on rank 1")
+    assert result.parting.endswith("on rank 1; its weights that aren't the model's: '0.weight' on rank 1")
 
 
 def test_of_a_tensor_in_terms_their_sum_is_compared(tmp_path: Path) -> None:
@@ -106,6 +108,18 @@ def test_of_a_tensor_in_terms_their_sum_is_compared(tmp_path: Path) -> None:
     result = verify(model, (torch.randn(2, 8),), None, tmp_path, "m", **options)
     assert result.parting.startswith("they part in pipeline stage 0: 'linear_1' of module '1'")
     assert ShardConfig.load(tmp_path / "device2" / "group_config.json").origins == ()
+
+
+def test_fused_weights_are_known_as_the_model_s(tmp_path: Path) -> None:
+    """Of several blocks a rank has its part of each; what isn't altered isn't named."""
+    case = CASES["fused_by_hand"]()
+    export(
+        case.model, case.args, name="m", out=tmp_path, tensor_parallel=2, plan=Plan(case.plan),
+        dynamic_shapes=case.dynamic_shapes,
+    )  # fmt: skip
+    alter_weight(tmp_path, 1, "qkv_bias")
+    result = verify(case.model, case.args, None, tmp_path, "m", dynamic_shapes=case.dynamic_shapes)
+    assert result.parting.endswith("its weights that aren't the model's: 'qkv_bias' on rank 1")
 
 
 def test_shards_that_do_not_say_what_crosses_are_compared_all_the_same(tmp_path: Path) -> None:
@@ -149,7 +163,8 @@ def test_each_output_has_its_errors(tmp_path: Path) -> None:
     assert y.where.startswith("batch = ")
     assert result.worst == f"output 'y' with {y.where}"
     assert sign.max_abs in (0, 1)
-    assert result.parting == "there is one pipeline stage, so no cut at which to look"
+    said = "there is one pipeline stage, so no cut at which to look; its weights that aren't the model's: "
+    assert result.parting == f"{said}'linear.bias' on rank 0"
 
 
 def test_given_inputs_take_the_place_of_the_example_s(tmp_path: Path) -> None:
