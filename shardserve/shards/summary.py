@@ -127,7 +127,9 @@ def read(directory: str | Path, given: Mapping[str, int] | None = None, progress
     directory = Path(directory)
     first = directory / "device0" / CONFIG_FILE
     if not first.is_file():
-        raise ShardError(f"there is no {first}: {directory} is not the folder of an export")
+        inside = sorted(path.parts[-3] for path in directory.glob(f"*/device0/{CONFIG_FILE}"))
+        hint = f"; it holds those of {', '.join(inside)}: name one" if inside else ""
+        raise ShardError(f"there is no {first}: {directory} is not the folder of an export{hint}")
     config = ShardConfig.load(first)
     dims = sizes(config, given or {})
     ranks: list[RankSummary] = []

@@ -111,6 +111,8 @@ def test_errors_name_the_folder(exported, tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert str(tmp_path / "device0") in capsys.readouterr().err
     shutil.copytree(exported, tmp_path / "model")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "is not the folder of an export; it holds those of model: name one" in capsys.readouterr().err
     config = tmp_path / "model" / "device2" / "group_config.json"
     config.write_text(config.read_text().replace('"export_id": "', '"export_id": "0'))
     assert main(["inspect", str(tmp_path / "model")]) == 1
