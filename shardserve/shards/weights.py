@@ -12,7 +12,6 @@ import json
 import math
 import mmap
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import RawIOBase
@@ -31,6 +30,8 @@ CHUNK = 1 << 20
 """Bytes that are read, hashed or written at once."""
 LONGEST_HEADER = 100_000_000
 """As the safetensors package has it."""
+# Linux's asm-generic/mman.h; Python has no name for it. Without, the kernel refuses files larger than its memory.
+_MAP_NORESERVE = 0x4000
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -106,13 +107,14 @@ class WeightsFile:
     def map(self) -> dict[str, Tensor]:
         """All tensors as views of the mapped file, which take no memory of this process's own.
 
-        They can't be written to; they change when the file does, and whoever looks at them ends when it is cut short.
+        What is written to them is this process's own. They change when the file does, and whoever looks at them ends
+        when it is cut short.
         """
         if self.size == self.begin:
             return {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in self.entries.items()}
         try:
             with open_regular(self.path) as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = private_mapping(file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise ShardError(f"{self.path}: {error}") from error
         if len(mapped) != self.size:
@@ -204,15 +206,18 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
+def private_mapping(descriptor: int, size: int) -> mmap.mmap:
+    """A mapping of a file, or of zeros for -1: memory is needed for what is written to it only, and none set aside."""
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | (mmap.MAP_ANONYMOUS if descriptor < 0 else 0)
+    return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 def tensor_at(memory: mmap.mmap, entry: Entry) -> Tensor:
     """A tensor in a mapping, which lives as long as the tensor does."""
     count = math.prod(entry.shape)
     if not count:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    with warnings.catch_warnings():
-        # That it must not be written to is known.
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        flat = torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.start)
+    flat = torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.start)
     return flat.view(entry.shape)
 
 

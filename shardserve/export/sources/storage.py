@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from shardserve.errors import ExportError
 from shardserve.export.sources.checkpoint import Checkpoint
 from shardserve.export.sources.names import named, named_as_in
 from shardserve.shards.graph import dtype_name
-from shardserve.shards.weights import Entry, tensor_at
+from shardserve.shards.weights import Entry, private_mapping, tensor_at
 
 
 @contextmanager
@@ -120,12 +119,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint | None) -> Filled:
 
 
 def hollow(tensor: Tensor) -> Tensor:
-    """A contiguous tensor on the CPU of this shape and dtype, all zeros, which takes no memory and can't be written."""
+    """Zeros on the CPU, contiguous, of this shape and dtype, which take no memory until they are written to."""
     count = tensor.numel() * tensor.dtype.itemsize
     if not count:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-    return tensor_at(memory, Entry(tensor.dtype, tuple(tensor.shape), 0, count))
+    return tensor_at(private_mapping(-1, count), Entry(tensor.dtype, tuple(tensor.shape), 0, count))
 
 
 def has_meta(model: nn.Module) -> bool:

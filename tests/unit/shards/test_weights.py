@@ -84,6 +84,22 @@ def test_every_dtype_round_trips(tmp_path: Path, name: str) -> None:
         assert torch.equal(loaded.view(torch.uint8), value.view(torch.uint8))
 
 
+def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(4)}, tmp_path / "w")
+    file = WeightsFile.open(tmp_path / "w")
+    file.map()["x"].zero_()
+    assert torch.equal(file.map()["x"], torch.ones(4))
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    size = 1 << 40
+    header = json.dumps({"x": tensor("U8", (size,), (0, size))}).encode()
+    with (tmp_path / "w").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    assert int(WeightsFile.open(tmp_path / "w").map()["x"][-1]) == 0
+
+
 def test_what_is_read_stays_when_the_file_changes(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4)}, tmp_path / "w")
     tensors, _ = WeightsFile.open(tmp_path / "w").read(CPU)
