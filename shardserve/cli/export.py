@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardserve.progress import Progress
 
 DEFAULT_TOLERANCE = 1e-4
-_LATER = ("--meta", "--ranks", "--memory-per-device")
+NOT_GIVEN = 0
 
 EXAMPLE = """SOURCE is one of
   package.module:function, importable from the current directory. The function takes no arguments and returns
@@ -34,8 +34,9 @@ EXAMPLE = """SOURCE is one of
   a folder in the Hugging Face layout: config.json and safetensors; needs the transformers package, fetches nothing;
   a .pt2 file of torch.export.save. Loading one runs what is in it, as importing a module does: only your own.
 
-example:
+examples:
   shardserve export net:example --name transformer --out model --tp 2 --pp 2 --plan plan.json --verify
+  shardserve export net:example --name transformer --ranks 8 --memory-per-device 16GiB --meta
 """
 
 
@@ -54,9 +55,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--name", required=True, type=_name, metavar="NAME", help="names the graph files: NAME.graph.json"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
     for option, meaning in (("--tp", "tensor-parallel ranks of a pipeline stage"), ("--pp", "pipeline stages")):
-        parser.add_argument(option, type=values.count, default=1, metavar="N", help=f"{meaning} (default %(default)s)")
+        parser.add_argument(
+            option,
+            type=values.count_or_auto,
+            default=NOT_GIVEN,
+            metavar="N|auto",
+            help=f"{meaning} (default 1; with --ranks auto)",
+        )
     parser.add_argument(
         "--plan",
         metavar="FILE|auto|tp_plan",
@@ -73,8 +80,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="MODULE",
         help="the module that begins the next stage; once per stage after the first (default: balance the stages)",
     )
-    for later in _LATER:
-        parser.add_argument(later, nargs="?", const=True, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--ranks",
+        type=values.count,
+        metavar="N",
+        help="choose --tp and --pp where they aren't given: the fastest layout of at most N ranks by the cost model",
+    )
+    parser.add_argument(
+        "--memory-per-device",
+        type=values.memory,
+        metavar="SIZE",
+        help="with --ranks: only layouts whose ranks fit into as much, parameters and a step's tensors (16GiB, 500MB)",
+    )
+    parser.add_argument(
+        "--meta", action="store_true", help="plan and report only: needs no values of parameters, writes nothing"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="fail if the plan of several --tp ranks shards no parameter"
     )
@@ -106,14 +126,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    for later in _LATER:
-        if getattr(args, later[2:].replace("-", "_")) is not None:
-            raise ExportError(f"{later} is not supported yet")
-    if args.inputs and not args.verify:
-        raise WrongUsage("--inputs is for --verify, which isn't given")
+    _check_usage(args)
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
-        model, example, options = read_source(args.source)
+        model, example, options = read_source(args.source, args.meta)
         from shardserve.export import Subgraph  # importing torch takes seconds: not before it is needed
 
         inputs = _inputs(args.inputs) if args.inputs else None
@@ -140,9 +156,11 @@ def _export_one(
         model,
         example,
         name=args.name,
-        out=args.out,
+        out=None if args.meta else args.out,
         tensor_parallel=args.tp,
         pipeline_parallel=args.pp,
+        ranks=args.ranks,
+        memory_per_device=args.memory_per_device,
         cuts=tuple(args.cut),
         strict=args.strict,
         progress=progress,
@@ -168,9 +186,11 @@ def _export_subgraphs(
         model,
         subgraphs,
         name=args.name,
-        out=args.out,
+        out=None if args.meta else args.out,
         tensor_parallel=args.tp,
         pipeline_parallel=args.pp,
+        ranks=args.ranks,
+        memory_per_device=args.memory_per_device,
         cuts=tuple(args.cut),
         strict=args.strict,
         progress=progress,
@@ -229,6 +249,23 @@ def _inputs(file: Path) -> dict[str, Tensor]:
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"{file}: '{name}', {array.dtype}, can't be a tensor: {error}") from error
     return found
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    """Options that only go together; those that aren't given get their values."""
+    if args.out is None and not args.meta:
+        raise WrongUsage("--out DIR says where to write; --meta writes nothing")
+    if args.meta and args.verify:
+        raise WrongUsage("--verify reads what is written, and --meta writes nothing")
+    if args.inputs and not args.verify:
+        raise WrongUsage("--inputs is for --verify, which isn't given")
+    for option in ("tp", "pp"):
+        if getattr(args, option) == NOT_GIVEN:
+            setattr(args, option, 1 if args.ranks is None else None)
+        elif getattr(args, option) is None and args.ranks is None:
+            raise WrongUsage(f"--{option} auto needs --ranks N, to choose among their layouts")
+    if args.memory_per_device is not None and args.ranks is None:
+        raise WrongUsage("--memory-per-device needs --ranks N, to choose among their layouts")
 
 
 def _name(text: str) -> str:

@@ -27,8 +27,11 @@ class Source(NamedTuple):
     options: dict[str, Any]
 
 
-def read_source(source: str) -> Source:
-    """ExportError says what of it isn't there or wrong, WrongUsage that it is none of the three."""
+def read_source(source: str, meta: bool = False) -> Source:
+    """ExportError says what of it isn't there or wrong, WrongUsage that it is none of the three.
+
+    `meta`: parameters need no values, and get no memory.
+    """
     if source.endswith(".pt2"):
         from shardserve.export.sources.program import load_program
 
@@ -37,7 +40,7 @@ def read_source(source: str) -> Source:
     if Path(source).is_dir():
         from shardserve.export.sources.huggingface import load_folder
 
-        folder = load_folder(source)
+        folder = load_folder(source, meta)
         options = {"kwargs": folder.kwargs, "dynamic_shapes": folder.dynamic_shapes, "weights": folder.checkpoint}
         return Source(folder.model, (), options)
     module, _, function = source.partition(":")
@@ -47,6 +50,11 @@ def read_source(source: str) -> Source:
     # Importing torch takes seconds: not before there is something to make of it.
     import torch  # noqa: F401
 
+    if meta:
+        from shardserve.export.sources import without_storage
+
+        with without_storage():
+            return _checked(source, userland.call(source, made))
     if _says(made, "weights") and (lean := _without_storage(source, made)) is not None:
         return lean
     return _checked(source, userland.call(source, made))

@@ -6,12 +6,16 @@ Paths become absolute: the launch API takes relative ones from its script's fold
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from shardserve.errors import ConfigError
 from shardserve.shards.expressions import is_name
 from shardserve.wire.sockets import parse_address
 
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Za-z]*)\Z", re.ASCII)
+_UNITS = {unit: 1024**power for power, unit in enumerate(("", "kib", "mib", "gib", "tib"))}
+_UNITS |= {unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
 HIGHEST_PORT = 65535
 # More than any host has; so that a slip of the finger doesn't run for ever.
 HIGHEST_DEVICE = 65535
@@ -56,6 +60,20 @@ def megabytes(text: str) -> int:
     if not _digits(text) or not 1 <= int(text) <= 512:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 to 512")
     return int(text)
+
+
+def count_or_auto(text: str) -> int | None:
+    """1 or more; None for auto."""
+    return None if text == "auto" else count(text)
+
+
+def memory(text: str) -> int:
+    """Bytes, as 16GiB or 500MB."""
+    match = _SIZE.match(text)
+    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match and match[2].lower() in _UNITS else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a size as 16GiB, 500MB or 1000")
+    return size
 
 
 def not_negative(text: str) -> float:

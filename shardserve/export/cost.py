@@ -178,21 +178,23 @@ class RankCost:
         return hardware.link_time(sum(sizes(nbytes) for nbytes in self.sends.values()))
 
 
-def stage_seconds(ranks: Sequence[RankCost], sizes: Sizes, hardware: Hardware = CPU) -> float:
-    """One stage's part of a step: its slowest rank and its collectives."""
-    compute = max(rank.compute_seconds(sizes, hardware) for rank in ranks)
-    return compute + ranks[0].collective_seconds(sizes, len(ranks), hardware)
+def stage_seconds(costs: Sequence[RankCost], ranks: int, sizes: Sizes, hardware: Hardware = CPU) -> float:
+    """One stage's part of a step: its slowest rank and the collectives of its `ranks` ranks. `costs` are those of all
+    of them, or of some that stand for the others.
+    """
+    compute = max(rank.compute_seconds(sizes, hardware) for rank in costs)
+    return compute + costs[0].collective_seconds(sizes, ranks, hardware)
 
 
-def latency(stages: Sequence[Sequence[RankCost]], sizes: Sizes, hardware: Hardware = CPU) -> float:
-    """Seconds of a step alone in the pipeline; `stages[i][j]` is stage i on tensor-parallel rank j."""
-    links = sum(ranks[0].link_seconds(sizes, hardware) for ranks in stages[:-1])
-    return sum(stage_seconds(ranks, sizes, hardware) for ranks in stages) + links
+def latency(stages: Sequence[Sequence[RankCost]], ranks: int, sizes: Sizes, hardware: Hardware = CPU) -> float:
+    """Seconds of a step alone in the pipeline; `stages[i][j]` is stage i on tensor-parallel rank j of `ranks`."""
+    links = sum(costs[0].link_seconds(sizes, hardware) for costs in stages[:-1])
+    return sum(stage_seconds(costs, ranks, sizes, hardware) for costs in stages) + links
 
 
-def interval(stages: Sequence[Sequence[RankCost]], sizes: Sizes, hardware: Hardware = CPU) -> float:
+def interval(stages: Sequence[Sequence[RankCost]], ranks: int, sizes: Sizes, hardware: Hardware = CPU) -> float:
     """Seconds between two steps of a full pipeline: those of its slowest stage."""
-    return max(stage_seconds(ranks, sizes, hardware) for ranks in stages)
+    return max(stage_seconds(costs, ranks, sizes, hardware) for costs in stages)
 
 
 def rank_cost(stage: StageGraph, tensors: Tensors, model: Mapping[str, Tensor]) -> RankCost:
@@ -270,8 +272,15 @@ def nbytes(shape: tuple[Dim, ...], dtype: torch.dtype) -> Dim:
 
 def parameter_bytes(parameters: Sequence[Bound], model: Mapping[str, Tensor]) -> int:
     """The bytes of a rank's parameters; those that are tied, and cut alike, count once."""
-    once = {(storage(model[bound.tensor]), bound.shape, bound.placement): bound for bound in parameters}
-    return sum(int(nbytes(bound.shape, bound.dtype)) for bound in once.values())
+    return sum(int(nbytes(bound.shape, bound.dtype)) for bound in distinct(parameters, model))
+
+
+def distinct(parameters: Sequence[Bound], model: Mapping[str, Tensor]) -> list[Bound]:
+    """The first of each parameters that are tied and cut alike."""
+    once: dict[Any, Bound] = {}
+    for bound in parameters:
+        once.setdefault((storage(model[bound.tensor]), bound.shape, bound.placement), bound)
+    return list(once.values())
 
 
 def storage(tensor: Tensor) -> tuple[Any, ...]:

@@ -29,7 +29,8 @@ def settle(
     ExportError for one that two stages write.
     """
     kept = {name: Kept(placements[name], None) for traced in traces for name in traced.updates}
-    for count in range(len(kept) + _ROUNDS):
+    # Nothing is propagated where nothing is kept.
+    for count in range(len(kept) + _ROUNDS if kept else 0):
         pairs = list(zip(traces, stages, strict=True))
         graphs = [propagate(traced, placements, nodes, size, 0, kept) for traced, nodes in pairs]
         found = dict(kept)

@@ -93,6 +93,7 @@ def test_export_inspect_and_rank_table(shell, tmp_path):
     folder = tmp_path / "examples" / "transformer"
     shutil.copytree(EXAMPLES / "transformer", folder, ignore=shutil.ignore_patterns("model", "__pycache__"))
     assert "max abs error: " in shell.output(ALL["export"][0], folder)
+    assert "nothing written" in shell.output(ALL["export"][1], folder)
     assert "4 ranks, 2 pipeline stages" in shell.output(ALL["inspect"][0], tmp_path)
     assert "wrote " in shell.output(ALL["inspect"][1], tmp_path)
     assert "batch = 8, length = 64" in (tmp_path / "shards.html").read_text()

@@ -28,11 +28,11 @@ SAMPLES = 16000
 
 @dataclass(frozen=True)
 class Folder:
-    """A model of a folder, without values, and what it takes from the checkpoint; example inputs by keyword and their
-    dynamic dims."""
+    """A model of a folder, without values, and the checkpoint that they are in, unless none was asked for; example
+    inputs by keyword and their dynamic dims."""
 
     model: nn.Module
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     kwargs: dict[str, Any]
     dynamic_shapes: dict[str, Any]
 
@@ -42,8 +42,9 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def load_folder(path: str | Path) -> Folder:
-    """The model that `config.json` names, its parameters on the meta device, and its checkpoint, mapped.
+def load_folder(path: str | Path, meta: bool = False) -> Folder:
+    """The model that `config.json` names, its parameters on the meta device, and its checkpoint, mapped; `meta`: only
+    the model, of which there may be no weights yet.
 
     Raises ExportError where the transformers package isn't there, the folder needs code of its own, holds quantised
     weights or no safetensors, or where the model's class takes inputs that have no default example.
@@ -60,7 +61,7 @@ def load_folder(path: str | Path) -> Folder:
         raise ExportError(f"{config_file}: names no model_type: not the folder of a model of transformers")
     if "quantization_config" in content:
         raise ExportError(f"{config_file}: the weights are quantised, which isn't supported")
-    checkpoint = load_checkpoint(path)
+    checkpoint = None if meta else load_checkpoint(path)
     model = _model(path, content, checkpoint)
     kwargs, dynamic_shapes = _example(model, str(config_file))
     return Folder(model, checkpoint, kwargs, dynamic_shapes)
@@ -78,7 +79,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module:
+def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint | None) -> nn.Module:
     transformers = _transformers()
     where, kind = path / CONFIG, content["model_type"]
     architectures = content.get("architectures")
@@ -104,14 +105,15 @@ def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint) -> nn
         raise ExportError(f"{where}: can't make the model: {type(error).__name__}: {text}") from error
 
 
-def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     """The config's, else that of the checkpoint's first weight, as transformers has it."""
     given = getattr(config, "dtype", None)
     if isinstance(given, str):
         given = getattr(torch, given, None)
     if isinstance(given, torch.dtype):
         return given
-    return next((tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()), torch.float32)
+    stored = checkpoint.tensors.values() if checkpoint is not None else ()
+    return next((tensor.dtype for tensor in stored if tensor.is_floating_point()), torch.float32)
 
 
 def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

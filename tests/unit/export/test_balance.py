@@ -154,6 +154,28 @@ def test_a_deeper_module_only_where_it_pays_off() -> None:
     assert balance(traced(Nested(2, 6), x), 2) == ("parts.1.2",)
 
 
+class Running(nn.Module):
+    """Changes a buffer after it was read in another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = chain(*[16] * 4), chain(*[16] * 4), chain(*[16] * 4)
+        self.register_buffer("seen", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.seen
+        x = self.second(x)
+        self.seen.copy_(x.sum(0))
+        return self.last(x)
+
+
+def test_a_buffer_is_read_and_changed_in_one_stage() -> None:
+    model = traced(Running(), torch.randn(3, 16))
+    assert balance(model, 2) == ("last",)
+    with pytest.raises(ExportError, match="the buffer 'seen' is used before it and changed after it"):
+        balance(model, 12)
+
+
 def test_many_stages_of_many_modules() -> None:
     model = traced(chain(*[16] * 129), torch.randn(2, 16))
     assert balance(model, 8) == tuple(str(16 * stage) for stage in range(1, 8))

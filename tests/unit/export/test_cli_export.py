@@ -185,8 +185,6 @@ def test_fails_above_the_tolerance(run) -> None:
     [
         (("userland:plain", "--tp", "3", "--strict"), "the plan shards no parameter"),
         (("userland:plain", "--tp", "2", "--save-plan", "nowhere/plan.json"), "plan nowhere/plan.json: No such file"),
-        (("userland:plain", "--meta"), "--meta is not supported yet"),
-        (("userland:plain", "--ranks", "4"), "--ranks is not supported yet"),
         (("userland:plain", "--plan", "nothing.json"), "nothing.json: No such file"),
         (("userland:nothing",), "'userland' has no function 'nothing'"),
         (("userland:wrong",), "must return (model, args)"),

@@ -120,10 +120,10 @@ def test_the_model_of_latency() -> None:
     link = 1e-4 + 4 * 3 * 32 / 1e9
     # A linear layer of 3 rows makes more FLOPs than it moves bytes at these rates.
     product = 1e-6 + 2 * 3 * 16 * 32 / 1e9
-    assert cost.latency(costs, sizes, hardware) == pytest.approx(
+    assert cost.latency(costs, 1, sizes, hardware) == pytest.approx(
         max(linear, product) + relu + max(other, product) + link
     )
-    assert cost.interval(costs, sizes, hardware) == pytest.approx(max(linear, product) + relu)
+    assert cost.interval(costs, 1, sizes, hardware) == pytest.approx(max(linear, product) + relu)
     assert hardware.collective_time("all_reduce", 1e6, 4) == pytest.approx(3e-5 + 1.5e-3)
     assert hardware.collective_time("all_gather", 1e6, 4) == pytest.approx(3e-5 + 3e-3)
     assert hardware.collective_time("all_reduce", 1e6, 1) == 0
