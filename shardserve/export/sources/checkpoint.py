@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     origins: Mapping[str, str]
 
-    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
-        """The same tensors by other names. ExportError where two get the same name."""
+    def renamed(self, renamings: Mapping[str, str]) -> Checkpoint:
+        """These tensors by other names. ExportError where two get the same name."""
         names: dict[str, str] = {}
-        for name in sorted(self.tensors):
-            new = rename(name)
+        for name, new in renamings.items():
             if new in names:
                 raise ExportError(f"{self.origins[name]}: '{names[new]}' and '{name}' are both '{new}' of the model")
             names[new] = name

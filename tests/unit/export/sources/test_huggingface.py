@@ -111,12 +111,27 @@ def test_the_base_model_s_prefix(saved: Callable[..., Path], tmp_path: Path) -> 
     assert all(torch.equal(value, model.bert.state_dict()[name]) for name, value in base.model.state_dict().items())
 
 
-def test_parts_that_would_have_to_be_put_together(saved: Callable[..., Path]) -> None:
+def test_experts_that_the_file_has_one_by_one(saved: Callable[..., Path]) -> None:
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=12)
+    model = transformers.MixtralForCausalLM(config)
+    path = saved(model)
+    assert len(load_file(path / "model.safetensors")) > len(model.state_dict())
+    folder = load_folder(path)
+    filled = fill(folder.model, folder.checkpoint)
+    assert not filled.missing
+    assert not filled.unused
+    made = folder.model.state_dict()
+    assert all(torch.equal(value, made[name]) for name, value in model.state_dict().items())
+
+
+def test_parts_that_do_not_fit(saved: Callable[..., Path]) -> None:
     config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
-    folder = load_folder(saved(transformers.MixtralForCausalLM(config)))
-    with pytest.raises(
-        ExportError, match=r"'model\.layers\.0\..*' and 1 more are stored in parts that transformers puts"
-    ):
+    path = saved(transformers.MixtralForCausalLM(config))
+    state = load_file(path / "model.safetensors")
+    name = next(name for name in state if "experts.1.w1" in name)
+    save_file({**state, name: torch.ones(3)}, path / "model.safetensors")
+    folder = load_folder(path)
+    with pytest.raises(ExportError, match=r"model\.safetensors \('.*experts\.0.*' there\): can't make '.*experts"):
         fill(folder.model, folder.checkpoint)
 
 
