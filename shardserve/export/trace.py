@@ -82,7 +82,10 @@ def trace(
             if program is None:
                 own_args, own_kwargs = _distinct(model, args, kwargs)
                 program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+            _refuse_changed_constants(program)
             functional = program.run_decompositions({})
+        except ExportError:
+            raise
         except Exception as error:  # torch.export raises whatever the model's own code raises
             raise ExportError(refusals.explain(error, model, args, kwargs)) from error
     signature = functional.graph_signature
@@ -144,6 +147,32 @@ def _distinct(
 
     copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, own, (tuple(args), dict(kwargs)))
     return copied
+
+
+def _refuse_changed_constants(program: ExportedProgram) -> None:
+    """ExportError if the forward writes into a tensor that isn't a buffer: torch's functional graph can't have that."""
+    specs = program.graph_signature.input_specs
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    constants = {
+        node: spec.target
+        for node, spec in zip(placeholders, specs, strict=True)
+        if spec.kind is InputKind.CONSTANT_TENSOR
+    }
+    for node in program.graph.nodes:
+        first = node.args[0] if node.args else None
+        if not isinstance(node.target, torch._ops.OpOverload) or first not in constants:
+            continue
+        schema = node.target._schema
+        if schema.is_mutable:
+            shape = list(first.meta["val"].shape)
+            stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            where = f" in module '{stack[-1]}'" if stack and stack[-1] else ""
+            raise ExportError(
+                f"the model changes a tensor of shape {shape} that isn't one of its buffers ({node.target}{where}): "
+                "register it by register_buffer, and have the forward take it from the module"
+            )
+        if any(result.alias_info for result in schema.returns):
+            constants[node] = constants[first]
 
 
 def _returned(program: torch.export.ExportedProgram) -> tuple[list[Any], dict[str, fx.Node]]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, ShardError
-from shardserve.export import Plan, export, verify
+from shardserve.export import Plan, Subgraph, export, export_subgraphs, verify
 from shardserve.export.verify import Shards
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions, region_graph, replace_regions
@@ -265,3 +266,68 @@ def test_buffers_of_another_export_are_not_shared(tmp_path: Path) -> None:
     Program.load(tmp_path / "one" / "device0" / "one.graph.json", state=store)
     with pytest.raises(ShardError, match=r"another subgraph keeps a buffer '.*', too, and is of another export"):
         Program.load(tmp_path / "other" / "device0" / "other.graph.json", state=store)
+
+
+class Outside(nn.Module):
+    """What it counts is known by another object, too, as caches are that are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = [torch.zeros(3, 4)]
+        self.register_buffer("cache", self.known[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.known[0][0].copy_(x)
+        return x + self.cache.sum(0)
+
+
+def test_a_changed_tensor_that_is_no_buffer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"changes a tensor of shape \[4\] that isn't one of its buffers \(aten.copy_"
+    ):
+        export(Outside(), (torch.ones(4),), name="outside", out=tmp_path)
+
+
+def test_a_cache_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    executorch = pytest.importorskip("transformers.integrations.executorch")
+
+    class Cached(executorch.TorchExportableModuleWithStaticCache):  # type: ignore[misc, name-defined]
+        """Its cache's layers know the buffers under names of their own."""
+
+        def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+            for i, layer in enumerate(self.static_cache.layers):
+                layer.keys, layer.values = getattr(self, f"key_cache_{i}"), getattr(self, f"value_cache_{i}")
+                layer.cumulative_length = getattr(self, f"cumulative_length_{i}")
+            result: Tensor = super().forward(input_ids=input_ids, cache_position=cache_position)
+            return result
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=32, **sizes)
+    decoder = transformers.LlamaForCausalLM(config).eval()
+    cache = {"batch_size": 1, "max_cache_len": 16, "device": "cpu"}
+    decoder.generation_config = transformers.GenerationConfig(
+        use_cache=True, cache_implementation="static", max_length=16, cache_config=cache
+    )
+    model = Cached(decoder, batch_size=1, max_cache_len=16, device=torch.device("cpu"))
+    length = Dim("length", min=2, max=15)
+    ids = torch.tensor([[3, 5, 9, 11, 2]])
+    prompt = {"input_ids": ids, "cache_position": torch.arange(5)}
+    word = {"input_ids": ids[:, :1], "cache_position": torch.tensor([5])}
+    shapes = {"input_ids": {1: length}, "cache_position": {0: length}}
+    column = {f"*.{name}_proj.weight": "Shard(0)" for name in ("q", "k", "v", "gate", "up")}
+    plan = Plan({**column, "*.o_proj.weight": "Shard(1)", "*.down_proj.weight": "Shard(1)"})
+    subgraphs = {"read": Subgraph((), prompt, shapes), "step": Subgraph((), word)}
+    reports = export_subgraphs(model, subgraphs, name="llama", out=tmp_path, tensor_parallel=2, plan=plan)
+    assert reports["step"].collectives() == {"all_reduce": 2}
+    read = Shards(tmp_path / "read", "llama")
+    step = Shards(tmp_path / "step", "llama", beside=read)
+    assert all(program.copied == ("cumulative_length_0",) for program in step.stages[0])
+    assert {spec.shape for spec in step.stages[0][0].config.state} == {(), (1, 1, 16, 8)}
+    with torch.no_grad():
+        got, wanted = read.run(prompt)[0], model(**prompt)
+        for position in range(5, 9):
+            torch.testing.assert_close(got, wanted)
+            word = {"input_ids": wanted[:, -1].argmax(-1)[:, None], "cache_position": torch.tensor([position])}
+            got, wanted = step.run(word)[0], model(**word)
