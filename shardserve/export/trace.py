@@ -160,7 +160,9 @@ def _refuse_changed_constants(program: ExportedProgram) -> None:
     }
     for node in program.graph.nodes:
         first = node.args[0] if node.args else None
-        if not isinstance(node.target, torch._ops.OpOverload) or first not in constants:
+        if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(first, fx.Node):
+            continue
+        if first not in constants:
             continue
         schema = node.target._schema
         if schema.is_mutable:
