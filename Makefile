@@ -55,7 +55,7 @@ format: $(VENV)/.installed-dev ## have ruff format everything
 stubs: $(VENV)/.installed-dev ## generate the gRPC stubs from protos/
 	$(BIN)/python protos/generate.py
 
-BENCHMARKS := smoke overhead collectives sharded pipelining batching front large dispatch recording window steady costs export-memory state
+BENCHMARKS := smoke overhead collectives sharded pipelining batching front large dispatch recording window steady costs layouts export-memory state
 
 bench: $(addprefix bench-,$(BENCHMARKS)) ## all figures of docs/performance.md, one after the other, on a machine that does nothing else
 
