@@ -30,11 +30,11 @@ $(VENV)/.installed-examples: $(VENV)/.installed
 example-%: $(VENV)/.installed-examples ## one with trained weights: example-sentence-embeddings, example-image-classification
 	$(BIN)/python examples/$(subst -,_,$*)/run.py
 
-test: $(VENV)/.installed-dev ## all tests
-	$(BIN)/python -m pytest
+test: unit e2e ## all tests
 
+# Two at a time even on many cores: what they start has threads of its own.
 unit: $(VENV)/.installed-dev ## the tests of single modules
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
 	$(BIN)/python -m pytest tests/e2e tests/chaos

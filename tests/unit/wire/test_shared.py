@@ -159,6 +159,7 @@ def test_another_process_that_can_not_open_ours_gets_it_through_the_socket(monke
         (PLACE.pack(os.getpid(), 99999, NOBODY, 0, 4096, 1, 10), "descriptor 99999 of process .*: No such file"),
         (PLACE.pack(os.getpid(), 0, NOBODY, 0, 4096, 1, LARGE + 1), "is over the limit of this connection"),
     ],
+    ids=["short", "no descriptor", "large"],
 )
 def test_places_that_can_not_be(place, message):
     with pytest.raises(SharedError, match=message):
