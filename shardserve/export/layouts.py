@@ -45,7 +45,9 @@ class Candidate:
         if not self.bytes:
             return f"{layout}: refused: {self.refused}"
         memory = f"{described_bytes(self.parameter_bytes)} + {described_bytes(self.activation_bytes)} on a rank"
-        steps = f"a step in {described_seconds(self.seconds)}, one each {described_seconds(self.interval)}"
+        steps = f"a step in {described_seconds(self.seconds)}"
+        if self.pipeline_parallel > 1:
+            steps += f", one each {described_seconds(self.interval)}"
         return f"{layout}: {memory}; {steps}" + (f"; refused: {self.refused}" if self.refused else "")
 
 

@@ -64,6 +64,17 @@ def exported(folder: Path, out: Path, **options: Any) -> Any:
     )
 
 
+def test_a_config_alone_is_planned(tmp_path: Path) -> None:
+    """As --meta does, here by the plan that the model brings with it."""
+    transformers.LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    loaded = load_folder(tmp_path, meta=True)
+    assert loaded.checkpoint is None
+    plan = Plan.from_tp_plan(loaded.model)
+    report = export(loaded.model, (), name="m", out=None, tensor_parallel=2, plan=plan, kwargs=loaded.kwargs)
+    assert dict(report.collectives()) == {"all_reduce": 3, "all_gather": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_sharded_checkpoint_of_tied_weights(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved(llama(), max_shard_size="8KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
