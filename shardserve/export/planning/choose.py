@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardserve.errors import ExportError
 from shardserve.export.cost import nbytes
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.planning.grow import Grower
 from shardserve.export.planning.probe import Move, Outcome, Placements, Prober
 
-ENOUGH = 1.1
-"""A rank's share of bytes and of FLOPs, over total / ranks, at which no further collective is paid for less."""
+ENOUGH = 1.1, 1.1
+"""A rank's shares of bytes and of FLOPs, over total / ranks, at which no further collective is paid for less."""
+NEARLY = 1.12, 1.15
+"""The same, for sets that spare little for their collectives: poolers, classifiers, which a hand leaves whole."""
 WORTH = 0.33
 """What a set has to spare for its collectives, of bytes or of FLOPs, over what those chosen before spare for theirs;
 or, where that is less, what part of a rank's excess over its equal share, times its part of the collectives with it.
@@ -94,9 +97,9 @@ class Scorer:
         left_flops = 1 - outcome.flops / self.total_flops if any(self.probe.node_flops.values()) else 0.0
         return left_bytes * self.probe.size - 1, left_flops * self.probe.size - 1
 
-    def enough(self, outcome: Outcome) -> bool:
+    def enough(self, outcome: Outcome, limits: tuple[float, float] = ENOUGH) -> bool:
         """Whether a rank's shares are about total / ranks."""
-        return max(self.excess(outcome)) <= ENOUGH - 1
+        return all(over <= limit - 1 for over, limit in zip(self.excess(outcome), limits, strict=True))
 
 
 def grouped(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[tuple[object, ...], list[str]]:
@@ -169,20 +172,26 @@ def choose(probe: Prober, fixed: Mapping[str, Replicate | Shard]) -> Choice:
     scorer = Scorer(probe)
     given = {name: placement for name, placement in fixed.items() if isinstance(placement, Shard)}
     start = probe(given)
-    assert start is not None, "explicit placements are checked before"
+    if start is None:
+        raise ExportError(
+            f"the plan's placements don't fit together on {probe.size} ranks: what they make doesn't divide"
+        )
     choice = Choice(given, start, candidates(probe, scorer, fixed))
     chosen: list[Candidate] = []
+    _take(scorer, choice, chosen, fixed, little=False)  # and so what costs nothing with these, too
     for _ in range(PASSES):  # what was worth too little of a large excess may be worth enough of a small one
         before = len(chosen)
-        _take(scorer, choice, chosen, fixed)
+        _take(scorer, choice, chosen, fixed, little=True)
         if len(chosen) == before or scorer.enough(choice.outcome):
             break
     _drop(scorer, choice, chosen)
     return choice
 
 
-def _take(scorer: Scorer, choice: Choice, chosen: list[Candidate], fixed: Mapping[str, Replicate | Shard]) -> None:
-    """Goes once through the candidates, what spares the most for its collectives first."""
+def _take(
+    scorer: Scorer, choice: Choice, chosen: list[Candidate], fixed: Mapping[str, Replicate | Shard], little: bool
+) -> None:
+    """Goes once through the candidates, what spares the most for its collectives first; `little`: also the others."""
     order = [(-scorer.worth(candidate.outcome), index, -1) for index, candidate in enumerate(choice.candidates)]
     heapq.heapify(order)
     while order:
@@ -198,19 +207,18 @@ def _take(scorer: Scorer, choice: Choice, chosen: list[Candidate], fixed: Mappin
         gains = [new - old for new, old in zip(scorer.shares(outcome), gained, strict=True)]
         gain = sum(gains)
         paid, price = scorer.price(choice.outcome), scorer.price(outcome) - scorer.price(choice.outcome)
-        if gain <= 0 or (price > 0 and scorer.enough(choice.outcome)):
+        if gain <= 0:
             continue
         if price > 0 and -gain / price > worth * 0.99 and seen != len(chosen):
             heapq.heappush(order, (-gain / price, index, len(chosen)))  # among those chosen it is worth less
             continue
-        left = sum(scorer.excess(choice.outcome)) / scorer.probe.size
-        if (
-            price > 0
-            and paid > 0
-            and gain / price < WORTH * left / (paid + price)
-            and _little(gains, price, gained, paid)
-        ):
-            continue
+        if price > 0:
+            spares_little = paid > 0 and _little(gains, price, gained, paid)
+            left = sum(scorer.excess(choice.outcome)) / scorer.probe.size
+            if spares_little and (not little or gain / price < WORTH * left / (paid + price)):
+                continue
+            if scorer.enough(choice.outcome, NEARLY if spares_little else ENOUGH):
+                continue
         choice.placements, choice.outcome = {**choice.placements, **candidate.placements}, outcome
         chosen.append(candidate)
 

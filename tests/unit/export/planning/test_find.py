@@ -156,3 +156,44 @@ def test_fixed_placements() -> None:
     assert placements.get("0.weight") is None
     assert placements["2.weight"] == Shard(0)
     assert Counter(map(str, placements.values()))["Shard(1)"] == 0
+
+
+class Beside(nn.Module):
+    """Attention's two matrices beside a perceptron of 16 times their size, and a pooler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 1024), nn.Linear(1024, 32)
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.pool = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.relu(self.up(x)))
+        x = x + self.b(torch.tanh(self.a(x)))
+        return torch.tanh(self.pool(x[:, 0]))
+
+
+def test_what_is_much_of_what_is_left_is_cut_and_a_pooler_is_not() -> None:
+    """On 2 ranks the small pair is little; on 8, without it, a rank would have half as much again as its share."""
+    x = torch.randn(2, 64, 32)
+    assert "a.weight" not in found(Beside(), x)
+    placements = found(Beside(), x, size=8)
+    assert (placements["a.weight"], placements["b.weight"]) == ("Shard(0)", "Shard(1)")
+    assert "pool.weight" not in placements
+
+
+def test_weights_are_never_gathered() -> None:
+    """Experts looked up by number: the dim of the experts can't be cut, that of what is inside can."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 16, 8))
+            self.down = nn.Parameter(torch.randn(4, 8, 16))
+
+        def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+            hidden = torch.relu(torch.bmm(self.up[expert], x[..., None]))
+            return torch.bmm(self.down[expert], hidden).squeeze(-1)
+
+    placements = found(Experts(), torch.randn(5, 8), torch.tensor([0, 3, 1, 1, 2]))
+    assert placements == {"up": "Shard(1)", "down": "Shard(2)"}
