@@ -164,12 +164,15 @@ def test_all_die_with_the_parent(tmp_path):
         os.close(pidfd)
 
 
-def test_what_the_user_set_in_the_environment_stays(monkeypatch):
+def test_what_the_user_set_in_the_environment_stays(monkeypatch, free_port, tmp_path):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     server = ForkServer()
     try:
+        # It runs when it has forked: before, it may be us still.
+        [agent] = fork(server, request(free_port, tmp_path / "none" / "net.graph.json"))
         environment = psutil.Process(server.pid).environ()
+        ended(agent)
     finally:
         server.close()
     assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
