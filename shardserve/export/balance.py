@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
@@ -23,7 +25,6 @@ from shardserve.export.trace import Trace
 from shardserve.shards.config import DTYPES
 
 SLACK = 1.1
-_INFINITE = float("inf")
 _Rank: TypeAlias = tuple[int, int, float]
 """Bytes sent, depth of the modules' names, sum of the loads' squares: less is better, in this order."""
 
@@ -188,22 +189,19 @@ def _live(pending: list[Any]) -> set[fx.Node]:
     return live
 
 
-def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> list[list[float]]:
-    """loads[i][j]: of the stage of pieces i to j, j not included."""
-    loads: list[list[float]] = []
+def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> npt.NDArray[np.float64]:
+    """[i, j]: of the stage of pieces i to j, j not included; infinite where j isn't after i."""
+    loads = np.full((len(pieces), len(pieces) + 1), np.inf)
+    # The fixed time of a transfer is that of any cut, and passes beside the computation.
+    sent = np.array([*(piece.sent for piece in pieces[1:]), 0]) / hardware.link_bytes_per_second
     for begin in range(len(pieces)):
-        row = [_INFINITE] * (len(pieces) + 1)
         needed: set[Any] = set()
-        seconds = 0.0
-        for end in range(begin, len(pieces)):
-            seconds += pieces[end].seconds
-            new = pieces[end].needs.keys() - needed
-            seconds += sum(pieces[end].needs[key] for key in new)
+        added: list[float] = []
+        for piece in pieces[begin:]:
+            new = piece.needs.keys() - needed
+            added.append(piece.seconds + sum(piece.needs[key] for key in new))
             needed |= new
-            # The fixed time of a transfer is that of any cut, and passes beside the computation.
-            sent = pieces[end + 1].sent if end + 1 < len(pieces) else 0
-            row[end + 1] = seconds + sent / hardware.link_bytes_per_second
-        loads.append(row)
+        loads[begin, begin + 1 :] = np.cumsum(added) + sent[begin:]
     return loads
 
 
@@ -212,21 +210,16 @@ def _partition(pieces: Sequence[_Piece], count: int, hardware: cost.Hardware) ->
     loads = _loads(pieces, hardware)
     size = len(pieces)
     # rest[k][i]: the smallest largest load of k stages that hold the pieces from i on.
-    rest = [[_INFINITE] * size + [0.0]]
+    rest = [np.array([np.inf] * size + [0.0])]
     for _ in range(count):
-        before = rest[-1]
-        rest.append(
-            [min(max(loads[i][j], before[j]) for j in range(i + 1, size + 1)) for i in range(size)] + [_INFINITE]
-        )
-    limit = rest[count][0] * SLACK
+        rest.append(np.append(np.maximum(loads, rest[-1]).min(axis=1), np.inf))
+    limit = float(rest[count][0]) * SLACK
     best: dict[int, tuple[_Rank, tuple[int, ...]]] = {0: ((0, 0, 0.0), ())}
     for left in reversed(range(count)):
         reached: dict[int, tuple[_Rank, tuple[int, ...]]] = {}
         for i, ((sent, depth, squares), cuts) in best.items():
-            for j in range(i + 1, size + 1):
-                load = loads[i][j]
-                if load > limit or rest[left][j] > limit:
-                    continue
+            for j in map(int, np.flatnonzero((loads[i] <= limit) & (rest[left] <= limit))):
+                load = float(loads[i, j])
                 squared = squares + load * load
                 piece = pieces[j] if j < size else None
                 rank = (sent + piece.sent, depth + piece.depth, squared) if piece else (sent, depth, squared)

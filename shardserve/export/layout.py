@@ -96,6 +96,7 @@ class Planner:
         self.traces, self.plan, self.cuts, self.progress = traces, plan, tuple(cuts), progress
         self._named = dict(model.named_parameters(remove_duplicate=False))
         self._planned: dict[int, dict[str, Planned]] = {}
+        self._balanced: dict[int, tuple[str, ...]] = {}
 
     def planned(self, size: int) -> dict[str, Planned]:
         """For each subgraph the placements on `size` ranks. ExportError for a plan that doesn't fit the model or the
@@ -135,7 +136,9 @@ class Planner:
     def _cuts(self, stages: int) -> tuple[str, ...]:
         cuts = self.cuts or (tuple(self.plan.cuts) if stages > 1 else ())
         if not cuts and stages > 1:
-            return balance.balance(next(iter(self.traces.values())), stages)
+            if stages not in self._balanced:
+                self._balanced[stages] = balance.balance(next(iter(self.traces.values())), stages)
+            return self._balanced[stages]
         if len(cuts) != stages - 1:
             raise ExportError(f"{stages} pipeline stages need {stages - 1} cuts, got {len(cuts)}: {', '.join(cuts)}")
         return cuts
