@@ -242,7 +242,10 @@ class Registry:
         """HostReady to each supervisor whose agents have come, HostWaits to the others."""
         for host in self.hosts:
             if host.ranks and not host.ready:
-                missing = tuple(rank for rank in host.ranks if self.agent(rank) is None)
+                # A supervisor that has ended may have left agents whose connections haven't ended yet.
+                missing = tuple(
+                    rank for rank in host.ranks if self.agent(rank) is None or self._keepers.get(rank) != host.name
+                )
                 host.ready = not missing
                 host.stream.send(group.HostWaits(missing) if missing else group.HostReady())
 

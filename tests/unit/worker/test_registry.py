@@ -222,11 +222,11 @@ async def test_a_host_is_told_its_ranks_and_when_they_are_there():
     assert stream.sent == [group.Roster(("a", "b"))]
     s.registry.enlist(host, group.Enlist(("b",), None, None, 2))
     assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "b", 2, 1), group.HostWaits((2, 3))]
-    s.register(2)
+    s.register(2, by="of 50")
     s.register(0)
     assert stream.sent[3:] == [group.HostWaits((3,)), group.HostWaits((3,))]
     assert stream.take(group.HostReady) == []
-    s.register(3)
+    s.register(3, by="of 50")
     assert stream.take(group.HostReady) == [group.HostReady()]
     s.register(1)
     assert len(stream.take(group.HostReady)) == 1
@@ -236,9 +236,22 @@ async def test_a_host_is_told_its_ranks_and_when_they_are_there():
 async def test_a_supervisor_that_comes_back_finds_its_agents_there():
     s = Setting()
     for rank in range(4):
-        s.register(rank)
+        s.register(rank, by="of 50")
     stream, _ = s.enlist(("a", "b"), count=4)
     assert stream.sent[1:] == [group.Enlisted((0, 1, 2, 3), ("0", "1", "0", "1"), "a", 2, 1), group.HostReady()]
+
+
+@asynchronous
+async def test_agents_that_another_supervisor_has_left_behind_are_not_the_next_one_s():
+    """Their connections may end after the next supervisor has come: it isn't ready by them."""
+    s = Setting()
+    for rank in (2, 3):
+        s.register(rank, by="of 50")
+    stream, _ = s.enlist(("b",), pid=51)
+    assert stream.sent[2:] == [group.HostWaits((2, 3))]
+    s.register(2, by="of 51")
+    s.register(3, by="of 51")
+    assert stream.sent[3:] == [group.HostWaits((3,)), group.HostReady()]
 
 
 @asynchronous
