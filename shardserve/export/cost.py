@@ -33,6 +33,10 @@ _FREE = frozenset(VIEWS - {"to", "_to_copy"})
 _LOOKUPS = frozenset({"embedding", "index_select", "gather", "index", "take_along_dim"})  # don't read all of the table
 
 
+# Mostly into buffers that are kept between steps, where they are: what is written is read and written, nothing else.
+_WRITES = frozenset({"slice_scatter", "select_scatter", "index_put", "index_copy"})
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One rank's device and what is between the ranks; all in units, bytes and seconds.
@@ -235,6 +239,8 @@ def traced_operation(node: fx.Node, without: Container[fx.Node] = ()) -> Operati
     counted = _flops(opname, [shape for shape, _ in tensors], [results[0][0]], node.args)
     read = [tensor for argument, tensor in zip(operands, tensors, strict=True) if argument not in without]
     moved = [*(read[1:] if opname in _LOOKUPS and operands[0] not in without else read), *results]
+    if opname in _WRITES:
+        moved = tensors[1:] * 2
     return Operation(str(target), counted, _total(nbytes(*tensor) for tensor in moved))
 
 
@@ -250,7 +256,8 @@ def operation(node: LocalNode, tensors: Tensors) -> Operation:
         return Operation(node.op, 0, 0)
     counted = _flops(opname, [shape for shape, _ in operands], [result[0]] if result else [], node.args)
     read = operands[1:] if opname in _LOOKUPS else operands
-    moved = [nbytes(*tensor) for tensor in (*read, *((result,) if result else ()))]
+    touched = operands[1:] * 2 if opname in _WRITES else [*read, *((result,) if result else ())]
+    moved = [nbytes(*tensor) for tensor in touched]
     return Operation(node.op, counted, _total(moved))
 
 

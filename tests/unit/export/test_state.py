@@ -13,7 +13,10 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, ShardError
-from shardserve.export import Plan, Subgraph, export, export_subgraphs, verify
+from shardserve.export import Plan, Subgraph, cost, cut, export, export_subgraphs, verify
+from shardserve.export.placements import Replicate
+from shardserve.export.propagate import propagate
+from shardserve.export.trace import trace
 from shardserve.export.verify import Shards
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions, region_graph, replace_regions
@@ -112,6 +115,17 @@ def test_a_decoder_that_keeps_its_cache(tmp_path: Path, tp: int, pp: int) -> Non
     assert sum(report.collectives().values()) == (2 if tp > 1 else 0)
     assert "stateful=True" in str(report)
     assert "keeps length: int64 [1]" in str(report)
+
+
+def test_a_write_costs_what_is_written() -> None:
+    traced = trace(Decoder(), (TOKENS[0],), {}, None, None, None)
+    writes = [node for node in traced.graph.nodes if "index_" in str(node.target)]
+    assert len(writes) == 4
+    position, row = 8, WIDTH * 4
+    assert {cost.traced_operation(node, {}).bytes for node in writes} == {2 * (position + row)}
+    graph = propagate(traced, dict.fromkeys(traced.tensors, Replicate()), cut.assign(traced, ()), 1, 0)
+    local = [node for node in graph.nodes if "index_" in node.op]
+    assert {cost.operation(node, cost.meanings(graph)).bytes for node in local} == {2 * (position + row)}
 
 
 def test_verify_takes_two_steps_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
