@@ -65,8 +65,7 @@ class Tagger(nn.Module):
 
 @model
 def lstm_tagger() -> Case:
-    # torch.export fixes the length of what an LSTM takes.
-    return Case(Tagger(), {"ids": tokens(256, 3, 7)}, {"ids": {0: BATCH}})
+    return Case(Tagger(), {"ids": tokens(256, 3, 7)}, {"ids": {0: BATCH, 1: LENGTH}})
 
 
 class MixerBlock(nn.Module):
@@ -98,7 +97,7 @@ class Mixer(nn.Module):
 
 @model
 def mlp_mixer() -> Case:
-    return Case(Mixer(), {"x": torch.randn(3, 3, 32, 32)}, {"x": {0: BATCH}}, 2 * 2)
+    return Case(Mixer(), {"x": torch.randn(3, 3, 32, 32)}, {"x": {0: BATCH}}, 2 * 2 + 1)
 
 
 def double(inputs: int, outputs: int) -> nn.Sequential:

@@ -17,10 +17,10 @@ class Case:
     """A model and how to export it.
 
     collectives: what a step of the hand-written plan issues on more than one tensor-parallel rank: 2 all-reduces a
-    transformer block, 1 for what is made of vocabulary-sharded embeddings, 1 gather of a sharded head; None where
-    nobody writes such a plan by hand. bounded: a transformer or a recommender, of which a rank has to have its share
-    of bytes and FLOPs. tensor_parallel: sizes that its heads allow. tolerance: the largest absolute error, in terms of
-    the output's scale.
+    transformer block, 1 for what is made of vocabulary-sharded embeddings, 1 for each head or stem that is cut; None
+    where nobody writes such a plan by hand. bounded: a transformer or a recommender, of which a rank has to have its
+    share of bytes and FLOPs. tensor_parallel: sizes that its heads allow. tolerance: the largest absolute error, in
+    terms of the output's scale.
     """
 
     model: nn.Module

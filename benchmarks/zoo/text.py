@@ -41,13 +41,13 @@ def decoder(net: nn.Module, collectives: int = 2 * LAYERS + 2, **changed: Any) -
 
 @model
 def bert() -> Case:
-    return encoder(hf.BertModel(hf.BertConfig(**ENCODER)), 2 * LAYERS + 1)
+    return encoder(hf.BertModel(hf.BertConfig(**ENCODER)), 2 * LAYERS + 2)
 
 
 @model
 def roberta() -> Case:
     config = hf.RobertaConfig(**{**ENCODER, "max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1})
-    return encoder(hf.RobertaForMaskedLM(config), 2 * LAYERS + 2)
+    return encoder(hf.RobertaForMaskedLM(config), 2 * LAYERS + 3)
 
 
 @model
@@ -56,7 +56,7 @@ def distilbert() -> Case:
         vocab_size=VOCABULARY, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER,
         max_position_embeddings=POSITIONS, num_labels=3,
     )  # fmt: skip
-    return encoder(hf.DistilBertForSequenceClassification(config), 2 * LAYERS + 1)
+    return encoder(hf.DistilBertForSequenceClassification(config), 2 * LAYERS + 2)
 
 
 @model
@@ -68,7 +68,7 @@ def albert() -> Case:
 
 @model
 def electra() -> Case:
-    return encoder(hf.ElectraForPreTraining(hf.ElectraConfig(**ENCODER, embedding_size=32)), 2 * LAYERS + 1)
+    return encoder(hf.ElectraForPreTraining(hf.ElectraConfig(**ENCODER, embedding_size=32)), 2 * LAYERS + 2)
 
 
 @model

@@ -35,13 +35,13 @@ def images(net: nn.Module, collectives: int | None = None, **changed: Any) -> Ca
 
 @model
 def vit() -> Case:
-    return images(hf.ViTForImageClassification(hf.ViTConfig(**PATCHES)), 2 * LAYERS, bounded=True)
+    return images(hf.ViTForImageClassification(hf.ViTConfig(**PATCHES)), 2 * LAYERS + 1, bounded=True)
 
 
 @model
 def deit() -> Case:
     net = hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**PATCHES))
-    return images(net, 2 * LAYERS, bounded=True)
+    return images(net, 2 * LAYERS + 1, bounded=True)
 
 
 @model

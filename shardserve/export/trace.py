@@ -19,7 +19,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
-from shardserve.export import refusals
+from shardserve.export import recurrent, refusals
 from shardserve.export.symbols import Printer, simplify
 from shardserve.shards.config import DimRange
 from shardserve.shards.expressions import is_name
@@ -78,12 +78,15 @@ def trace(
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")  # of recurrent layers: no state
         try:
             if program is None:
                 own_args, own_kwargs = _distinct(model, args, kwargs)
-                program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+                with recurrent.Kept():
+                    program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
             _refuse_changed_constants(program)
             functional = program.run_decompositions({})
+            recurrent.restore(functional.graph)
         except ExportError:
             raise
         except Exception as error:  # torch.export raises whatever the model's own code raises

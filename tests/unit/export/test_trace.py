@@ -139,6 +139,38 @@ def test_parametrized_weights(tmp_path: Path) -> None:
     assert verify(model, (X,), None, tmp_path, "m").passed
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over sequences of any length, and its last states."""
+
+    def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
+        super().__init__()
+        self.layer = kind(4, 6, **settings)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        outputs, states = self.layer(x)
+        return outputs.relu(), states
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True, batch_first=True),
+        lambda: Recurrent(nn.LSTM, proj_size=3),
+        lambda: Recurrent(nn.GRU, bidirectional=True),
+        lambda: Recurrent(nn.RNN, nonlinearity="relu", bias=False),
+    ],
+)
+def test_recurrent_layers_take_any_length(tmp_path: Path, layer: Any) -> None:
+    model, x = layer(), torch.randn(3, 5, 4)
+    dims = {0: Dim("a", min=2, max=7), 1: Dim("b", min=2, max=7)}
+    report = export(model, (x,), name="m", out=tmp_path, dynamic_shapes=(dims,))
+    assert report.signature.inputs[0].shape == ("a", "b", 4)
+    assert not report.signature.conditions
+    result = verify(model, (x,), None, tmp_path, "m")
+    assert result.passed
+    assert len(result.sizes) >= 5
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     model = small(lambda self, x: self.linear(x)).bfloat16()
     report = export(model, (X.bfloat16(),), name="m", out=tmp_path)
