@@ -20,8 +20,12 @@ from shardserve.export.sources.storage import without_storage
 CONFIG = "config.json"
 MOST_ROWS = 64
 """Of the default batch dim."""
+LONGEST = 2048
+"""Of the default sequence dim: what --verify can still compute."""
 LENGTH = 16
 """Of the example's sequences."""
+IMAGE = 224
+"""The sides of the example's image, where the config has none."""
 SAMPLES = 16000
 """Of the example's sound: a second, for most."""
 
@@ -97,9 +101,12 @@ def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint | None
         dtype = _dtype(config, checkpoint)
         config.use_cache = False
         with without_storage():
-            if name is None:
-                return transformers.AutoModel.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-            return getattr(transformers, name)._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+            made = transformers.AutoModel.from_config if name is None else getattr(transformers, name)._from_config
+            model: Any = made(config, dtype=dtype)
+        if model._can_set_experts_implementation():
+            # The others loop over the experts that were hit, or are operators of transformers' own.
+            model.set_experts_implementation("batched_mm")
+        return model.eval()  # type: ignore[no-any-return]
     except Exception as error:  # what the model's own constructor makes of the config
         text = " ".join(str(error).split())
         raise ExportError(f"{where}: can't make the model: {type(error).__name__}: {text}") from error
@@ -127,11 +134,7 @@ def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if main == "input_ids":
         inputs, shapes = _text(model, "input_ids", "attention_mask", "sequence", rows)
     elif main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        sides = getattr(vision, "image_size", None) or 224
-        height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)
-        inputs = {main: torch.randn(2, getattr(vision, "num_channels", 3), height, width)}
-        shapes = {main: {0: rows}}
+        inputs, shapes = _image(config, rows)
     elif main == "input_values":
         inputs, shapes = {main: torch.randn(2, SAMPLES)}, {main: {0: rows}}
     elif main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
@@ -143,6 +146,10 @@ def _example(model: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         more, more_shapes = _text(model, "decoder_input_ids", "", "target", rows)
+        inputs, shapes = {**inputs, **more}, {**shapes, **more_shapes}
+    if main == "input_ids" and hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        # CLIP and its kin compare the two.
+        more, more_shapes = _image(config, rows)
         inputs, shapes = {**inputs, **more}, {**shapes, **more_shapes}
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     inputs = {
@@ -156,9 +163,9 @@ _OWN = "write a module:function that gives model and inputs, with the folder as 
 
 def _text(model: Any, ids: str, mask: str, dim: str, rows: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    longest = _positions(model, config)
-    length = min(LENGTH, longest or LENGTH)
-    columns = torch.export.Dim(dim, min=1, max=longest) if longest else torch.export.Dim(dim, min=1)
+    longest = min(LONGEST, _positions(model, config) or LONGEST)
+    length = min(LENGTH, longest)
+    columns = torch.export.Dim(dim, min=1, max=longest)
     generator = torch.Generator().manual_seed(0)
     inputs = {ids: torch.randint(0, max(config.vocab_size, 1), (2, length), generator=generator)}
     if (pad := getattr(config, "pad_token_id", None)) is not None:
@@ -167,6 +174,14 @@ def _text(model: Any, ids: str, mask: str, dim: str, rows: Any) -> tuple[dict[st
     if mask:
         inputs[mask] = torch.ones(2, length, dtype=torch.int64)
     return inputs, {name: {0: rows, 1: columns} for name in inputs}
+
+
+def _image(config: Any, rows: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    vision = getattr(config, "vision_config", config)
+    sides = getattr(vision, "image_size", None) or IMAGE
+    height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)
+    image = torch.randn(2, getattr(vision, "num_channels", 3), height, width)
+    return {"pixel_values": image}, {"pixel_values": {0: rows}}
 
 
 def _positions(model: nn.Module, config: Any) -> int | None:

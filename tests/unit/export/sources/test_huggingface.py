@@ -128,6 +128,8 @@ def test_experts_that_the_file_has_one_by_one(saved: Callable[..., Path]) -> Non
     path = saved(model)
     assert len(load_file(path / "model.safetensors")) > len(model.state_dict())
     folder = load_folder(path)
+    assert folder.dynamic_shapes["input_ids"][1].max == 2048
+    assert folder.model.config._experts_implementation == "batched_mm"
     filled = fill(folder.model, folder.checkpoint)
     assert not filled.missing
     assert not filled.unused
@@ -156,6 +158,15 @@ def test_sound(saved: Callable[..., Path]) -> None:
     assert folder.kwargs["input_features"].shape == (2, 4, 20)
     assert folder.dynamic_shapes["decoder_input_ids"][1].max == 12
     assert not fill(folder.model, folder.checkpoint).missing
+
+
+def test_text_and_images(saved: Callable[..., Path]) -> None:
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=SIZES, vision_config={**vision, "num_hidden_layers": 1})
+    folder = load_folder(saved(transformers.CLIPModel(config)))
+    assert list(folder.kwargs) == ["input_ids", "attention_mask", "pixel_values"]
+    fill(folder.model, folder.checkpoint)
+    assert folder.model(**folder.kwargs).logits_per_image.shape == (2, 2)
 
 
 def test_images(saved: Callable[..., Path]) -> None:
