@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ def without_storage() -> Iterator[None]:
 
     Buffers, and whatever else a constructor computes, are real: what isn't in a checkpoint (rotary frequencies, tables
     of positions) is computed as ever, even under `torch.device("meta")`, which is ignored. Memory is needed for one
-    parameter at a time, and only if it is initialised before it is registered.
+    parameter at a time, and only if it is initialised before it is registered. It holds for all threads of the process.
     """
     register, call = nn.Module.register_parameter, DeviceContext.__torch_function__
 
@@ -38,12 +37,13 @@ def without_storage() -> Iterator[None]:
     def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, None if param is None else _emptied(param))
 
+    replaced: Any = nn.Module, DeviceContext
     # Module.__setattr__ comes here, too.
-    with (
-        mock.patch.object(nn.Module, "register_parameter", registered),
-        mock.patch.object(DeviceContext, "__torch_function__", called),
-    ):
+    replaced[0].register_parameter, replaced[1].__torch_function__ = registered, called
+    try:
         yield
+    finally:
+        replaced[0].register_parameter, replaced[1].__torch_function__ = register, call
 
 
 def _emptied(param: nn.Parameter) -> nn.Parameter:
