@@ -292,12 +292,28 @@ def attention(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     if not isinstance(placement, Shard) or placement.dim >= query.ndim - 2:
         return None
     if any(divide(side.shape[placement.dim], emitter.size * placement.blocks) is None for side in (key, value)):
-        return None
-    key, value = (emitter.redistribute(side, placement) for side in (key, value))
+        if not call["enable_gqa"] or placement != Shard(query.ndim - 3):
+            return None
+        own = [_own_head(emitter, side, placement.dim) for side in (key, value)]
+        if own[0] is None or own[1] is None:
+            return None
+        key, value = own[0], own[1]
+    else:
+        key, value = (emitter.redistribute(side, placement) for side in (key, value))
     mask = call.get("attn_mask")
     if mask is not None:
         mask = _aligned(emitter, emitter.reduced(mask), placement, query.ndim)
     return call.emit(emitter, placement, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _own_head(emitter: Emitter, side: Value, dim: int) -> Value | None:
+    """The one head of keys or values, of fewer heads than ranks, that this rank's heads of queries share."""
+    heads = side.shape[dim]
+    if not isinstance(heads, int) or emitter.size % heads:
+        return None
+    first = emitter.coordinate * heads // emitter.size
+    side, shape = emitter.replicated(side), (*side.shape[:dim], 1, *side.shape[dim + 1 :])
+    return emitter.call("aten.slice.Tensor", (side, dim, first, first + 1), {}, shape, side.dtype, Replicate())
 
 
 @rule("view", "_unsafe_view", "reshape", "flatten", "unflatten")

@@ -49,10 +49,12 @@ def _reason(probe: Prober, scorer: Scorer, grower: Grower, choice: Choice, name:
     if undivided:
         return next(iter(undivided.values()))
     if len(shape) < 2:
-        return "added or multiplied whole"
+        return "a vector that is used whole"
     thought = [candidate for candidate in choice.candidates if name in candidate.placements]
     if not thought:
-        return "no operator that takes it has a rule for its parts"
+        tried = probe({name: variants[0]})
+        takers = [move for move in tried.gathers if move.taker is not None] if tried is not None else []
+        return f"{_operator(takers[0])} takes it whole" if takers else "no operator that takes it takes parts of it"
     chosen = choice.placements
     fitting = [
         candidate

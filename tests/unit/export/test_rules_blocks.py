@@ -97,6 +97,29 @@ def test_a_stream_that_was_gathered_stays_whole(tmp_path: Path) -> None:
     run(Residual(), {"stem.*": "Shard(0)"}, {"all_gather": 1}, tmp_path, torch.randn(2, 4))
 
 
+class Grouped(nn.Module):
+    """Eight heads of queries on two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(32, 8), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+def test_more_ranks_than_heads_of_keys(tmp_path: Path) -> None:
+    """Keys and values stay whole; each rank takes the head that its queries' heads share."""
+    net, x = Grouped(), torch.randn(2, 5, 32)
+    plan = {"q.*": "Shard(0)", "o.weight": "Shard(1)"}
+    for size in (4, 8):
+        report = export(net, (x,), name="m", out=tmp_path, tensor_parallel=size, plan=Plan(plan))
+        assert dict(report.collectives()) == {"all_reduce": 1}
+        assert not report.gathered
+        assert verify(net, (x,), None, tmp_path, "m", atol=1e-5, rtol=1e-5).passed
+
+
 def run(net: nn.Module, plan: dict[str, str], collectives: dict[str, int], out: Path, x: Tensor) -> None:
     report = export(net, (x,), name="m", out=out, tensor_parallel=2, plan=Plan(plan))
     assert dict(report.collectives()) == collectives
