@@ -87,7 +87,7 @@ def gpt_neox() -> Case:
 
 @model
 def llama() -> Case:
-    return decoder(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, num_key_value_heads=2)), tensor_parallel=(2,))
+    return decoder(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, num_key_value_heads=2)))
 
 
 @model

@@ -26,10 +26,10 @@ PATCHES: dict[str, Any] = {
 }
 
 
-def images(net: nn.Module, collectives: int | None = None, **changed: Any) -> Case:
-    """pixel_values [batch, 3, 16, 16]."""
+def images(net: nn.Module, collectives: int | None = None, side: int = SIDE, **changed: Any) -> Case:
+    """pixel_values [batch, 3, side, side]."""
     return Case(
-        net, {"pixel_values": torch.randn(3, 3, SIDE, SIDE)}, {"pixel_values": {0: BATCH}}, collectives, **changed
+        net, {"pixel_values": torch.randn(3, 3, side, side)}, {"pixel_values": {0: BATCH}}, collectives, **changed
     )
 
 
@@ -55,7 +55,7 @@ def swin() -> Case:
 @model
 def convnext() -> Case:
     config = hf.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1], num_labels=8)
-    return images(hf.ConvNextForImageClassification(config))
+    return images(hf.ConvNextForImageClassification(config), side=32)
 
 
 @model

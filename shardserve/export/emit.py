@@ -76,6 +76,7 @@ class Emitter:
     stage: int = 0
     nodes: list[LocalNode] = field(default_factory=list)
     from_data: dict[str, bool] = field(default_factory=dict)
+    _stages: dict[str, int] = field(default_factory=dict)
     gathered: dict[str, int] = field(default_factory=dict)  # operator → how often its sharded inputs had to be gathered
     _cache: dict[tuple[str, Placement], Value] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
@@ -142,6 +143,10 @@ class Emitter:
 
     def replicated(self, value: Value) -> Value:
         return self.redistribute(value, Replicate())
+
+    def crosses(self, value: Value) -> bool:
+        """Whether a value comes from an earlier pipeline stage: all ranks have to agree on what crosses a cut."""
+        return self.from_data.get(value.name, False) and self._stages.get(value.name, 0) != self.stage
 
     def was_gathered(self, value: Value) -> bool:
         """Whether every rank has the whole of a sharded value already."""
@@ -240,6 +245,7 @@ class Emitter:
             raise ExportError(f"{op} ('{name}'): {error}") from error
         node = replace(node, from_data=any(self.from_data[source] for source in node.sources))
         self.from_data[node.name] = node.from_data
+        self._stages[node.name] = self.stage
         self.nodes.append(node)
         return node
 

@@ -116,7 +116,7 @@ def _added_once(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     other = sides[0] if term is sides[1] else sides[1]
     if term is None or not isinstance(other, Value) or not _whole(other):
         return None
-    if term.shape != call.shape or term.dtype != call.dtype:
+    if term.shape != call.shape or term.dtype != call.dtype or emitter.crosses(other):
         return None
     if emitter.coordinate == 0:
         return call.emit(emitter, Partial())

@@ -145,3 +145,26 @@ class Experts(nn.Module):
 def test_experts(tmp_path: Path) -> None:
     plan = {"gate_up": "Shard(1, blocks=2)", "down": "Shard(2)"}
     check(Experts(), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 1})
+
+
+class Across(nn.Module):
+    """What the first stage makes is added to the second's pending sum, and used nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.side = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.side(x)
+        return self.last(self.second(self.first(x)) + side)
+
+
+def test_ranks_agree_on_what_crosses_a_cut(tmp_path: Path) -> None:
+    """A term that one rank alone adds to a pending sum isn't from an earlier stage: the others wouldn't send it."""
+    model, x = Across(), torch.randn(2, 8)
+    plan = Plan({"second.0.*": "Shard(0)", "second.2.weight": "Shard(1)"}, ("second",))
+    report = export(model, (x,), name="m", out=tmp_path, tensor_parallel=2, pipeline_parallel=2, plan=plan)
+    assert dict(report.collectives()) == {"all_reduce": 1}
+    assert verify(model, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4).passed
