@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,19 @@ class WeightsFile:
         What is written to them is this process's own. They change when the file does, and whoever looks at them ends
         when it is cut short.
         """
+        with open_regular(self.path) as file:
+            return self._mapped(file)
+
+    def map_hashed(self, watch: Watch | None = None) -> tuple[dict[str, Tensor], str]:
+        """As `map`, and the sha256 of the very file that is mapped: another may get its name in the meantime."""
+        with open_regular(self.path) as file:
+            return self._mapped(file), _digest(self.path, file, watch)
+
+    def _mapped(self, file: FileIO) -> dict[str, Tensor]:
         if self.size == self.begin:
             return {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in self.entries.items()}
         try:
-            with open_regular(self.path) as file:
-                mapped = private_mapping(file.fileno(), 0)
+            mapped = private_mapping(file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise ShardError(f"{self.path}: {error}") from error
         if len(mapped) != self.size:
@@ -162,8 +170,8 @@ class Weights:
             self._total += file.size
             self._watch(0)
             if self.mapped:
-                found = digest_of(file.path, self._watch)
-                tensors = {name: tensor.to(device) for name, tensor in file.map().items()}
+                mapped, found = file.map_hashed(self._watch)
+                tensors = {name: tensor.to(device) for name, tensor in mapped.items()}
             else:
                 tensors, found = file.read(device, self._watch)
             check_digest(file.path, found, sha256)
@@ -174,21 +182,6 @@ class Weights:
         self._done += count
         if self.told is not None:
             self.told(self._done, self._total)
-
-
-def digest_of(path: Path, watch: Watch | None = None) -> str:
-    """The sha256 of a file's content; ShardError if it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with open_regular(path) as file:
-            scratch = memoryview(bytearray(CHUNK))
-            while count := file.readinto(scratch):
-                digest.update(scratch[:count])
-                if watch is not None:
-                    watch(count)
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def check_digest(path: Path, found: str, expected: str) -> None:
@@ -227,8 +220,22 @@ def pieces(memory: memoryview) -> Iterator[memoryview]:
         yield memory[start : start + CHUNK]
 
 
+def _digest(path: Path, file: FileIO, watch: Watch | None) -> str:
+    """The sha256 of an open file's content."""
+    digest = hashlib.sha256()
+    scratch = memoryview(bytearray(CHUNK))
+    try:
+        while count := file.readinto(scratch):
+            digest.update(scratch[:count])
+            if watch is not None:
+                watch(count)
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def _fill(
-    path: Path, file: RawIOBase, memory: memoryview, take: Callable[[memoryview], None], watch: Watch | None
+    path: Path, file: FileIO, memory: memoryview, take: Callable[[memoryview], None], watch: Watch | None
 ) -> None:
     for piece in pieces(memory):
         done = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardserve.errors import ExportError, ShardError
 from shardserve.export.weights_file import write_weights
-from shardserve.shards.weights import CHUNK, DTYPES, Weights, WeightsFile, digest_of
+from shardserve.shards.weights import CHUNK, DTYPES, Weights, WeightsFile
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path, mapped: bool) -> None:
     save_file(TENSORS, tmp_path / "w", {"format": "pt"})
     told: list[tuple[int, int]] = []
     weights = Weights(mapped, lambda done, total: told.append((done, total)))
-    sha256 = digest_of(tmp_path / "w")
+    sha256 = hashlib.sha256((tmp_path / "w").read_bytes()).hexdigest()
     loaded = weights.load(WeightsFile.open(tmp_path / "w"), sha256, CPU)
     assert same(dict(loaded), TENSORS)
     size = (tmp_path / "w").stat().st_size
@@ -98,6 +98,19 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
     assert int(WeightsFile.open(tmp_path / "w").map()["x"][-1]) == 0
+
+
+def test_what_is_mapped_is_what_was_hashed(tmp_path: Path) -> None:
+    sha256, _ = write(tmp_path / "w", {"x": torch.ones(4)})
+    write(tmp_path / "new", {"x": torch.zeros(4)})
+
+    def replace(done: int, total: int) -> None:
+        if done == total:
+            (tmp_path / "new").rename(tmp_path / "w")
+
+    loaded = Weights(mapped=True, told=replace).load(WeightsFile.open(tmp_path / "w"), sha256, CPU)
+    assert not (tmp_path / "new").exists()
+    assert torch.equal(loaded["x"], torch.ones(4))
 
 
 def test_what_is_read_stays_when_the_file_changes(tmp_path: Path) -> None:
