@@ -7,6 +7,8 @@ import threading
 import psutil
 import pytest
 
+from shardserve.wire.segments import TRIMMING
+
 
 @pytest.fixture
 def free_port():
@@ -14,6 +16,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _threads():
+    # That of the process's segments of shared memory may begin anew while other tests' connections have some.
+    return {thread for thread in threading.enumerate() if thread.name != TRIMMING}
 
 
 def _children():
@@ -44,9 +51,9 @@ def _new(before):
 @pytest.fixture
 def nothing_left():
     """The test ends with the threads, descriptors and child processes that it began with."""
-    threads, descriptors, children = set(threading.enumerate()), _descriptors(), _children()
+    threads, descriptors, children = _threads(), _descriptors(), _children()
     yield
-    for thread in set(threading.enumerate()) - threads:
+    for thread in _threads() - threads:
         thread.join(10)
         assert not thread.is_alive(), f"{thread} is left"
     _, alive = psutil.wait_procs(_children() - children, timeout=10)

@@ -100,7 +100,9 @@ class LoadingTeller:
 
 
 def _say(pipe: int, message: LastWords | Loading) -> None:
-    os.write(pipe, msgspec.json.encode(message) + b"\n")
+    # Nobody listens any more where the supervisor has ended, and this agent is about to.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(pipe, msgspec.json.encode(message) + b"\n")
 
 
 class AgentProcess:

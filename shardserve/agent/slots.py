@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardserve.agent.collectives.memory import create_memory, slot_size
 from shardserve.agent.forking import AgentProcess, ForkRequest
@@ -13,6 +14,8 @@ from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
 from shardserve.wire.messages import group
 from shardserve.wire.messages.launch import UNGUARDED, SecurityFiles
+
+MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,16 @@ class AgentSlot:
     restarts: RestartBudget
     process: AgentProcess | None = None
     given_up: str | None = None
+
+
+class Loaded(NamedTuple):
+    """What this host's agents had loaded when all were ready: bytes of weights, and seconds from the first's fork."""
+
+    size: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.size / MEGABYTE:.3g} MB of weights loaded in {self.seconds:.1f} s"
 
 
 def plan_slots(options: HostOptions, message: group.Enlisted, supervisor: str, settings: Settings) -> list[AgentSlot]:

@@ -15,10 +15,9 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from typing import NamedTuple
 
 from shardserve.agent.forking import AgentProcess, ForkServer
-from shardserve.agent.slots import AgentSlot, HostOptions, plan_slots
+from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, Loaded, plan_slots
 from shardserve.errors import (
     CLASSES,
     ConfigError,
@@ -40,18 +39,6 @@ from shardserve.wire.sockets import connect_within, is_local, parse_address
 from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
-
-MEGABYTE = 1_000_000
-
-
-class Loaded(NamedTuple):
-    """What this host's agents had loaded when all were ready: bytes of weights, and seconds from the first's fork."""
-
-    size: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.size / MEGABYTE:.3g} MB of weights loaded in {self.seconds:.1f} s"
 
 
 class Supervisor:

@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--name", required=True, type=_name, metavar="NAME", help="names the graph files: NAME.graph.json"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, …")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, … (no default)")
     for option, meaning in (("--tp", "tensor-parallel ranks of a pipeline stage"), ("--pp", "pipeline stages")):
         parser.add_argument(
             option,
@@ -84,13 +84,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--ranks",
         type=values.count,
         metavar="N",
-        help="choose --tp and --pp where they aren't given: the fastest layout of at most N ranks by the cost model",
+        help="choose --tp and --pp where they aren't given: the fastest layout of at most N ranks by the cost model "
+        "(default: they are 1)",
     )
     parser.add_argument(
         "--memory-per-device",
         type=values.memory,
         metavar="SIZE",
-        help="with --ranks: only layouts whose ranks fit into as much, parameters and a step's tensors (16GiB, 500MB)",
+        help="with --ranks: only layouts whose ranks fit into as much, parameters and a step's tensors (16GiB, 500MB; "
+        "default: any)",
     )
     parser.add_argument(
         "--meta", action="store_true", help="plan and report only: needs no values of parameters, writes nothing"

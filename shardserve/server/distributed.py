@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from shardserve.agent.slots import HostOptions
-from shardserve.agent.supervisor import Loaded, Supervisor
+from shardserve.agent.slots import HostOptions, Loaded
+from shardserve.agent.supervisor import Supervisor
 from shardserve.errors import ConfigError
 from shardserve.progress import Progress, quietly
 from shardserve.servable import declare_distributed as declare_servable

@@ -42,13 +42,13 @@ class Mapped:
     def descriptor(self) -> int | None:
         """One of this process, which it is relayed by: its owner may end before it is opened. None if it has ended."""
         if self._fd is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 fd = os.open(self.source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+                stack.callback(os.close, fd)
                 if os.pread(fd, TOKEN, PAGE - TOKEN) == self.token:
+                    stack.pop_all()
                     self._fd = fd
                     weakref.finalize(self, os.close, fd).atexit = False
-                else:
-                    os.close(fd)
         return self._fd
 
     def forget(self) -> None:
@@ -60,20 +60,20 @@ class Mapped:
 
 @dataclass(eq=False)
 class Lent:
-    """A word that somebody else is to write."""
+    """A word that somebody else is to write, and with it the descriptor by which it is opened until then."""
 
-    words: Words
+    mapped: Mapped
     word: int
     use: int
 
     @property
     def read(self) -> bool:
-        return bool(self.words[self.word] != (LENT | np.uint64(self.use)))
+        return bool(self.mapped.words[self.word] != (LENT | np.uint64(self.use)))
 
     def give_up(self) -> None:
         """Nobody will write it."""
         if not self.read:
-            self.words[self.word] = LOST
+            self.mapped.words[self.word] = LOST
 
 
 @dataclass(eq=False)
@@ -89,9 +89,9 @@ class Received:
         """A word for one more reader; None if there is none left."""
         if self.count == RELAYS:
             return None
-        lent = Lent(self.mapped.words, RECEIVERS + self.count, self.use)
+        lent = Lent(self.mapped, RECEIVERS + self.count, self.use)
         self.count += 1
-        lent.words[lent.word] = LENT | np.uint64(self.use)
+        self.mapped.words[lent.word] = LENT | np.uint64(self.use)
         return lent
 
 

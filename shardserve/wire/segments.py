@@ -39,6 +39,8 @@ LOST = np.uint64((1 << 64) - 1)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # Each is a descriptor of this process.
 MOST_SEGMENTS = 64
+TRIMMING = "shared-memory-trim"
+"""The name of the thread that gives up what isn't needed, as long as this process has segments."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -211,6 +213,7 @@ class Pool:
 
     def _trim_later(self) -> None:
         self._trimming = threading.Timer(self._idle, self._trim)
+        self._trimming.name = TRIMMING
         self._trimming.daemon = True
         self._trimming.start()
 
@@ -259,6 +262,7 @@ class Pool:
         """In a forked child: the segments are the parent's."""
         for segment in self._segments:
             os.close(segment.fd)
+        self._segments = []
         if self._probe >= 0:
             os.close(self._probe)
 

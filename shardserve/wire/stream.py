@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
@@ -61,9 +63,12 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._share, self._relay = share, relay
         self._shared: SharedPath | None = None
         self._transport: asyncio.Transport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._reason: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._transport = cast(asyncio.Transport, transport)  # uvloop's derive from no class of asyncio.
         connection = transport.get_extra_info("socket")
         if self._on_made is not None and not self._on_made(connection):
@@ -164,7 +169,12 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._on_lost(self._reason or exc)
 
     def _send_control(self, record: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        """From any thread: segments are given up by one of their own, and uvloop's transports are for their loop's."""
+        if threading.get_ident() != self._thread:
+            assert self._loop is not None
+            with contextlib.suppress(RuntimeError):  # The loop has ended.
+                self._loop.call_soon_threadsafe(self._send_control, record)
+        elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(control(record))
 
     def send(self, message: msgspec.Struct, buffers: Iterable[Buffer] | Parcel = ()) -> bool:

@@ -152,8 +152,12 @@ class Scheduler:
         except Exception as error:
             # These calls are out of the queue: whatever it is, it is theirs, and not that of whoever has called `pump`.
             logger.exception("a batch could not be made")
+            wrong = InternalError(f"a batch could not be made: {type(error).__name__}")
             for call in calls:
-                call.fail(InternalError(f"a batch could not be made: {type(error).__name__}"))
+                call.fail(wrong)
+                if call.session is not None:
+                    # Its first step may have been to put the state back.
+                    call.session.spoil(wrong)
             return
         group.send_step(batch)
 

@@ -21,7 +21,7 @@ WRONG_USAGE = [
     ((), "COMMAND"),
     (("fly",), "'fly'"),
     *((((command, "--no-such-option")), "--no-such-option|required") for command in COMMANDS),
-    (("export",), "SOURCE, --name, --out"),
+    (("export",), "SOURCE, --name"),
     ((*EXPORT, "--tp", "0"), "--tp: '0' isn't a number of 1 or more"),
     ((*EXPORT, "--tp", "x"), "--tp: 'x'"),
     ((*EXPORT, "--tp", "²"), "--tp: '²'"),

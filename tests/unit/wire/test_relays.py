@@ -170,6 +170,18 @@ def test_when_who_relays_is_gone_its_readers_may_look_at_it_for_ever(relay):
         assert lent not in pools.pool()._segments
 
 
+def test_what_was_relayed_can_be_opened_when_its_owner_has_left(relay):
+    """The owner's connection ends before the other side has looked."""
+    path = relay.after.theirs._shared
+    places, path.payload = [], lambda *place: places.append(place) or np.zeros(1)
+    came = relay.bring(1)
+    relay.pass_on(came)
+    relay.after.get()
+    del path.payload, came
+    relay.before.close()
+    assert holds(path.payload(*places[0]), 1)
+
+
 def test_whoever_it_was_relayed_to_forgets_it_with_us(relay):
     came = relay.bring(1)
     relay.pass_on(came)

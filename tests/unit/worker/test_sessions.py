@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, StepError, Unavailable
+from shardserve.errors import Aborted, DeadlineExceeded, InternalError, Overloaded, StepError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
 from shardserve.wire.messages import group
 from shardserve.worker.model_calls import ModelCalls
@@ -205,3 +205,27 @@ async def test_a_servable_without_state_has_no_sessions():
     with declaring("net") as declared:
         declare_distributed(1, 1)
     assert ModelCalls(declared, Cluster().scheduler).session() is None
+
+
+@asynchronous
+async def test_a_first_step_that_could_not_be_made_ends_the_method_call(monkeypatch):
+    """It would have put back what the call before has left."""
+    s = Setting()
+    session = s.models.session()
+
+    def refuse(calls):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s.scheduler.known_models[0], "make_batch", refuse)
+        with pytest.raises(InternalError, match="MemoryError"):
+            await s.begin(session, 1)
+    with pytest.raises(Aborted):
+        await s.begin(session, 2)
+    assert s.steps() == []
+    s.models.end(session)
+    following = s.models.session()
+    call = s.begin(following, 3)
+    await turn()
+    assert resets(s) == [True]
+    call.cancel()
