@@ -24,7 +24,7 @@ from shardserve.export.report import Report, stage_reports
 from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, hollow, load_checkpoint
 from shardserve.export.subgraphs import Subgraph, calling, with_own_constants
 from shardserve.export.trace import Trace, ordered, trace
-from shardserve.export.write import Writer, Written, folder_of
+from shardserve.export.write import Writer, Written, commit, folder_of
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import FILE_NAME, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
@@ -235,8 +235,7 @@ def _write(
                 written = writers[subgraph].write(shard.config, shard.graph, shard.layout, values, first.get(rank))
                 first.setdefault(rank, written)
         progress("writing shards", count, count)
-        for writer in writers.values():
-            writer.commit()
+        commit(list(writers.values()))
 
 
 def _warnings(layout: Layout) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,6 +164,7 @@ class Writer:
         out.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
         self.ranks: list[int] = []
+        self._moved: list[tuple[Path, Path]] = []  # from, to; in order
 
     def write(
         self,
@@ -196,10 +197,15 @@ class Writer:
         self.ranks.append(config.rank)
         return Written(config, folder)
 
-    def commit(self) -> None:
-        """Replace the device folders of an earlier export, those of ranks that are no more included."""
+    def flush(self) -> None:
+        """To the disk with what was written, before any of it is put in place."""
         for path in [*self.folder.glob("device*/*"), *self.folder.glob("device*")]:
             _flush(path)
+
+    def commit(self) -> None:
+        """Replace the device folders of an earlier export, those of ranks that are no more included. If it raises,
+        `restore` makes that undone.
+        """
         old = self.folder / "old"
         old.mkdir()
         replaced: set[str] = set()
@@ -208,20 +214,51 @@ class Writer:
             if target.exists():
                 if (config := _config(target)) is not None:
                     replaced.add(config.export_id)
-                target.rename(old / target.name)
-            (self.folder / target.name).rename(target)
+                self._move(target, old / target.name)
+            self._move(self.folder / target.name, target)
         # An export is replaced whole: those of its ranks that are no more would be half of a model.
         for path in list(self.out.glob("device*")):
             config = _config(path)
             if config is None or path.name != f"device{config.rank}" or config.rank in self.ranks:
                 continue
             if config.name == self.name or config.export_id in replaced:
-                path.rename(old / path.name)
-        self.discard()
+                self._move(path, old / path.name)
+
+    def restore(self) -> None:
+        """Put back in place what `commit` has replaced."""
+        while self._moved:
+            here, there = self._moved[-1]
+            there.rename(here)
+            self._moved.pop()
+
+    def accept(self) -> None:
+        """What `commit` has replaced isn't wanted any more."""
+        self._moved.clear()
 
     def discard(self) -> None:
-        """Remove what isn't in place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what isn't in place, but former shards that couldn't be put back."""
+        if not self._moved:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _move(self, here: Path, there: Path) -> None:
+        here.rename(there)
+        self._moved.append((here, there))
+
+
+def commit(writers: Sequence[Writer]) -> None:
+    """Put in place what several writers have written: all of it, or nothing and an ExportError."""
+    try:
+        for writer in writers:
+            writer.flush()
+        with ExitStack() as stack:
+            for writer in writers:
+                stack.callback(writer.restore)
+                writer.commit()
+            stack.pop_all()
+    except OSError as error:
+        raise ExportError(f"the shards can't be put in place: {error}") from error
+    for writer in writers:
+        writer.accept()
 
 
 def empty_config(

@@ -12,6 +12,7 @@ from shardserve.errors import ExportError
 from shardserve.export import Plan, Subgraph, export_subgraphs, verify
 from shardserve.export.subgraphs import calling
 from shardserve.export.verify import Shards
+from shardserve.shards.config import ShardConfig
 from shardserve.shards.program import Program
 from shardserve.shards.state import StateStore
 from shardserve.shards.weights import Weights
@@ -103,6 +104,24 @@ def test_one_copy_of_everything(tmp_path: Path) -> None:
     common = {tensor.data_ptr() for tensor in one.parameters} & {tensor.data_ptr() for tensor in other.parameters}
     assert len(common) == 2
     assert state.nbytes == 3 * 4 * 4
+
+
+def test_all_are_put_in_place_or_none(tmp_path: Path) -> None:
+    def ids() -> dict[str, str]:
+        configs = sorted(tmp_path.glob("*/device*/group_config.json"))
+        return {str(path): ShardConfig.load(path).export_id for path in configs}
+
+    two(tmp_path, tensor_parallel=1)
+    before = ids()
+    (tmp_path / "look" / "device1").symlink_to("nowhere")  # no folder can take its place
+    with pytest.raises(ExportError, match=r"can't be put in place: .*Not a directory.*look/device1"):
+        two(tmp_path, tensor_parallel=2)
+    assert ids() == before
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["device0", "device0", "device1"]
+    (tmp_path / "look" / "device1").unlink()
+    two(tmp_path, tensor_parallel=2)
+    assert len(ids()) == 4
+    assert not ids().items() & before.items()
 
 
 def test_what_is_wrong(tmp_path: Path) -> None:
