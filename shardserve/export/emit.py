@@ -48,10 +48,11 @@ class LocalNode:
     dtype: torch.dtype | None
     stage: int
     from_data: bool  # whether it depends on the inputs' values; what doesn't is computed again in each stage
+    beside: tuple[str, ...] = ()  # what only other ranks take here: made on this one too, so that all do the same
 
     @property
     def sources(self) -> list[str]:
-        """The names of the values that it takes."""
+        """The names of the values that it takes, then of those beside."""
         found: list[str] = []
 
         def walk(value: Any) -> None:
@@ -63,7 +64,7 @@ class LocalNode:
 
         walk(self.args)
         walk(list(self.kwargs.values()))
-        return found
+        return [*found, *self.beside]
 
 
 @dataclass
@@ -76,7 +77,6 @@ class Emitter:
     stage: int = 0
     nodes: list[LocalNode] = field(default_factory=list)
     from_data: dict[str, bool] = field(default_factory=dict)
-    _stages: dict[str, int] = field(default_factory=dict)
     gathered: dict[str, int] = field(default_factory=dict)  # operator → how often its sharded inputs had to be gathered
     _cache: dict[tuple[str, Placement], Value] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
@@ -111,10 +111,13 @@ class Emitter:
         dtype: torch.dtype,
         placement: Placement,
         name: str | None = None,
+        beside: Sequence[Value] = (),
     ) -> Value:
-        """Append a call; `shape` is the whole result's, `args` are what this rank passes."""
+        """Append a call; `shape` is the whole result's, `args` are what this rank passes, `beside` what others do."""
         local = self.local_shape(shape, placement)
-        node = self._append(name or op.split(".")[1], op, args, kwargs, local, dtype)
+        # What doesn't depend on the data neither crosses a cut nor needs a collective: only those that take it have it.
+        data = tuple(value.name for value in beside if self.from_data[value.name])
+        node = self._append(name or op.split(".")[1], op, args, kwargs, local, dtype, data)
         return Value(node.name, tuple(shape), dtype, placement)
 
     def call_many(
@@ -143,10 +146,6 @@ class Emitter:
 
     def replicated(self, value: Value) -> Value:
         return self.redistribute(value, Replicate())
-
-    def crosses(self, value: Value) -> bool:
-        """Whether a value comes from an earlier pipeline stage: all ranks have to agree on what crosses a cut."""
-        return self.from_data.get(value.name, False) and self._stages.get(value.name, 0) != self.stage
 
     def was_gathered(self, value: Value) -> bool:
         """Whether every rank has the whole of a sharded value already."""
@@ -229,6 +228,7 @@ class Emitter:
         kwargs: Mapping[str, Any],
         shape: tuple[Dim, ...] | None,
         dtype: torch.dtype | None,
+        beside: tuple[str, ...] = (),
     ) -> LocalNode:
         try:
             node = LocalNode(
@@ -240,12 +240,12 @@ class Emitter:
                 dtype,
                 self.stage,
                 False,
+                beside,
             )
         except ExportError as error:
             raise ExportError(f"{op} ('{name}'): {error}") from error
         node = replace(node, from_data=any(self.from_data[source] for source in node.sources))
         self.from_data[node.name] = node.from_data
-        self._stages[node.name] = self.stage
         self.nodes.append(node)
         return node
 

@@ -116,11 +116,11 @@ def _added_once(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     other = sides[0] if term is sides[1] else sides[1]
     if term is None or not isinstance(other, Value) or not _whole(other):
         return None
-    if term.shape != call.shape or term.dtype != call.dtype or emitter.crosses(other):
+    if term.shape != call.shape or term.dtype != call.dtype:
         return None
     if emitter.coordinate == 0:
         return call.emit(emitter, Partial())
-    return emitter.call("aten.alias.default", (term,), {}, call.shape, call.dtype, Partial(), call.name)
+    return emitter.call("aten.alias.default", (term,), {}, call.shape, call.dtype, Partial(), call.name, [other])
 
 
 def _whole(value: Value) -> bool:

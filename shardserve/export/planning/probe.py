@@ -103,6 +103,7 @@ class _Recorder(Emitter):
         kwargs: Mapping[str, Any],
         shape: tuple[Dim, ...] | None,
         dtype: torch.dtype | None,
+        beside: tuple[str, ...] = (),
     ) -> LocalNode:
         return LocalNode(self.unique(name), op, (), {}, shape, dtype, 0, False)
 

@@ -124,6 +124,15 @@ def test_parametrized_weights(tmp_path: Path) -> None:
     check(model, torch.randn(2, 8), plan, tmp_path, {"all_reduce": 1})
 
 
+def test_a_weight_with_one_norm(tmp_path: Path) -> None:
+    """Over all dims, it isn't a rank's part's: the weight is gathered."""
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16), dim=None)
+    x = torch.randn(2, 8)
+    for folder, plan in (("auto", None), ("given", Plan({"parametrizations.weight.original1": "Shard(0)"}))):
+        export(model, (x,), name="m", out=tmp_path / folder, tensor_parallel=2, plan=plan)
+        assert verify(model, (x,), None, tmp_path / folder, "m", atol=1e-4, rtol=1e-4).passed
+
+
 class Experts(nn.Module):
     """A mixture of gated layers, each token's matrices looked up by its experts' numbers."""
 
@@ -150,21 +159,62 @@ def test_experts(tmp_path: Path) -> None:
 class Across(nn.Module):
     """What the first stage makes is added to the second's pending sum, and used nowhere else."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.side = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first, self.side, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
         self.second = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
         self.last = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.side(x)
-        return self.last(self.second(self.first(x)) + side)
+        return self.last(self.second(self.first(x)) + self.between(side))
 
 
-def test_ranks_agree_on_what_crosses_a_cut(tmp_path: Path) -> None:
-    """A term that one rank alone adds to a pending sum isn't from an earlier stage: the others wouldn't send it."""
-    model, x = Across(), torch.randn(2, 8)
+@pytest.mark.parametrize("between", [lambda side: side, torch.relu], ids=["itself", "made_from_it"])
+def test_ranks_agree_on_what_crosses_a_cut(tmp_path: Path, between: Callable[[Tensor], Tensor]) -> None:
+    """A term that one rank alone adds to a pending sum crosses to the others too."""
     plan = Plan({"second.0.*": "Shard(0)", "second.2.weight": "Shard(1)"}, ("second",))
+    piped(Across(between), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 1})
+
+
+class Positions(nn.Module):
+    """The pending sum is of parameters alone, what joins it depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(10, 8), nn.Embedding(4, 8)
+        self.register_buffer("ids", torch.arange(3))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.wte(x) + self.wpe(self.ids))
+
+
+def test_ranks_agree_on_what_depends_on_the_input(tmp_path: Path) -> None:
+    plan = Plan({"wpe.weight": "Shard(0)"}, ("last",))
+    piped(Positions(), torch.randint(10, (3,)), plan, tmp_path, {"all_reduce": 1})
+
+
+class Twice(nn.Module):
+    """What joins a pending sum has needed a reduction of its own, and is used nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (down(torch.relu(up(x))) for up, down in zip(self.ups, self.downs, strict=True))
+        return second + self.norm(first)
+
+
+def test_ranks_agree_on_collectives(tmp_path: Path) -> None:
+    plan = {"ups.*": "Shard(0)", "downs.*.weight": "Shard(1)"}
+    check(Twice(), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 2})
+
+
+def piped(model: nn.Module, x: Tensor, plan: Plan, tmp_path: Path, expected: dict[str, int]) -> None:
     report = export(model, (x,), name="m", out=tmp_path, tensor_parallel=2, pipeline_parallel=2, plan=plan)
-    assert dict(report.collectives()) == {"all_reduce": 1}
+    assert dict(report.collectives()) == expected
     assert verify(model, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4).passed
