@@ -124,8 +124,10 @@ def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: 
 
 @rule("_weight_norm")
 def weight_norm(emitter: Emitter, call: Call) -> Result:
-    """v [...], g [1, …, n, …, 1]: each of the n parts along `dim` has a norm of its own."""
+    """v [...], g [1, …, n, …, 1]: each of the n parts along `dim` has its norm; dim -1 is one of all of v."""
+    if call["dim"] == -1:
+        return None
     v, g = emitter.reduced(call["v"]), emitter.reduced(call["g"])
-    if not isinstance(v.placement, Shard) or v.placement.dim != call["dim"] % v.ndim:
+    if not isinstance(v.placement, Shard) or v.placement.dim != call["dim"]:
         return None
     return call.emit(emitter, v.placement, v=v, g=emitter.redistribute(g, v.placement))

@@ -62,8 +62,11 @@ def squeeze(emitter: Emitter, call: Call) -> Result:
         if given is None:
             return None
         dims = {_positive(dim, x.ndim) for dim in (given if isinstance(given, (list, tuple)) else [given])}
-        removed = sum(1 for dim in dims if dim < placement.dim and x.shape[dim] == 1)
-        placement = Shard(placement.dim - removed, placement.blocks)
+        # A rank's part of the sharded dim may be of size 1, where the whole isn't and stays.
+        gone = sorted(dim for dim in dims if dim != placement.dim and x.shape[dim] == 1)
+        placement = Shard(placement.dim - sum(1 for dim in gone if dim < placement.dim), placement.blocks)
+        op, args = ("aten.squeeze.dims", (x, gone)) if gone else ("aten.alias.default", (x,))
+        return emitter.call(op, args, {}, call.shape, call.dtype, placement, call.name)
     return call.emit(emitter, placement)
 
 
@@ -109,7 +112,7 @@ def part_of_dim(emitter: Emitter, call: Call) -> Result:
     )
     if not all(isinstance(number, int) for number in (size, kept, start, blocks)) or call.get("step") not in (None, 1):
         return None
-    first = start % size if start < 0 else start
+    first = max(start + size, 0) if start < 0 else start
     block = size // blocks
     if not kept or first % block or kept % block:
         return None

@@ -56,6 +56,22 @@ def test_what_is_between_two_layers_stays_sharded(net: Net, plan: dict[str, str]
     run(net, plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 5, 8))
 
 
+def test_a_slice_that_begins_before_the_dim(tmp_path: Path) -> None:
+    net = Net(lambda x: x[..., -48:16], inner=32)
+    run(net, GATED, {"all_reduce": 1}, tmp_path, torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("dims", [(1,), (1, 2)], ids=["the_cut_dim", "another_too"])
+def test_squeezed_where_a_rank_has_one(dims: tuple[int, ...], tmp_path: Path) -> None:
+    """The cut dim is as long as there are ranks: of size 1 on each, but not in the model."""
+
+    def between(x: Tensor) -> Tensor:
+        x = x.view(3, 2, 1, 8).squeeze(dims)
+        return x.flip(x.ndim - 1).reshape(3, 16)
+
+    run(Net(between), PAIR, {"all_reduce": 1}, tmp_path, torch.randn(3, 8))
+
+
 class Summed(nn.Module):
     """Terms that start from something whole: one reduction for all of them."""
 
