@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -136,8 +137,11 @@ def _export(
         layouts = planner.lay_out(size, count)
         if strict and size > 1 and all(layout.planned.only_replicated for layout in layouts.values()):
             raise ExportError(f"the plan shards no parameter: {size} ranks would compute the same")
+        state_id = uuid.uuid4().hex
         shards = {
-            subgraph: assemble(name, layout.traced, layout.graphs, _signature(layout.traced, layout.graphs[0]), count)
+            subgraph: assemble(
+                name, layout.traced, layout.graphs, _signature(layout.traced, layout.graphs[0]), count, state_id
+            )
             for subgraph, layout in layouts.items()
         }
         shards = with_all_weights(shards)

@@ -51,9 +51,11 @@ class RankShard:
 
 
 def assemble(
-    name: str, traced: Trace, graphs: Sequence[LocalGraph], signature: Signature, stage_size: int
+    name: str, traced: Trace, graphs: Sequence[LocalGraph], signature: Signature, stage_size: int, state_id: str
 ) -> list[list[RankShard]]:
-    """The shards of each stage, by coordinate. ExportError where a tensor can't cross a cut."""
+    """The shards of each stage, by coordinate; state_id: what all subgraphs that share buffers have. ExportError where a
+    tensor can't cross a cut.
+    """
     export_id = uuid.uuid4().hex
     at = cost.Sizes.example(traced).values
     example = {name: at[symbol] for symbol, name in traced.printer.names.items() if symbol in at}
@@ -69,7 +71,9 @@ def assemble(
             rank, rank_size = stage * len(graphs) + graph.coordinate, stage_size * len(graphs)
             state = write.state_specs(part)
             config = msgspec.structs.replace(
-                write.empty_config(name, export_id, signature, rank, rank_size, stage_size, receives, sends, state),
+                write.empty_config(
+                    name, export_id, state_id, signature, rank, rank_size, stage_size, receives, sends, state
+                ),
                 origins=() if last else tuple(origin(name, graph, traced.printer) for name in part.sends),
                 flops=_flops(part, graph, traced),
                 example_dims=example,

@@ -264,6 +264,7 @@ def commit(writers: Sequence[Writer]) -> None:
 def empty_config(
     name: str,
     export_id: str,
+    state_id: str,
     signature: Signature,
     rank: int,
     rank_size: int,
@@ -290,6 +291,7 @@ def empty_config(
         nothing,
         0,
         state=state,
+        state_id=state_id,
     )
 
 

@@ -208,7 +208,8 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `flops`: FLOPs of this rank's matrix products in a step, 2 for a multiplication with its addition, an integer or an
     expression over the dims; None: unknown. `example_dims`: the dims' sizes in the export's example inputs. `state`:
     the buffers that the rank keeps between steps, as it has them, by their names in the model; shards that have any run
-    in stateful servables only.
+    in stateful servables only. `state_id`: the same in subgraphs that were exported together, which share
+    those buffers; empty: none do.
     """
 
     format_version: int
@@ -229,6 +230,7 @@ class ShardConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: int | str | None = None
     example_dims: dict[str, int] = {}
     state: tuple[TensorSpec, ...] = ()
+    state_id: str = ""
 
     def __post_init__(self) -> None:
         if not FILE_NAME.match(self.name):

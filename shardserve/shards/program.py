@@ -120,7 +120,7 @@ class Program:
         state = state or StateStore()
         try:
             for buffer in graph.state:
-                state.add(buffer, config.weights_sha256, tensors, target)
+                state.add(buffer, config.state_id or config.export_id, tensors, target)
             return cls(config, graph, parameters, target, state)
         except ShardError as error:
             raise ShardError(f"{graph_file}: {error}") from error

@@ -32,8 +32,8 @@ class StateStore:
         return sum(kept.tensor.nbytes for kept in self._kept.values())
 
     def add(self, state: State, owner: str, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        """Makes the buffer, with its first value, if it isn't there. owner: the sha256 of the weights file, which the
-        subgraphs of one export have in common; weights: what is loaded of it.
+        """Makes the buffer, with its first value, if it isn't there. owner: what the subgraphs that were exported
+        together have in common, and no others; weights: what is loaded of the rank's weights file.
 
         ShardError for one of this name that isn't the same, or that can't be made.
         """
