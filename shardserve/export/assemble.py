@@ -53,8 +53,9 @@ class RankShard:
 def assemble(
     name: str, traced: Trace, graphs: Sequence[LocalGraph], signature: Signature, stage_size: int, state_id: str
 ) -> list[list[RankShard]]:
-    """The shards of each stage, by coordinate; state_id: what all subgraphs that share buffers have. ExportError where a
-    tensor can't cross a cut.
+    """The shards of each stage, by coordinate; state_id: what all subgraphs that share buffers have.
+
+    ExportError where a tensor can't cross a cut.
     """
     export_id = uuid.uuid4().hex
     at = cost.Sizes.example(traced).values
