@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+_LARGEST_RUN = 10**9
+"""Bytes of the parameters and buffers of a model that is run to find out why it can't be traced."""
 
 _HINTS = re.compile(
     r"\n+(For more information|For extended logs|If you suspect|For more debugging|For C\+\+ stack|The error above|"
@@ -68,7 +72,7 @@ _OPERATORS: Mapping[str, str] = {
 
 def explain(error: Exception, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Why torch.export can't trace the model: its message, where in the model that was, and what to try."""
-    raised = _raised(model, args, kwargs)
+    raised = _raised(model, args, kwargs) if _may_run(model) else None
     if raised is not None:
         return f"the model raises on the example inputs: {_message(raised)}{_place(raised)}"
     text = f"torch.export can't trace the model: {_message(error)}{_place(error)}"
@@ -85,13 +89,30 @@ def operator_advice(opname: str) -> str:
     return f"; {advice}" if advice else ""
 
 
+def _may_run(model: nn.Module) -> bool:
+    """Whether the model can be run for an error's sake: not if it has no values (meta), if that would give its lazy
+    parameters their shapes, or if it may take minutes.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+        return False
+    return sum(tensor.nbytes for tensor in tensors) <= _LARGEST_RUN
+
+
 def _raised(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
-    """What the model raises without being traced."""
-    try:
-        with torch.no_grad():
+    """What the model raises without being traced. Its buffers are afterwards as before."""
+    with torch.no_grad():
+        buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
             model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 -- whatever the model's own code raises
-        return error
+        except Exception as error:  # noqa: BLE001 -- whatever the model's own code raises
+            return error
+        finally:
+            for module, named in buffers:
+                module._buffers.update(named)
+            for buffer, value in values:
+                buffer.copy_(value)
     return None
 
 

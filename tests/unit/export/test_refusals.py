@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
+from torch.nn.parameter import is_lazy
 
 from shardserve.errors import ExportError
-from shardserve.export import export
+from shardserve.export import export, refusals
 
 X = torch.randn(6, 4)
 
@@ -68,6 +70,41 @@ def test_a_dim_that_the_model_fixes(tmp_path: Path) -> None:
     message = refusal(model, tmp_path, dynamic_shapes=({0: Dim("batch", max=9)},))
     assert "batch" in message
     assert "take that dim out of dynamic_shapes" in message
+
+
+class Counting(nn.Module):
+    """Counts its eager runs, in a buffer too, and can't be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6, 4))
+        self.register_buffer("count", torch.zeros(()))
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, FakeTensor):
+            self.runs += 1
+        self.count.add_(1)
+        return x if (x + self.weight).sum() > 0 else -x
+
+
+def test_the_model_is_afterwards_as_before(tmp_path: Path) -> None:
+    model = Counting()
+    assert "torch.cond" in refusal(model, tmp_path)
+    assert (model.runs, model.count.item()) == (1, 0)
+
+
+def test_lazy_parameters_stay_so(tmp_path: Path) -> None:
+    model = nn.LazyLinear(4)
+    assert "run the model once on the example inputs before" in refusal(model, tmp_path)
+    assert is_lazy(model.weight)
+
+
+def test_a_large_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_LARGEST_RUN", 99)
+    model = Counting()
+    assert "torch.cond" in refusal(model, tmp_path)
+    assert model.runs == 0
 
 
 def test_a_model_that_raises_anyway(tmp_path: Path) -> None:
