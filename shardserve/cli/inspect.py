@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardserve.amounts import of_bytes, of_flops, of_memory, of_ranks
 from shardserve.cli import values
-from shardserve.cli.amounts import of_bytes, of_flops, of_memory, of_ranks
 from shardserve.cli.progress import shown_progress
 from shardserve.cli.values import counted
 from shardserve.errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import pairwise
 
-from shardserve.cli.amounts import of_bytes, of_flops, of_memory, of_ranks
+from shardserve.amounts import of_bytes, of_flops, of_memory, of_ranks
 from shardserve.cli.page_style import SCRIPT, STYLE
 from shardserve.cli.picture import picture
 from shardserve.cli.values import counted

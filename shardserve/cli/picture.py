@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from shardserve.cli.amounts import of_bytes, of_flops
+from shardserve.amounts import of_bytes, of_flops
 from shardserve.cli.values import counted
 from shardserve.shards.summary import RankSummary, Summary
 

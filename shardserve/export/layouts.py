@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardserve.amounts import of_bytes, of_seconds
 from shardserve.errors import ExportError
 from shardserve.export.cost import CPU, Hardware, Sizes, nbytes, parameter_bytes
 from shardserve.export.layout import Layout, Planner
-from shardserve.export.quantities import described_bytes, described_seconds
 
 ALIKE = 1.05
 """Of layouts whose steps take as long as the fastest, times this, the one of the fewest ranks is taken."""
@@ -44,10 +44,10 @@ class Candidate:
         layout = f"tp {self.tensor_parallel} x pp {self.pipeline_parallel}"
         if not self.bytes:
             return f"{layout}: refused: {self.refused}"
-        memory = f"{described_bytes(self.parameter_bytes)} + {described_bytes(self.activation_bytes)} on a rank"
-        steps = f"a step in {described_seconds(self.seconds)}"
+        memory = f"{of_bytes(self.parameter_bytes)} + {of_bytes(self.activation_bytes)} on a rank"
+        steps = f"a step in {of_seconds(self.seconds)}"
         if self.pipeline_parallel > 1:
-            steps += f", one each {described_seconds(self.interval)}"
+            steps += f", one each {of_seconds(self.interval)}"
         return f"{layout}: {memory}; {steps}" + (f"; refused: {self.refused}" if self.refused else "")
 
 
@@ -124,8 +124,8 @@ def _nothing(found: Sequence[Candidate], ranks: int, memory: int | None) -> str:
         return f"no layout of at most {ranks} ranks is possible: {reasons or 'tp and pp are too large'}"
     least = min(possible, key=lambda candidate: candidate.bytes)
     return (
-        f"no layout of at most {ranks} ranks fits into {described_bytes(memory)} a device: the least that would do is "
-        f"{described_bytes(least.bytes, up=True)}, with tp {least.tensor_parallel} x pp {least.pipeline_parallel}"
+        f"no layout of at most {ranks} ranks fits into {of_bytes(memory)} a device: the least that would do is "
+        f"{of_bytes(least.bytes, up=True)}, with tp {least.tensor_parallel} x pp {least.pipeline_parallel}"
     )
 
 
@@ -148,7 +148,7 @@ def _candidate(layouts: Sequence[Layout], memory: int | None, hardware: Hardware
     needed = held[stage] + activations[stage]
     refused = ""
     if memory is not None and needed > memory:
-        refused = f"{f'stage {stage}' if len(held) > 1 else 'it'} takes {described_bytes(needed)}"
+        refused = f"{f'stage {stage}' if len(held) > 1 else 'it'} takes {of_bytes(needed)}"
     elif first.tensor_parallel > 1 and all(layout.planned.only_replicated for layout in layouts):
         refused = "the plan shards no parameter"
     seconds = sum(layout.latency(Sizes.example(layout.traced), hardware) for layout in layouts)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardserve.amounts import of_bytes, of_flops, of_seconds
 from shardserve.export.assemble import RankShard
 from shardserve.export.cost import Sizes, distinct, nbytes
 from shardserve.export.cut import StageGraph
@@ -15,7 +16,6 @@ from shardserve.export.layout import Layout
 from shardserve.export.layouts import Candidate
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
-from shardserve.export.quantities import described_bytes, described_flops, described_seconds
 from shardserve.shards.config import Signature, TensorSpec, describe
 
 
@@ -55,14 +55,14 @@ class StageReport:
         counts = Counter(self.collectives)
         collectives = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no collectives"
         if self.collectives:
-            collectives += f" ({described_bytes(sum(self.collective_bytes))})"
-        weights = _range([rank.parameter_bytes for rank in self.ranks], described_bytes)
+            collectives += f" ({of_bytes(sum(self.collective_bytes))})"
+        weights = _range([rank.parameter_bytes for rank in self.ranks], of_bytes)
         numbers = _range([rank.parameters for rank in self.ranks], str)
         shared = f" ({self.replicated:.0%} of the stage's on every rank)" if len(self.ranks) > 1 else ""
-        flops = _range([rank.flops for rank in self.ranks], described_flops)
-        tensors = _range([rank.activation_bytes for rank in self.ranks], described_bytes)
+        flops = _range([rank.flops for rank in self.ranks], of_flops)
+        tensors = _range([rank.activation_bytes for rank in self.ranks], of_bytes)
         return (
-            f"{collectives}; a rank has {numbers} parameters, {weights}{shared}, makes {flops} and holds at most "
+            f"{collectives}; a rank has {numbers} parameters, {weights}{shared}, makes {flops} FLOPs and holds at most "
             f"{tensors} of tensors"
         )
 
@@ -160,12 +160,12 @@ class Report:
             lines += [f"    keeps {_line(spec)}" for spec in stage.state]
             if index < self.stage_size - 1:
                 sent = zip(stage.sends, stage.send_bytes, strict=True)
-                lines += [f"    sends {_line(spec)} ({described_bytes(size)})" for spec, size in sent]
+                lines += [f"    sends {_line(spec)} ({of_bytes(size)})" for spec, size in sent]
         lines += [f"  output {_line(spec)}" for spec in self.signature.outputs]
         if any(stage.state for stage in self.stages):
             lines.append("  it keeps buffers between steps: for declare_servable(…, stateful=True) only")
-        steps = f", one each {described_seconds(self.interval)}" if self.stage_size > 1 else ""
-        lines.append(f"  a step in about {described_seconds(self.latency)}{steps}, by the cost model, for the example")
+        steps = f", one each {of_seconds(self.interval)}" if self.stage_size > 1 else ""
+        lines.append(f"  a step in about {of_seconds(self.latency)}{steps}, by the cost model, for the example")
         lines += [f"  {placement}: {', '.join(names)}" for placement, names in self._placed().items()]
         lines += [f"  replicated: {line}" for line in self.replicated or ()]
         lines += [f"  warning: {warning}" for warning in self.warnings]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardserve.amounts import of_bytes
 from shardserve.cli import main, values
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, without_storage
 from shardserve.export.layouts import Candidate, ranked
-from shardserve.export.quantities import described_bytes, described_flops, described_seconds
 from shardserve.shards.config import ShardConfig
 
 WIDTH = 256
@@ -74,7 +74,7 @@ def test_what_is_given_is_fixed() -> None:
 def test_what_doesnt_fit_is_refused() -> None:
     report = planned(ranks=2, memory_per_device=int(2.6 * BLOCK))
     whole = next(one for one in report.compared if one.ranks == 1)
-    assert whole.refused == f"it takes {described_bytes(whole.bytes)}"
+    assert whole.refused == f"it takes {of_bytes(whole.bytes)}"
     assert whole.parameter_bytes == 4 * BLOCK
     # At the batch of 64: x, its norm, and four times as wide what is between.
     assert 4 * 64 * WIDTH * 6 <= whole.activation_bytes <= 4 * 64 * WIDTH * 12
@@ -86,9 +86,9 @@ def test_the_least_memory_that_would_do() -> None:
         planned(ranks=2, memory_per_device=MIB)
     needed = min(one.bytes for one in planned(ranks=2).compared)
     assert str(caught.value).startswith(
-        "no layout of at most 2 ranks fits into 1 MiB a device: the least that would do"
+        "no layout of at most 2 ranks fits into 1.05 MB a device: the least that would do"
     )
-    assert described_bytes(needed, up=True) in str(caught.value)
+    assert of_bytes(needed, up=True) in str(caught.value)
     assert planned(ranks=2, memory_per_device=needed).rank_size == 2
 
 
@@ -135,8 +135,8 @@ def test_the_report_has_what_is_written(tmp_path: Path) -> None:
     assert first.collective_bytes == (4 * 2 * WIDTH,)
     assert first.send_bytes == (4 * 2 * WIDTH,)
     assert first.replicated == pytest.approx(4 * 3 * WIDTH / BLOCK)
-    assert "1 all_reduce (2 KiB); a rank has " in str(report)
-    assert f"sends {first.sends[0].name}: float32 [batch, {WIDTH}] (2 KiB)" in str(report)
+    assert "1 all_reduce (2.05 kB); a rank has " in str(report)
+    assert f"sends {first.sends[0].name}: float32 [batch, {WIDTH}] (2.05 kB)" in str(report)
     assert report.latency > report.interval > 0
 
 
@@ -187,11 +187,11 @@ def test_the_command_plans_what_has_no_weights_yet(
     words = ["export", "hugeland:huge", "--name", "m", "--meta", "--ranks", "4", "--memory-per-device", "7GiB"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "chosen tp 4 x pp 1: 5.96 GiB" in out
-    assert "or tp 2 x pp 1: 11.9 GiB" in out
-    assert "refused: it takes 11.9 GiB" in out
+    assert "chosen tp 4 x pp 1: 6.4 GB" in out
+    assert "or tp 2 x pp 1: 12.8 GB" in out
+    assert "refused: it takes 12.8 GB" in out
     assert main([*words[:-1], "5GiB"]) == 1
-    assert "the least that would do is 5.97 GiB, with tp" in capsys.readouterr().err
+    assert "the least that would do is 6.41 GB, with tp" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["hugeland.py"]
 
 
@@ -217,13 +217,3 @@ def test_what_is_no_size(size: str) -> None:
 
 def test_sizes() -> None:
     assert [values.memory(text) for text in ("1000", "1KiB", "1.5 kb", "16GiB")] == [1000, 1024, 1500, 16 * 1024**3]
-
-
-def test_quantities() -> None:
-    assert [described_bytes(count) for count in (0, 1, 1023, 1024, 16 * 1024**3)] == [
-        "0 B", "1 B", "1023 B", "1 KiB", "16 GiB",
-    ]  # fmt: skip
-    assert described_bytes(1024**3 + 1) == "1 GiB"
-    assert described_bytes(1024**3 + 1, up=True) == "1.01 GiB"
-    assert [described_seconds(value) for value in (2.5, 0.01234, 3e-5)] == ["2.5 s", "12.3 ms", "30 us"]
-    assert [described_flops(value) for value in (12, 12_345, 3 * 10**9)] == ["12 FLOPs", "12.3 KFLOPs", "3 GFLOPs"]

@@ -1,13 +1,13 @@
-"""Bytes, FLOPs and placements as people read them."""
+"""Bytes, FLOPs, seconds and placements as people read them."""
 
 from __future__ import annotations
 
 _STEPS = ("", "k", "M", "G", "T", "P", "E")
 
 
-def of_bytes(count: int) -> str:
-    """`512 B`, `20.5 kB`: powers of 1000, three digits."""
-    return _scaled(count, "B")
+def of_bytes(count: int, up: bool = False) -> str:
+    """`512 B`, `20.5 kB`: powers of 1000, three digits; `up`: never less than `count`."""
+    return _scaled(count, "B", up)
 
 
 def of_memory(weights: int, kept: int) -> str:
@@ -20,6 +20,14 @@ def of_flops(count: int | None) -> str:
     return "unknown" if count is None else _scaled(count, "").strip()
 
 
+def of_seconds(seconds: float) -> str:
+    """`1.23 ms`, three digits."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{_digits(seconds * factor)} {unit}"
+    return f"{_digits(seconds * 1e6)} us"
+
+
 def of_ranks(placement: str) -> str:
     """Where a tensor that is placed so lies, in words."""
     if placement == "Replicate()":
@@ -29,9 +37,15 @@ def of_ranks(placement: str) -> str:
     return f"in terms, {placement}" if placement else "placement unknown"
 
 
-def _scaled(count: int, unit: str) -> str:
+def _scaled(count: int, unit: str, up: bool = False) -> str:
+    if up and count >= 1000:
+        unseen = 10 ** (len(str(count)) - 3)
+        count = -(-count // unseen) * unseen
     size, step = float(count), 0
     while size >= 999.5 and step < len(_STEPS) - 1:
         size, step = size / 1000, step + 1
-    digits = f"{count}" if not step else f"{size:.3g}" if size < 999.5 else f"{size:.0f}"
-    return f"{digits} {_STEPS[step]}{unit}"
+    return f"{_digits(size) if step else count} {_STEPS[step]}{unit}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

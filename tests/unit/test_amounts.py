@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardserve.cli.amounts import of_bytes, of_flops, of_memory, of_ranks
+from shardserve.amounts import of_bytes, of_flops, of_memory, of_ranks, of_seconds
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,16 @@ from shardserve.cli.amounts import of_bytes, of_flops, of_memory, of_ranks
 )  # fmt: skip
 def test_bytes(count: int, text: str) -> None:
     assert of_bytes(count) == text
+
+
+def test_bytes_that_are_enough() -> None:
+    assert [of_bytes(count, up=True) for count in (999, 1000, 10**9, 10**9 + 1, 999_001)] == [
+        "999 B", "1 kB", "1 GB", "1.01 GB", "1 MB",
+    ]  # fmt: skip
+
+
+def test_seconds() -> None:
+    assert [of_seconds(value) for value in (2.5, 0.01234, 3e-5, 0)] == ["2.5 s", "12.3 ms", "30 us", "0 us"]
 
 
 def test_flops_and_placements() -> None:
