@@ -15,6 +15,10 @@ from shardserve.export.symbols import Dim, Printer, divide
 from shardserve.shards.graph import Device, Ref, Size, dtype_name
 
 
+class Unplaceable(ExportError):
+    """A placement that doesn't divide somewhere."""
+
+
 @dataclass(frozen=True)
 class Value:
     """A tensor of the model on this rank: its name in the graph, whole shape, dtype and placement."""
@@ -82,13 +86,17 @@ class Emitter:
     _taken: dict[str, int] = field(default_factory=dict)
 
     def local_shape(self, shape: Sequence[Dim], placement: Placement) -> tuple[Dim, ...]:
-        """What a rank holds of a tensor of this whole shape."""
+        """What a rank holds of a tensor of this whole shape; Unplaceable where that doesn't divide."""
         local = list(shape)
         if isinstance(placement, Shard):
             part = divide(local[placement.dim], self.size)
-            assert part is not None, f"{shape} doesn't divide by {self.size} at {placement}"
+            if part is None:
+                raise self.unplaceable(shape, placement)
             local[placement.dim] = part
         return tuple(local)
+
+    def unplaceable(self, shape: Sequence[Dim], placement: Placement) -> Unplaceable:
+        return Unplaceable(f"{list(shape)} as {placement} doesn't divide into {self.size} ranks")
 
     def unique(self, name: str) -> str:
         """`name`, or with a number if it is taken."""
@@ -191,7 +199,8 @@ class Emitter:
             return replace(gathered, shape=value.shape)
         # [size, ..., blocks, part, ...] → [..., blocks, size, part, ...]
         part = divide(local[dim], blocks)
-        assert part is not None
+        if part is None:
+            raise self.unplaceable(value.shape, placement)
         apart = (self.size, *local[:dim], blocks, part, *local[dim + 1 :])
         order = [*range(1, dim + 2), 0, *range(dim + 2, len(apart))]
         split = self.reshape(gathered, apart)
@@ -203,7 +212,8 @@ class Emitter:
     def _slice(self, value: Value, target: Shard) -> Value:
         size, dim = value.shape[target.dim], target.dim
         part = divide(size, self.size * target.blocks)
-        assert part is not None
+        if part is None:
+            raise self.unplaceable(value.shape, target)
         if target.blocks == 1:
             start = part * self.coordinate
             return self.call(

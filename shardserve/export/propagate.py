@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from shardserve.errors import ExportError
 from shardserve.export import rules, rules_channels, rules_dims, rules_index, rules_updates
-from shardserve.export.emit import Call, Emitter, LocalNode, Value
+from shardserve.export.emit import Call, Emitter, LocalNode, Unplaceable, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import operator_advice
 from shardserve.export.symbols import Dim, simplify
@@ -207,7 +207,11 @@ def emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) ->
     if isinstance(target, torch._ops.OpOverload):
         if target._opname in _CHECKS:
             return None
-        return rules.emit(emitter, _call(node, target, args, _arguments(node.kwargs, environment)))
+        call = _call(node, target, args, _arguments(node.kwargs, environment))
+        try:
+            return rules.emit(emitter, call)
+        except Unplaceable as error:
+            raise Unplaceable(f"operator {target} ('{node.name}'){_where(node)}: {error}") from error
     if isinstance(meaning, (bool, torch.SymBool)):
         return None  # only assertions take it, and those are conditions of the signature
     raise ExportError(f"'{node.name}' ({target}) isn't an operator that shards can express{_where(node)}")

@@ -137,9 +137,11 @@ def _aligned(emitter: Emitter, value: Value, result: Shard, ndim: int) -> Value:
 
 @rule("linear")
 def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
-    """x [..., k], weight [n, k], bias [n] → [..., n]."""
+    """x [..., k], weight [n, k], bias [n], or of size 1, → [..., n]."""
     x, weight, bias = emitter.reduced(call["input"]), call["weight"], call.get("bias")
     last = x.ndim - 1
+    if weight.ndim != 2:
+        return None
     if weight.placement == Replicate() and isinstance(x.placement, Shard):
         if x.placement.dim != last:
             return call.emit(emitter, x.placement, input=x, bias=bias and emitter.replicated(bias))
@@ -149,7 +151,7 @@ def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         return None
     if weight.placement.dim == 0:
         x, blocks = emitter.replicated(x), weight.placement.blocks
-        bias = bias and emitter.redistribute(bias, Shard(0, blocks))
+        bias = bias and _aligned(emitter, bias, Shard(last, blocks), x.ndim)
         return call.emit(emitter, Shard(last, blocks), input=x, weight=weight, bias=bias)
     x = emitter.redistribute(x, Shard(last, weight.placement.blocks))
     bias = one_rank_only(emitter, bias)
@@ -225,10 +227,13 @@ def einsum(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         return None
     letter, blocks = sharded[0][0], sharded[0][1].blocks
     placement = Shard(result.index(letter), blocks) if letter in result else Partial()
-    tensors = [
-        emitter.redistribute(x, Shard(letters.index(letter), blocks)) if letter in letters else emitter.replicated(x)
-        for letters, x in operands
-    ]
+
+    def own(letters: str, x: Value) -> Value:
+        dim = letters.find(letter)
+        broadcast = dim < 0 or x.shape[dim] == 1
+        return emitter.replicated(x) if broadcast else emitter.redistribute(x, Shard(dim, blocks))
+
+    tensors = [own(letters, x) for letters, x in operands]
     return call.emit(emitter, placement, tensors=tensors)
 
 
@@ -240,7 +245,7 @@ def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         return None
     blocks = right.placement.blocks
     if right.placement.dim == 1:
-        bias = emitter.redistribute(bias, Shard(0, blocks))
+        bias = _aligned(emitter, bias, Shard(1, blocks), 2)
         return call.emit(emitter, Shard(1, blocks), self=bias, mat1=emitter.replicated(left))
     left = emitter.redistribute(left, Shard(1, blocks))
     own = one_rank_only(emitter, bias)
@@ -290,6 +295,8 @@ def attention(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     query, key, value = (emitter.reduced(call[name]) for name in ("query", "key", "value"))
     placement = query.placement
     if not isinstance(placement, Shard) or placement.dim >= query.ndim - 2:
+        return None
+    if key.ndim != query.ndim or value.ndim != query.ndim:
         return None
     if any(divide(side.shape[placement.dim], emitter.size * placement.blocks) is None for side in (key, value)):
         if not call["enable_gqa"] or placement != Shard(query.ndim - 3):

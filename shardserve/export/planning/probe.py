@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardserve.errors import ExportError
 from shardserve.export import cost
-from shardserve.export.emit import Emitter, LocalNode, Scalar, Value
+from shardserve.export.emit import Emitter, LocalNode, Scalar, Unplaceable, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.propagate import emit, settled
 from shardserve.export.symbols import Dim, divide, simplify
@@ -25,10 +24,6 @@ from shardserve.export.trace import Trace
 
 Placements = Mapping[str, Shard]
 """Name of a tensor of the model → how it is cut; what isn't in it is whole."""
-
-
-class Unplaceable(ExportError):
-    """A placement that doesn't divide somewhere."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class _Recorder(Emitter):
 
     def _check(self, shape: Sequence[Dim], placement: Shard) -> None:
         if divide(shape[placement.dim], self.size * placement.blocks) is None:
-            raise Unplaceable(f"{list(shape)} as {placement} doesn't divide into {self.size} ranks")
+            raise self.unplaceable(shape, placement)
 
     def _move(self, value: Value, target: Replicate | Shard) -> Value:
         if isinstance(target, Shard):

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from shardserve.errors import ExportError
 from shardserve.export import Plan, export, verify
+from shardserve.export.placements import Shard
+from shardserve.export.rules import RULES
 
 BATCH = Dim("batch", min=1, max=5)
 
@@ -131,6 +134,46 @@ def test_a_weight_with_one_norm(tmp_path: Path) -> None:
     for folder, plan in (("auto", None), ("given", Plan({"parametrizations.weight.original1": "Shard(0)"}))):
         export(model, (x,), name="m", out=tmp_path / folder, tensor_parallel=2, plan=plan)
         assert verify(model, (x,), None, tmp_path / folder, "m", atol=1e-4, rtol=1e-4).passed
+
+
+class With(nn.Module):
+    """What a function makes of the input and two parameters."""
+
+    def __init__(self, first: tuple[int, ...], second: tuple[int, ...], function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(shape)) for shape in (first, second))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.first, self.second)
+
+
+@pytest.mark.parametrize(
+    ("model", "placement"),
+    [
+        (With((4, 3), (1, 8), lambda x, a, b: x @ torch.einsum("bi,bj->bij", a, b).sum(1).T), "Shard(0)"),
+        (With((4, 3), (1, 8), lambda x, a, b: x * torch.einsum("bi,bj->j", a, b)), "Shard(0)"),
+        (With((8, 4), (1,), lambda x, a, b: torch.addmm(b, x, a)), "Shard(1)"),
+        (With((4, 8), (1,), lambda x, a, b: F.linear(x, a, b)), "Shard(0)"),
+        (With((8,), (), lambda x, a, b: F.linear(x, a) + b), "Shard(0)"),
+    ],
+    ids=["einsum", "einsum_contracted", "addmm", "linear", "one_row"],
+)
+def test_broadcast_beside_what_is_cut(tmp_path: Path, model: nn.Module, placement: str) -> None:
+    x = torch.randn(2, 8)
+    export(model, (x,), name="m", out=tmp_path, tensor_parallel=2, plan=Plan({"first": placement}))
+    assert verify(model, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4).passed
+
+
+def test_a_rule_that_leaves_what_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the exporter's own rules says at which operator, in which module."""
+    monkeypatch.setitem(RULES, "relu", lambda emitter, call: call.emit(emitter, Shard(0)))
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    message = (
+        r"operator aten.relu.default \('relu'\) \(module '1'\): \[3, 4\] as Shard\(0\) doesn't divide into 2 ranks"
+    )
+    with pytest.raises(ExportError, match=message):
+        export(model, (torch.randn(3, 8),), name="m", out=tmp_path, tensor_parallel=2, plan=Plan({"0.*": "Shard(0)"}))
 
 
 class Experts(nn.Module):
