@@ -63,7 +63,7 @@ def assemble(
     shards: list[list[RankShard]] = [[] for _ in range(stage_size)]
     fills = {kept.bound.tensor: fill_value(traced.tensors[kept.bound.tensor]) for kept in graphs[0].state}
     for graph in graphs:
-        meaning = write.meanings(graph)
+        meaning = graph.meanings()
         stored = _stored_names(graph, traced.tensors)
         for stage, part in enumerate(cut.split(graph, stage_size)):
             receives = write.crossing_specs(part.receives, meaning, traced.printer) if stage else signature.inputs
@@ -91,7 +91,7 @@ def assemble(
 def _flops(stage: cut.StageGraph, graph: LocalGraph, traced: Trace) -> int | str | None:
     """A rank's FLOPs as its config has them; None where they can't be written."""
     try:
-        flops = traced.printer.size(cost.rank_cost(stage, cost.meanings(graph), traced.tensors).flops)
+        flops = traced.printer.size(cost.rank_cost(stage, graph.meanings(), traced.tensors).flops)
         if isinstance(flops, str):
             parse(flops)
         return flops

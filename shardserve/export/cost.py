@@ -21,13 +21,10 @@ from shardserve.export import flops
 from shardserve.export.cut import StageGraph
 from shardserve.export.emit import LocalNode
 from shardserve.export.flops import product
-from shardserve.export.propagate import Bound, LocalGraph
+from shardserve.export.propagate import Bound, LocalGraph, Tensors
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards.regions import VIEWS
-
-Tensors = Mapping[str, tuple[tuple[Dim, ...], torch.dtype]]
-"""Name in a rank's graph → local shape and dtype."""
 
 _FREE = frozenset(VIEWS - {"to", "_to_copy"})
 _LOOKUPS = frozenset({"embedding", "index_select", "gather", "index", "take_along_dim"})  # don't read all of the table
@@ -210,7 +207,7 @@ def rank_cost(stage: StageGraph, tensors: Tensors, model: Mapping[str, Tensor]) 
 
 def graph_flops(graph: LocalGraph) -> Dim:
     """FLOPs of matrix products of one coordinate over all stages, over the dims."""
-    tensors = meanings(graph)
+    tensors = graph.meanings()
     return _total(operation(node, tensors).flops for node in graph.nodes)
 
 
@@ -259,17 +256,6 @@ def operation(node: LocalNode, tensors: Tensors) -> Operation:
     touched = operands[1:] * 2 if opname in _WRITES else [*read, *((result,) if result else ())]
     moved = [nbytes(*tensor) for tensor in touched]
     return Operation(node.op, counted, _total(moved))
-
-
-def meanings(graph: LocalGraph) -> Tensors:
-    """The local shape and dtype of every tensor in one coordinate's graph."""
-    found = {value.name: (value.shape, value.dtype) for value in graph.inputs}
-    kept = [buffer.bound for buffer in graph.state]
-    found.update({bound.name: (bound.shape, bound.dtype) for bound in (*graph.parameters, *kept)})
-    for node in graph.nodes:
-        if node.shape is not None and node.dtype is not None:
-            found[node.name] = (node.shape, node.dtype)
-    return found
 
 
 def nbytes(shape: tuple[Dim, ...], dtype: torch.dtype) -> Dim:

@@ -54,7 +54,7 @@ class Layout:
     @cached_property
     def costs(self) -> list[list[RankCost]]:
         """Of stage i on coordinate j."""
-        meanings = [cost.meanings(graph) for graph in self.graphs]
+        meanings = [graph.meanings() for graph in self.graphs]
         return [
             [cost.rank_cost(part, tensors, self.traced.tensors) for part, tensors in zip(ranks, meanings, strict=True)]
             for ranks in self.stages
@@ -62,7 +62,7 @@ class Layout:
 
     def activation_bytes(self, sizes: Sizes) -> list[list[int]]:
         """The most bytes that a step's tensors take at once, of stage i on coordinate j."""
-        meanings = [cost.meanings(graph) for graph in self.graphs]
+        meanings = [graph.meanings() for graph in self.graphs]
         return [
             [cost.activation_bytes(part, tensors, sizes) for part, tensors in zip(ranks, meanings, strict=True)]
             for ranks in self.stages

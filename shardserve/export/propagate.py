@@ -15,7 +15,7 @@ from shardserve.errors import ExportError
 from shardserve.export import rules, rules_channels, rules_dims, rules_index, rules_updates
 from shardserve.export.emit import Call, Emitter, LocalNode, Unplaceable, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
-from shardserve.export.refusals import operator_advice
+from shardserve.export.refusals import module_of, operator_advice
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards import operators
@@ -81,6 +81,10 @@ class KeptBuffer:
     stage: int | None
 
 
+Tensors = Mapping[str, tuple[tuple[Dim, ...], torch.dtype]]
+"""Name in a rank's graph → local shape and dtype."""
+
+
 @dataclass(frozen=True)
 class LocalGraph:
     """One coordinate's graph over all pipeline stages."""
@@ -95,6 +99,16 @@ class LocalGraph:
     origins: Mapping[str, tuple[fx.Node, Placement]]  # name of a tensor → which of the traced graph it is, how it lies
     state: tuple[KeptBuffer, ...] = ()
     written: Mapping[str, Value] = field(default_factory=dict)  # of each changed buffer, as it came, wherever it lies
+
+    def meanings(self) -> Tensors:
+        """The local shape and dtype of every tensor."""
+        found = {value.name: (value.shape, value.dtype) for value in self.inputs}
+        kept = [buffer.bound for buffer in self.state]
+        found.update({bound.name: (bound.shape, bound.dtype) for bound in (*self.parameters, *kept)})
+        for node in self.nodes:
+            if node.shape is not None and node.dtype is not None:
+                found[node.name] = (node.shape, node.dtype)
+        return found
 
 
 def propagate(
@@ -239,8 +253,8 @@ def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs:
 
 
 def _where(node: fx.Node) -> str:
-    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return f" (module '{stack[-1]}')" if stack and stack[-1] else ""
+    module = module_of(node)
+    return f" (module '{module}')" if module else ""
 
 
 def _arguments(value: Any, environment: Mapping[fx.Node, Any]) -> Any:

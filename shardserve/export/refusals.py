@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 _LARGEST_RUN = 10**9
@@ -87,6 +87,12 @@ def operator_advice(opname: str) -> str:
     """What to try where the model uses an operator that shards don't have; empty where nothing is known."""
     advice = _OPERATORS.get(opname)
     return f"; {advice}" if advice else ""
+
+
+def module_of(node: fx.Node) -> str:
+    """The innermost module that a traced operator belongs to; empty for the model itself, and where that is unknown."""
+    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return stack[-1] if stack else ""
 
 
 def _may_run(model: nn.Module) -> bool:

@@ -170,8 +170,8 @@ def _refuse_changed_constants(program: ExportedProgram) -> None:
         schema = node.target._schema
         if schema.is_mutable:
             shape = list(first.meta["val"].shape)
-            stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-            where = f" in module '{stack[-1]}'" if stack and stack[-1] else ""
+            module = refusals.module_of(node)
+            where = f" in module '{module}'" if module else ""
             raise ExportError(
                 f"the model changes a tensor of shape {shape} that isn't one of its buffers ({node.target}{where}): "
                 "register it by register_buffer, and have the forward take it from the module"

@@ -18,8 +18,8 @@ from torch import Tensor
 from shardserve.errors import ExportError, ShardError
 from shardserve.export.cut import StageGraph
 from shardserve.export.placements import Replicate, Shard
-from shardserve.export.propagate import Bound, LocalGraph
-from shardserve.export.symbols import Dim, Printer
+from shardserve.export.propagate import Bound, Tensors
+from shardserve.export.symbols import Printer
 from shardserve.export.weights_file import Layout, write_weights
 from shardserve.shards.config import (
     CONFIG_FILE,
@@ -33,30 +33,12 @@ from shardserve.shards.config import (
 )
 from shardserve.shards.graph import GraphFile, Node, Parameter, State, dtype_name, encode_argument
 
-Meanings = Mapping[str, tuple[tuple[Dim, ...], str]]
-"""Name in a rank's graph → local shape and dtype."""
 
-
-def meanings(graph: LocalGraph) -> Meanings:
-    """The local shape and dtype of every tensor in one coordinate's graph."""
-    found: dict[str, tuple[tuple[Dim, ...], str]] = {}
-    for value in graph.inputs:
-        found[value.name] = (value.shape, dtype_name(value.dtype))
-    for parameter in graph.parameters:
-        found[parameter.name] = (parameter.shape, dtype_name(parameter.dtype))
-    for kept in graph.state:
-        found[kept.bound.name] = (kept.bound.shape, dtype_name(kept.bound.dtype))
-    for node in graph.nodes:
-        if node.shape is not None and node.dtype is not None:
-            found[node.name] = (node.shape, dtype_name(node.dtype))
-    return found
-
-
-def crossing_specs(names: Sequence[str], meaning: Meanings, printer: Printer) -> tuple[TensorSpec, ...]:
+def crossing_specs(names: Sequence[str], meaning: Tensors, printer: Printer) -> tuple[TensorSpec, ...]:
     """The specs of the tensors that cross a pipeline cut; ExportError for one that can't."""
     specs: list[TensorSpec] = []
     for name in names:
-        shape, dtype = meaning[name]
+        shape, dtype = meaning[name][0], dtype_name(meaning[name][1])
         if dtype not in DTYPES:
             raise ExportError(f"'{name}' would cross a pipeline cut, and {dtype} can't: move the cut")
         try:
@@ -77,7 +59,7 @@ def state_specs(stage: StageGraph) -> tuple[TensorSpec, ...]:
 
 def graph_file(
     stage: StageGraph,
-    meaning: Meanings,
+    meaning: Tensors,
     signature: Signature,
     printer: Printer,
     export_id: str,
@@ -90,8 +72,8 @@ def graph_file(
     for node in stage.nodes:
         shape = dtype = None
         if node.op.startswith("collective."):
-            local, dtype = meaning[node.sources[0]]
-            shape = printer.shape(local)
+            local, kind = meaning[node.sources[0]]
+            shape, dtype = printer.shape(local), dtype_name(kind)
         try:
             args = [encode_argument(value) for value in node.args]
             kwargs = {key: encode_argument(value) for key, value in node.kwargs.items()}

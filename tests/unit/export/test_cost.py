@@ -99,12 +99,12 @@ def test_a_rank_s_cost() -> None:
     traced, graphs = pair(2)
     (batch,) = traced.printer.names
     (stage,) = cut.split(graphs[0], 1)
-    rank = cost.rank_cost(stage, cost.meanings(graphs[0]), traced.tensors)
+    rank = cost.rank_cost(stage, graphs[0].meanings(), traced.tensors)
     assert rank.parameter_bytes == 4 * (16 * 16 + 16 + 16 * 16 + 16)
     assert rank.collectives == (("all_reduce", 4 * 16 * batch),)
     first = next(operation for operation in rank.operations if operation.op == "aten.linear.default")
     assert first.bytes == 4 * (16 * batch + 16 * 16 + 16 + 16 * batch)
-    at_most = cost.activation_bytes(stage, cost.meanings(graphs[0]), cost.Sizes.example(traced))
+    at_most = cost.activation_bytes(stage, graphs[0].meanings(), cost.Sizes.example(traced))
     # the input, and two results of which one is made of the other
     assert at_most == 4 * 3 * (16 + 16 + 16)
 
@@ -113,7 +113,7 @@ def test_the_model_of_latency() -> None:
     hardware = cost.Hardware(1e9, 1e9, 1e-6, 1e-5, 1e9, 1e-4, 1e9)
     traced, graphs = pair(1, ("b",))
     sizes = cost.Sizes.example(traced)
-    costs = [[cost.rank_cost(stage, cost.meanings(graphs[0]), traced.tensors)] for stage in cut.split(graphs[0], 2)]
+    costs = [[cost.rank_cost(stage, graphs[0].meanings(), traced.tensors)] for stage in cut.split(graphs[0], 2)]
     linear = 1e-6 + 4 * (3 * 16 + 3 * 32 + 16 * 32 + 32) / 1e9
     relu = 1e-6 + 4 * 3 * 64 / 1e9
     other = 1e-6 + 4 * (3 * 16 + 3 * 32 + 16 * 32 + 16) / 1e9

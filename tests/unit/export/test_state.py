@@ -125,7 +125,7 @@ def test_a_write_costs_what_is_written() -> None:
     assert {cost.traced_operation(node, {}).bytes for node in writes} == {2 * (position + row)}
     graph = propagate(traced, dict.fromkeys(traced.tensors, Replicate()), cut.assign(traced, ()), 1, 0)
     local = [node for node in graph.nodes if "index_" in node.op]
-    assert {cost.operation(node, cost.meanings(graph)).bytes for node in local} == {2 * (position + row)}
+    assert {cost.operation(node, graph.meanings()).bytes for node in local} == {2 * (position + row)}
 
 
 def test_verify_takes_two_steps_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
