@@ -155,6 +155,10 @@ class Emitter:
     def replicated(self, value: Value) -> Value:
         return self.redistribute(value, Replicate())
 
+    def is_from_data(self, value: Value | None) -> bool:
+        """Whether it depends on the inputs' values."""
+        return value is not None and self.from_data.get(value.name, False)
+
     def was_gathered(self, value: Value) -> bool:
         """Whether every rank has the whole of a sharded value already."""
         return isinstance(value.placement, Shard) and (value.name, Replicate()) in self._cache

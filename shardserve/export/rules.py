@@ -153,13 +153,15 @@ def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         x, blocks = emitter.replicated(x), weight.placement.blocks
         bias = bias and _aligned(emitter, bias, Shard(last, blocks), x.ndim)
         return call.emit(emitter, Shard(last, blocks), input=x, weight=weight, bias=bias)
+    if emitter.is_from_data(bias):
+        return None
     x = emitter.redistribute(x, Shard(last, weight.placement.blocks))
     bias = one_rank_only(emitter, bias)
     return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
 
 
 def one_rank_only(emitter: Emitter, bias: Value | None) -> Value | None:
-    """The bias of a sum over ranks: added by the first."""
+    """The bias of a sum over ranks: added by the first. Of parameters alone, so that ranks do all else alike."""
     if bias is None:
         return None
     bias = emitter.replicated(bias)
@@ -247,6 +249,8 @@ def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     if right.placement.dim == 1:
         bias = _aligned(emitter, bias, Shard(1, blocks), 2)
         return call.emit(emitter, Shard(1, blocks), self=bias, mat1=emitter.replicated(left))
+    if emitter.is_from_data(bias):
+        return None
     left = emitter.redistribute(left, Shard(1, blocks))
     own = one_rank_only(emitter, bias)
     if own is not None:

@@ -238,6 +238,22 @@ def test_ranks_agree_on_what_depends_on_the_input(tmp_path: Path) -> None:
     piped(Positions(), torch.randint(10, (3,)), plan, tmp_path, {"all_reduce": 1})
 
 
+class Bias(nn.Module):
+    """A layer of parameters alone, but for its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.x, self.weight = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(self.x, self.weight, self.bias(x)))
+
+
+def test_ranks_agree_on_a_bias_that_depends_on_the_input(tmp_path: Path) -> None:
+    piped(Bias(), torch.randn(8), Plan({"weight": "Shard(1)"}, ("last",)), tmp_path, {"all_gather": 1})
+
+
 class Twice(nn.Module):
     """What joins a pending sum has needed a reduction of its own, and is used nowhere else."""
 
