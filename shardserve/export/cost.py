@@ -282,10 +282,14 @@ def storage(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def activation_bytes(stage: StageGraph, tensors: Tensors, sizes: Sizes) -> int:
-    """The most bytes that a step's tensors take at once in this stage: inputs, and each result until its last use."""
+    """The most bytes that a step's tensors take at once in this stage: inputs, and each result until its last use.
+
+    What is written into a kept buffer where it is takes nothing; what is copied into one stays until the step is over.
+    """
     memory: dict[str, str | None] = {name: name for name in stage.receives}  # name → the tensor that owns its memory
     memory.update({bound.name: None for bound in stage.parameters})
     size = {name: sizes(nbytes(*tensors[name])) for name in stage.receives}
+    in_place = _in_place(stage)
     last: dict[str, int] = {}
     for index, node in enumerate(stage.nodes):
         for source in node.sources:
@@ -293,15 +297,18 @@ def activation_bytes(stage: StageGraph, tensors: Tensors, sizes: Sizes) -> int:
             if owner is not None:
                 last[owner] = index
         first = node.sources[0] if node.sources else None
+        if node.name in in_place:
+            continue
         if _is_view(node) or (node.op == "getitem" and memory.get(first or "") is not None):
             memory[node.name] = memory.get(first or "")
         elif node.shape is not None and node.dtype is not None:
             memory[node.name] = node.name
             size[node.name] = sizes(nbytes(node.shape, node.dtype))
-    kept = {memory.get(name) for name in (*stage.receives, *stage.sends)}
+    updates = [kept.update for kept in stage.state if kept.update is not None]
+    stay = {memory.get(name) for name in (*stage.receives, *stage.sends, *updates)}
     ends: dict[int, list[str]] = {}
     for name, index in last.items():
-        if name not in kept:
+        if name not in stay:
             ends.setdefault(index, []).append(name)
     alive = most = sum(size[name] for name in stage.receives)
     for index, node in enumerate(stage.nodes):
@@ -309,6 +316,21 @@ def activation_bytes(stage: StageGraph, tensors: Tensors, sizes: Sizes) -> int:
         most = max(most, alive)
         alive -= sum(size[name] for name in ends.get(index, ()))
     return most
+
+
+def _in_place(stage: StageGraph) -> set[str]:
+    """The results that are a kept buffer, written into: a chain of writes from the buffer to its new value."""
+    nodes = {node.name: node for node in stage.nodes}
+    found: set[str] = set()
+    for kept in stage.state:
+        chain: list[str] = []
+        name = kept.update
+        while name in nodes and nodes[name].op.partition(".")[2].partition(".")[0] in _WRITES:
+            chain.append(name)
+            name = nodes[name].sources[0]
+        if name == kept.bound.name:
+            found.update(chain)
+    return found
 
 
 def _is_view(node: LocalNode) -> bool:

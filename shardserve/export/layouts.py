@@ -14,6 +14,7 @@ from shardserve.amounts import of_bytes, of_seconds
 from shardserve.errors import ExportError
 from shardserve.export.cost import CPU, Hardware, Sizes, nbytes, parameter_bytes
 from shardserve.export.layout import Layout, Planner
+from shardserve.export.state import fill_value
 
 ALIKE = 1.05
 """Of layouts whose steps take as long as the fastest, times this, the one of the fewest ranks is taken."""
@@ -161,10 +162,10 @@ def _candidate(layouts: Sequence[Layout], memory: int | None, hardware: Hardware
 def _held(layouts: Sequence[Layout], stage: int) -> int:
     """The bytes of the parameters of a stage's first rank, and of the buffers that it keeps."""
     parameters = [bound for layout in layouts for bound in layout.stages[stage][0].parameters]
-    kept = {
-        buffer.bound.tensor: int(nbytes(buffer.bound.shape, buffer.bound.dtype))
-        for layout in layouts
-        for buffer in layout.stages[stage][0].state
-    }
+    kept = {buffer.bound.tensor: buffer.bound for layout in layouts for buffer in layout.stages[stage][0].state}
     tensors = {name: tensor for layout in layouts for name, tensor in layout.traced.tensors.items()}
-    return parameter_bytes(parameters, tensors) + sum(kept.values())
+    held = parameter_bytes(parameters, tensors)
+    for name, bound in kept.items():
+        # First values that aren't all the same are kept beside the buffer.
+        held += int(nbytes(bound.shape, bound.dtype)) * (2 if fill_value(tensors[name]) is None else 1)
+    return held

@@ -117,6 +117,27 @@ def test_a_decoder_that_keeps_its_cache(tmp_path: Path, tp: int, pp: int) -> Non
     assert "keeps length: int64 [1]" in str(report)
 
 
+class Ring(nn.Module):
+    """Writes a row of a large buffer."""
+
+    def __init__(self, first: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", first)
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        self.rows.index_copy_(0, at, x)
+        return x + 1
+
+
+@pytest.mark.parametrize(("first", "copies"), [(torch.zeros(1000, 4), 1), (torch.ones(1000, 4).cumsum(0), 2)])
+def test_the_memory_of_a_buffer_that_is_written_in_place(first: Tensor, copies: int) -> None:
+    args = (torch.ones(1, 4), torch.tensor([3]))
+    report = export(Ring(first), args, name="ring", out=None, tensor_parallel=None, ranks=1)
+    (chosen,) = report.compared
+    assert chosen.parameter_bytes == copies * 1000 * 4 * 4
+    assert chosen.activation_bytes == 4 * 4 + 8 + 4 * 4
+
+
 def test_a_write_costs_what_is_written() -> None:
     traced = trace(Decoder(), (TOKENS[0],), {}, None, None, None)
     writes = [node for node in traced.graph.nodes if "index_" in str(node.target)]
