@@ -154,20 +154,21 @@ def _export_one(
 ) -> Report:
     from shardserve.export import export
 
-    return export(
-        model,
-        example,
-        name=args.name,
-        out=None if args.meta else args.out,
-        tensor_parallel=args.tp,
-        pipeline_parallel=args.pp,
-        ranks=args.ranks,
-        memory_per_device=args.memory_per_device,
-        cuts=tuple(args.cut),
-        strict=args.strict,
-        progress=progress,
-        **options,
-    )
+    return export(model, example, **_given(args), progress=progress, **options)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are the command line's own, of `export` and of `export_subgraphs`."""
+    return {
+        "name": args.name,
+        "out": None if args.meta else args.out,
+        "tensor_parallel": args.tp,
+        "pipeline_parallel": args.pp,
+        "ranks": args.ranks,
+        "memory_per_device": args.memory_per_device,
+        "cuts": tuple(args.cut),
+        "strict": args.strict,
+    }
 
 
 def _export_subgraphs(
@@ -184,20 +185,7 @@ def _export_subgraphs(
         raise ExportError(f"{args.source}: gives {what} beside options['subgraphs'], which have their own")
     if args.inputs:
         raise ExportError("--inputs is for a model without subgraphs: each of them has inputs of its own")
-    reports = export_subgraphs(
-        model,
-        subgraphs,
-        name=args.name,
-        out=None if args.meta else args.out,
-        tensor_parallel=args.tp,
-        pipeline_parallel=args.pp,
-        ranks=args.ranks,
-        memory_per_device=args.memory_per_device,
-        cuts=tuple(args.cut),
-        strict=args.strict,
-        progress=progress,
-        **options,
-    )
+    reports = export_subgraphs(model, subgraphs, **_given(args), progress=progress, **options)
     return dict(subgraphs), list(reports.values())
 
 

@@ -146,7 +146,10 @@ def _export(
         }
         shards = with_all_weights(shards)
         if folders is not None:
-            _write(folders, name, shards, traces, progress)
+            try:
+                _write(folders, name, shards, traces, progress)
+            except OSError as error:
+                raise ExportError(f"the shards can't be written: {error}") from error
         return {
             subgraph: Report(
                 name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
@@ -95,59 +95,62 @@ def along_dim(emitter: Emitter, call: Call) -> Result:
     return call.emit(emitter, Shard(placement.dim - gone, placement.blocks), self=x)
 
 
-@rule("slice", "narrow")
-def part_of_dim(emitter: Emitter, call: Call) -> Result:
-    """Parts of another dim stand alone; of the sharded one, whole blocks are as many parts."""
+def _along(emitter: Emitter, call: Call, along: Callable[[Value, Shard], Result]) -> Result:
+    """Works along one dim: parts of another stand alone; `along` gives what becomes of those of the dim itself."""
     x = emitter.reduced(call["self"])
     placement = x.placement
     if not isinstance(placement, Shard):
         return None
     if _positive(call["dim"], x.ndim) != placement.dim:
         return call.emit(emitter, placement, self=x)
-    size, kept, start, blocks = (
-        x.shape[placement.dim],
-        call.shape[placement.dim],
-        call.get("start") or 0,
-        placement.blocks,
-    )
-    if not all(isinstance(number, int) for number in (size, kept, start, blocks)) or call.get("step") not in (None, 1):
-        return None
-    first = max(start + size, 0) if start < 0 else start
-    block = size // blocks
-    if not kept or first % block or kept % block:
-        return None
-    ends = (x, placement.dim, first // emitter.size, (first + kept) // emitter.size)
-    placed = Shard(placement.dim, kept // block)
-    return emitter.call("aten.slice.Tensor", ends, {}, call.shape, call.dtype, placed, call.name)
+    return along(x, placement)
+
+
+@rule("slice", "narrow")
+def part_of_dim(emitter: Emitter, call: Call) -> Result:
+    """Of the sharded dim, whole blocks are as many parts."""
+
+    def along(x: Value, placement: Shard) -> Result:
+        size, kept, blocks = x.shape[placement.dim], call.shape[placement.dim], placement.blocks
+        start = call.get("start") or 0
+        known = all(isinstance(number, int) for number in (size, kept, start, blocks))
+        if not known or call.get("step") not in (None, 1):
+            return None
+        first = max(start + size, 0) if start < 0 else start
+        block = size // blocks
+        if not kept or first % block or kept % block:
+            return None
+        ends = (x, placement.dim, first // emitter.size, (first + kept) // emitter.size)
+        placed = Shard(placement.dim, kept // block)
+        return emitter.call("aten.slice.Tensor", ends, {}, call.shape, call.dtype, placed, call.name)
+
+    return _along(emitter, call, along)
 
 
 @rule("glu")
 def glu(emitter: Emitter, call: Call) -> Result:
     """One half of a dim by the other: along the sharded one, where the halves are its two blocks."""
-    x = emitter.reduced(call["self"])
-    placement = x.placement
-    if not isinstance(placement, Shard):
-        return None
-    if _positive(call["dim"], x.ndim) != placement.dim:
-        return call.emit(emitter, placement, self=x)
-    return call.emit(emitter, Shard(placement.dim), self=x) if placement.blocks == 2 else None
+
+    def along(x: Value, placement: Shard) -> Result:
+        return call.emit(emitter, Shard(placement.dim), self=x) if placement.blocks == 2 else None
+
+    return _along(emitter, call, along)
 
 
 @rule("split", "split_with_sizes", "chunk")
 def split(emitter: Emitter, call: Call) -> Result:
     """Cut along a dim: along the sharded one only between its blocks."""
-    x = emitter.reduced(call["self"])
-    placement = x.placement
-    if not isinstance(placement, Shard):
-        return None
-    dim = _positive(call["dim"], x.ndim)
-    if dim != placement.dim:
-        return call.emit(emitter, placement, self=x)
-    sizes = [shape[dim] for shape, _ in call.results]
-    if placement.blocks != len(sizes) or len(set(sizes)) > 1:
-        return None
-    parts = [divide(size, emitter.size) for size in sizes]
-    return emitter.call_many("aten.split_with_sizes.default", (x, parts, dim), {}, call.results, Shard(dim), call.name)
+
+    def along(x: Value, placement: Shard) -> Result:
+        dim = placement.dim
+        sizes = [shape[dim] for shape, _ in call.results]
+        if placement.blocks != len(sizes) or len(set(sizes)) > 1:
+            return None
+        parts = [divide(size, emitter.size) for size in sizes]
+        op = "aten.split_with_sizes.default"
+        return emitter.call_many(op, (x, parts, dim), {}, call.results, Shard(dim), call.name)
+
+    return _along(emitter, call, along)
 
 
 @rule("cat", "stack")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from shardserve.errors import ExportError, InvalidInput
 from shardserve.export.compare import abs_error, close, relative_error
 from shardserve.export.parting import where_they_part
-from shardserve.export.running import Shards as Shards
+from shardserve.export.running import Shards
 from shardserve.export.trace import evaluating, ordered
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import DimRange, Signature
@@ -230,10 +231,8 @@ def _like(example: Tensor, shape: Sequence[int], generator: torch.Generator) -> 
         return example
     if values.is_floating_point() and (not values.numel() or bool((values == values[0]).all())):
         return torch.randn(tuple(shape), generator=generator).to(example.dtype)
-    count = 1
-    for size in shape:
-        count *= size
-    return values[torch.randint(values.numel(), (count,), generator=generator)].reshape(tuple(shape))
+    chosen = torch.randint(values.numel(), (math.prod(shape),), generator=generator)
+    return values[chosen].reshape(tuple(shape))
 
 
 def _sizes(dims: Mapping[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -32,6 +33,9 @@ from shardserve.shards.config import (
     TensorSpec,
 )
 from shardserve.shards.graph import GraphFile, Node, Parameter, State, dtype_name, encode_argument
+
+_HIDDEN = ".export-"
+_OLD = "old"
 
 
 def crossing_specs(names: Sequence[str], meaning: Tensors, printer: Printer) -> tuple[TensorSpec, ...]:
@@ -139,12 +143,19 @@ class Written:
 
 
 class Writer:
-    """Writes all ranks of one export into a hidden folder of `out`, then puts the device folders in place."""
+    """Writes all ranks of one export into a hidden folder of `out`, then puts the device folders in place.
+
+    Where an exporter was killed, its hidden folder goes with the next export into `out`.
+    """
 
     def __init__(self, out: Path, name: str) -> None:
         self.out, self.name = out, name
         out.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
+        self._lock = ExitStack()
+        with _locked(out):
+            _remove_abandoned(out)
+            self.folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=out))
+            self._lock.enter_context(_locked(self.folder))
         self.ranks: list[int] = []
         self._moved: list[tuple[Path, Path]] = []  # from, to; in order
 
@@ -188,7 +199,7 @@ class Writer:
         """Replace the device folders of an earlier export, those of ranks that are no more included. If it raises,
         `restore` makes that undone.
         """
-        old = self.folder / "old"
+        old = self.folder / _OLD
         old.mkdir()
         replaced: set[str] = set()
         for rank in self.ranks:
@@ -221,10 +232,30 @@ class Writer:
         """Remove what isn't in place, but former shards that couldn't be put back."""
         if not self._moved:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def _move(self, here: Path, there: Path) -> None:
         here.rename(there)
         self._moved.append((here, there))
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Nobody else has this folder locked in it; BlockingIOError if somebody has, and `wait` is False."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """The hidden folders of exporters that have ended, unless they hold former shards."""
+    for folder in out.glob(f"{_HIDDEN}*"):
+        if not any(folder.glob(f"{_OLD}/*")):
+            with suppress(BlockingIOError), _locked(folder, wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def commit(writers: Sequence[Writer]) -> None:

@@ -71,11 +71,11 @@ def named_as_in(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _mapped(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, mapped from a file that is gone with them."""
+    """The same values, mapped from a file without a name, which is gone with them, whatever ends this process."""
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
     try:
-        with tempfile.TemporaryDirectory(prefix="shardserve-export-") as folder:
-            file = Path(folder) / "weights.safetensors"
+        with tempfile.TemporaryFile() as unnamed:
+            file = Path(f"/proc/self/fd/{unnamed.fileno()}")
             write_weights(file, layout, lambda name: values[name].contiguous())
             return WeightsFile.open(file).map()
     except OSError as error:

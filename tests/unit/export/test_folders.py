@@ -1,5 +1,9 @@
 """What an export leaves in its folder: all of itself, nothing of what it replaces, everything else."""
 
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +79,57 @@ def test_strict_is_about_several_ranks(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="the plan shards no parameter: 2 ranks would compute the same"):
         export(nn.Linear(8, 8), ARGS, name="net", out=tmp_path / "two", tensor_parallel=2, plan=nothing, strict=True)
     assert names(tmp_path) == ["one"]
+
+
+ABANDONING = """
+import sys
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from shardserve.export.write import Writer
+writer = Writer(Path(sys.argv[1]), "net")
+(writer.folder / "device0").mkdir()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def abandoned(out: Path) -> list[str]:
+    return [name for name in names(out) if name.startswith(".")]
+
+
+def test_what_an_exporter_that_was_killed_has_left_goes_with_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    with subprocess.Popen(
+        [sys.executable, "-c", ABANDONING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as exporter:
+        assert exporter.stdout is not None
+        exporter.stdout.readline()
+        [hidden] = abandoned(out)
+        write(out, 1)
+        assert abandoned(out) == [hidden]  # it lives, and is still writing
+        exporter.kill()
+        exporter.wait()
+    write(out, 1)
+    assert names(out) == ["device0"]
+    # Former shards that could not be put back are no rubbish.
+    kept = out / ".export-kept" / "old" / "device0"
+    kept.mkdir(parents=True)
+    write(out, 1)
+    assert kept.exists()
+
+
+def test_a_full_disk_is_an_export_error(tmp_path: Path) -> None:
+    """A limit on the size of files says it as a full disk does: while the weights are written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(ExportError, match=r"the shards can't be written: .*File too large"):
+            export(nn.Linear(64, 64), (torch.randn(2, 64),), name="net", out=tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert names(tmp_path) == []
