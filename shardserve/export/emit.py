@@ -82,6 +82,7 @@ class Emitter:
     nodes: list[LocalNode] = field(default_factory=list)
     from_data: dict[str, bool] = field(default_factory=dict)
     gathered: dict[str, int] = field(default_factory=dict)  # operator → how often its sharded inputs had to be gathered
+    together: set[str] = field(default_factory=set)  # values that a collective is needed for
     _cache: dict[tuple[str, Placement], Value] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
 
@@ -123,9 +124,9 @@ class Emitter:
     ) -> Value:
         """Append a call; `shape` is the whole result's, `args` are what this rank passes, `beside` what others do."""
         local = self.local_shape(shape, placement)
-        # What doesn't depend on the data neither crosses a cut nor needs a collective: only those that take it have it.
-        data = tuple(value.name for value in beside if self.from_data[value.name])
-        node = self._append(name or op.split(".")[1], op, args, kwargs, local, dtype, data)
+        # What neither crosses a cut nor needs a collective, only those that take it have.
+        alike = tuple(value.name for value in beside if self.from_data[value.name] or value.name in self.together)
+        node = self._append(name or op.split(".")[1], op, args, kwargs, local, dtype, alike)
         return Value(node.name, tuple(shape), dtype, placement)
 
     def call_many(
@@ -154,10 +155,6 @@ class Emitter:
 
     def replicated(self, value: Value) -> Value:
         return self.redistribute(value, Replicate())
-
-    def is_from_data(self, value: Value | None) -> bool:
-        """Whether it depends on the inputs' values."""
-        return value is not None and self.from_data.get(value.name, False)
 
     def was_gathered(self, value: Value) -> bool:
         """Whether every rank has the whole of a sharded value already."""
@@ -260,6 +257,8 @@ class Emitter:
             raise ExportError(f"{op} ('{name}'): {error}") from error
         node = replace(node, from_data=any(self.from_data[source] for source in node.sources))
         self.from_data[node.name] = node.from_data
+        if op.startswith("collective.") or not self.together.isdisjoint(node.sources):
+            self.together.add(node.name)
         self.nodes.append(node)
         return node
 
@@ -332,8 +331,10 @@ class Call:
 
         return replace(self, arguments={key: walk(value) for key, value in self.arguments.items()})
 
-    def emit(self, emitter: Emitter, placement: Placement, /, **changed: Any) -> Value | list[Value]:
-        """Append this call, with some arguments changed, all results placed alike."""
+    def emit(
+        self, emitter: Emitter, placement: Placement, beside: Sequence[Value] = (), /, **changed: Any
+    ) -> Value | list[Value]:
+        """Append this call, with some arguments changed, all results placed alike; `beside`: what other ranks take."""
         arguments = {**self.arguments, **changed}
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -350,7 +351,7 @@ class Call:
         op = f"aten.{self.opname}.{self.op._overloadname}"
         if self.several:
             return emitter.call_many(op, args, kwargs, self.results, placement, self.name)
-        return emitter.call(op, args, kwargs, self.shape, self.dtype, placement, self.name)
+        return emitter.call(op, args, kwargs, self.shape, self.dtype, placement, self.name, beside)
 
 
 def _same(value: Any, default: Any) -> bool:

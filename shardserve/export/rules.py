@@ -153,19 +153,17 @@ def linear(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         x, blocks = emitter.replicated(x), weight.placement.blocks
         bias = bias and _aligned(emitter, bias, Shard(last, blocks), x.ndim)
         return call.emit(emitter, Shard(last, blocks), input=x, weight=weight, bias=bias)
-    if emitter.is_from_data(bias):
-        return None
     x = emitter.redistribute(x, Shard(last, weight.placement.blocks))
-    bias = one_rank_only(emitter, bias)
-    return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
+    bias, beside = one_rank_only(emitter, bias)
+    return call.emit(emitter, Partial(), beside, input=x, weight=weight, bias=bias)
 
 
-def one_rank_only(emitter: Emitter, bias: Value | None) -> Value | None:
-    """The bias of a sum over ranks: added by the first. Of parameters alone, so that ranks do all else alike."""
+def one_rank_only(emitter: Emitter, bias: Value | None) -> tuple[Value | None, list[Value]]:
+    """The bias of a sum over ranks, added by the first, and what stands beside the others' calls: they make it too."""
     if bias is None:
-        return None
+        return None, []
     bias = emitter.replicated(bias)
-    return bias if emitter.coordinate == 0 else None
+    return (bias, []) if emitter.coordinate == 0 else (None, [bias])
 
 
 @rule("matmul", "mm", "bmm")
@@ -249,13 +247,11 @@ def addmm(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     if right.placement.dim == 1:
         bias = _aligned(emitter, bias, Shard(1, blocks), 2)
         return call.emit(emitter, Shard(1, blocks), self=bias, mat1=emitter.replicated(left))
-    if emitter.is_from_data(bias):
-        return None
     left = emitter.redistribute(left, Shard(1, blocks))
-    own = one_rank_only(emitter, bias)
+    own, beside = one_rank_only(emitter, bias)
     if own is not None:
         return call.emit(emitter, Partial(), self=own, mat1=left)
-    return emitter.call("aten.mm.default", (left, right), {}, call.shape, call.dtype, Partial(), call.name)
+    return emitter.call("aten.mm.default", (left, right), {}, call.shape, call.dtype, Partial(), call.name, beside)
 
 
 @rule("embedding")

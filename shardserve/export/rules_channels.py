@@ -99,10 +99,9 @@ def _convolved(
     if placement.dim == outputs:
         bias = bias and emitter.redistribute(bias, Shard(0, placement.blocks))
         return call.emit(emitter, along, input=emitter.replicated(x), weight=weight, bias=bias)
-    if emitter.is_from_data(bias):
-        return None
-    x, bias = emitter.redistribute(x, along), one_rank_only(emitter, bias)
-    return call.emit(emitter, Partial(), input=x, weight=weight, bias=bias)
+    x = emitter.redistribute(x, along)
+    bias, beside = one_rank_only(emitter, bias)
+    return call.emit(emitter, Partial(), beside, input=x, weight=weight, bias=bias)
 
 
 def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: int) -> Result:

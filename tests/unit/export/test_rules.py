@@ -251,7 +251,38 @@ class Bias(nn.Module):
 
 
 def test_ranks_agree_on_a_bias_that_depends_on_the_input(tmp_path: Path) -> None:
-    piped(Bias(), torch.randn(8), Plan({"weight": "Shard(1)"}, ("last",)), tmp_path, {"all_gather": 1})
+    piped(Bias(), torch.randn(8), Plan({"weight": "Shard(1)"}, ("last",)), tmp_path, {"all_reduce": 1})
+
+
+@pytest.mark.parametrize(
+    ("last", "dim"),
+    [(nn.Conv1d(16, 8, 1), 1), (nn.ConvTranspose1d(16, 8, 1), 0)],
+    ids=["convolution", "transposed_convolution"],
+)
+def test_ranks_agree_on_a_bias_of_channels_that_is_cut(tmp_path: Path, last: nn.Module, dim: int) -> None:
+    """The first alone adds it, and all gather it."""
+    plan = {"0.*": "Shard(0)", "1.weight": f"Shard({dim})", "1.bias": "Shard(0)"}
+    net = nn.Sequential(nn.Conv1d(8, 16, 3), last)
+    check(net, torch.randn(2, 8, 6), plan, tmp_path, {"all_gather": 1, "all_reduce": 1})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, a, b: F.linear(x, a, b),
+        lambda x, a, b: torch.addmm(b, x, a.T),
+        lambda x, a, b: F.linear(x, a) + torch.diag(b).sum(0).expand(3, 8),
+    ],
+    ids=["linear", "addmm", "added"],
+)
+def test_ranks_agree_on_a_term_of_parameters_that_are_cut(
+    tmp_path: Path, function: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> None:
+    plan = Plan({"first": "Shard(1)", "second": "Shard(0)"})
+    net, x = With((8, 8), (8,), function), torch.randn(3, 8)
+    report = export(net, (x,), name="m", out=tmp_path, tensor_parallel=2, plan=plan)
+    assert dict(report.collectives()) == {"all_gather": 1, "all_reduce": 1}
+    assert verify(net, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4).passed
 
 
 class Twice(nn.Module):
