@@ -1,7 +1,9 @@
 """`make bench-overhead`: what Main, Worker and one agent cost on top of bare gRPC.
 
 Floor: the faster of a sync and an aio server that decode and encode the same messages (48 KB in, 8 KB out), called in
-turns with ours by the same loop with a request that is built once.
+turns with ours by the same loop with a request that is built once. Beside it the bare chain of `benchmarks.chain`: what
+three processes cost that do nothing but the work. Then both again while no core may halt: how much of it is the
+machine, which runs the same code slower after each halt.
 """
 
 from __future__ import annotations
@@ -13,25 +15,38 @@ from pathlib import Path
 from benchmarks.load import check_matmul, interleaved_p50, matmul_request, predict
 from benchmarks.models import matmul
 from benchmarks.report import Row, machine, report
-from benchmarks.servers import echo, up
+from benchmarks.servers import awake, chain, echo, up
 
 ROUNDS = 15
 CALLS = 200
 GOAL = 1.5
+WHAT = "p50 of a matmul call, 1 rank; floor: bare gRPC echo"
 
 
 def measure(folder: Path) -> list[Row]:
+    """The first row is the one with the goal."""
     matmul(folder, 1)
     request = matmul_request()
     with contextlib.ExitStack() as stack:
         addresses = {kind: stack.enter_context(echo(kind)) for kind in ("sync", "aio")}
+        addresses["chain"] = stack.enter_context(chain())
         addresses["ours"] = stack.enter_context(up(folder, "matmul")).grpc
         calls = {name: predict(address, request) for name, address in addresses.items()}
-        for call in calls.values():
-            check_matmul(call)
+        for name in ("chain", "ours"):
+            check_matmul(calls[name])
         p50 = interleaved_p50(calls, ROUNDS, CALLS)
-    floor = min(p50["sync"], p50["aio"])
-    return [Row("p50 of a matmul call, 1 rank; floor: bare gRPC echo", "ms", floor * 1e3, p50["ours"] * 1e3, GOAL)]
+        with awake():
+            p50_awake = interleaved_p50(calls, ROUNDS, CALLS)
+    return [
+        _row(WHAT, p50, "ours", GOAL),
+        _row("... of a bare chain of three processes", p50, "chain"),
+        _row("no core may halt: p50 of ours", p50_awake, "ours"),
+        _row("... of the bare chain", p50_awake, "chain"),
+    ]
+
+
+def _row(name: str, p50: dict[str, float], which: str, goal: float | None = None) -> Row:
+    return Row(name, "ms", min(p50["sync"], p50["aio"]) * 1e3, p50[which] * 1e3, goal)
 
 
 def main() -> None:

@@ -17,6 +17,15 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+SPIN = """import os, sys, threading
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+# Whatever ends this benchmark, its spinning ends with it.
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+print(flush=True)
+while True:
+    pass
+"""
 
 
 def free_port() -> int:
@@ -26,11 +35,20 @@ def free_port() -> int:
         return port
 
 
-@contextlib.contextmanager
-def echo(kind: str) -> Iterator[str]:
+def echo(kind: str) -> contextlib.AbstractContextManager[str]:
     """The address of a bare server of `benchmarks.echo`: sync or aio for gRPC, rest for the REST stack."""
-    command = [sys.executable, "-m", "benchmarks.echo", kind]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return _bare("benchmarks.echo", kind)
+
+
+def chain() -> contextlib.AbstractContextManager[str]:
+    """The address of the three bare processes of `benchmarks.chain`."""
+    return _bare("benchmarks.chain", "front")
+
+
+@contextlib.contextmanager
+def _bare(*command: str) -> Iterator[str]:
+    whole = [sys.executable, "-m", *command]
+    process = subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -38,6 +56,24 @@ def echo(kind: str) -> Iterator[str]:
     finally:
         process.stdin.close()
         process.wait()
+
+
+@contextlib.contextmanager
+def awake() -> Iterator[None]:
+    """Keeps all cores from halting, by processes that run only where nothing else would (SCHED_IDLE, sched(7))."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SPIN, str(core)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for core in sorted(os.sched_getaffinity(0))
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @dataclass

@@ -48,7 +48,7 @@ def bare(kind: str, model_dir: Path, ids: torch.Tensor, mask: torch.Tensor) -> f
 
 
 def measure(folder: Path) -> list[Row]:
-    [over] = overhead.measure(folder / "overhead")
+    over = overhead.measure(folder / "overhead")[0]
     assert over.floor is not None
     model_dir = folder / "model"
     model = encoder(folder, Encoder(BLOCKS, WIDTH), 2, 1, LENGTH, 4)
