@@ -96,7 +96,7 @@ class Servable:
         return [waiting.answer for waiting in self._waiting]
 
     @property
-    def state(self) -> str:
+    def state(self) -> front.ServableState:
         """As in `Announce`; but a servable that was ready once is recovering, not starting, under the next Worker."""
         if self._gone:
             return "stopping"

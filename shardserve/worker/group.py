@@ -19,6 +19,7 @@ import numpy as np
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
+from shardserve.wire.messages.front import ReplicaState
 from shardserve.wire.segments import Parcel
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.batching import Batch
@@ -74,7 +75,7 @@ class ReplicaGroup:
         self.replica = replica
         self.window = window
         self.generation = Generation(0, 0)
-        self.state = "waiting"
+        self.state: ReplicaState = "waiting"
         self.endings = 0
         self.dropped = 0
         self.agents: dict[int, AgentHandle] = {}

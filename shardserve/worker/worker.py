@@ -63,7 +63,7 @@ class Worker:
             self.group_changed,
             self._stages_failed,
         )
-        self._state = "starting"
+        self._state: front.ServableState = "starting"
         self._was_ready = False
         self._reason = ""
         self._mains: list[FrameStream[front.ToWorker]] = []
@@ -165,7 +165,7 @@ class Worker:
         self._set_state(state, reason)
         self._scheduler.pump()
 
-    def _derived_state(self) -> tuple[str, str]:
+    def _derived_state(self) -> tuple[front.ServableState, str]:
         """The servable's state, and the reason for it, from what its replicas are doing."""
         if any(replica.state == "serving" for replica in self._groups):
             # Ready means all replicas and stage processes, the first time; afterwards one replica is enough to answer.
@@ -177,7 +177,7 @@ class Worker:
             return "failed", failures[0] or ""
         return ("recovering", "the group re-forms") if self._was_ready else ("starting", "")
 
-    def _set_state(self, state: str, reason: str) -> None:
+    def _set_state(self, state: front.ServableState, reason: str) -> None:
         self._state, self._reason = state, reason
         # Main hears of it first: whoever waits for the launcher may call at once.
         self._announce()
@@ -299,7 +299,7 @@ class Worker:
             if agent is None:
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, "", 0, "absent"))
             else:
-                state = "serving" if replica.state == "serving" else "joined"
+                state: front.RankState = "serving" if replica.state == "serving" else "joined"
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
         reason = self._registry.given_up(replica.replica) or replica.failure or ""
         return front.ReplicaStatus(

@@ -7,12 +7,23 @@ which the processes of one host share, in seconds.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from shardserve.wire.messages import Generation, Message, TensorMeta
 from shardserve.wire.messages.times import RankTimes, ReplicaTimes
 
 Instance = dict[str, TensorMeta]
+
+RankState = Literal["absent", "joined", "serving"]
+"""absent: device "" and pid 0. joined: registered, no group yet."""
+
+ReplicaState = Literal["waiting", "forming", "serving", "ending"]
+"""waiting: for agents. ending: survivors leave the waits of their generation."""
+
+ServableState = Literal["starting", "ready", "recovering", "stopping", "failed"]
+"""starting: never ready so far. recovering: was ready, no replica serves now."""
 
 
 class Infer(Message, frozen=True):
@@ -68,24 +79,22 @@ class MethodInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True, array_like=True):
-    """state: absent (device "" and pid 0), joined (registered, no group yet), serving."""
-
     rank: int
     stage: int
     host: str
     device: str
     pid: int
-    state: str
+    state: RankState
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
-    """state: waiting (for agents), forming, serving, ending. restarts: generations that ended since the Worker started;
-    dropped: frames since then that came from an agent in another generation, as of the last change of anything else.
-    reason: why it won't be complete before an operator has done something, or ""."""
+    """restarts: generations that ended since the Worker started; dropped: frames since then that came from an agent in
+    another generation, as of the last change of anything else. reason: why it won't be complete before an operator has
+    done something, or ""."""
 
     replica: int
     generation: Generation
-    state: str
+    state: ReplicaState
     restarts: int
     ranks: tuple[RankStatus, ...]
     dropped: int = 0
@@ -93,14 +102,11 @@ class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Announce(Message, frozen=True):
-    """The whole truth about the Worker's servable, sent again whenever any of it changes.
-
-    state: starting (never ready so far), ready, recovering (was ready, no replica serves now), stopping, failed.
-    """
+    """The whole truth about the Worker's servable, sent again whenever any of it changes."""
 
     name: str
     version: int
-    state: str
+    state: ServableState
     reason: str
     rank_size: int
     stage_size: int

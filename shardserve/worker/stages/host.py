@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from shardserve.errors import (
     DeadlineExceeded,
@@ -31,6 +31,8 @@ from shardserve.worker.sessions import Session
 from shardserve.worker.stages.values import Encoded, as_results, decode_results, decode_values, encode_values
 
 logger = logging.getLogger(__name__)
+
+State = Literal["loading", "idle", "running", "ended"]
 
 
 @dataclass(eq=False)
@@ -102,7 +104,7 @@ class StageHost:
         self._running: Running | None = None
         self._runs = 0
         self._killed_for = ""
-        self.state = "loading"
+        self.state: State = "loading"
         self._load_timer = self._loop.call_later(settings.start_timeout, self._load_timed_out)
         self._loop.add_reader(self._pidfd, self._died)
 
