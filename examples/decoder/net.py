@@ -92,6 +92,7 @@ PLAN = {
 def make():
     """For `shardserve export net:make --name story --tp 2 --pp 2`: writes one folder for each subgraph."""
     length = Dim("length", min=2, max=PROMPT)
-    prefill = Subgraph((torch.ones(1, 8, dtype=torch.int64),), method="prefill", dynamic_shapes={"ids": {1: length}})
-    decode = Subgraph((torch.ones(1, dtype=torch.int64),), method="decode")
+    ids = torch.arange(1, 9)[None]  # all different, so that --verify sees a key in another's place
+    prefill = Subgraph((ids,), method="prefill", dynamic_shapes={"ids": {1: length}})
+    decode = Subgraph((torch.tensor([9]),), method="decode")
     return Decoder(), (), {"subgraphs": {"prefill": prefill, "decode": decode}, "plan": PLAN}

@@ -19,7 +19,7 @@ from shardserve.shards.config import FILE_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shardserve.export import Plan, Report, Subgraph
+    from shardserve.export import Plan, Report, Subgraph, VerifyResult
     from shardserve.progress import Progress
 
 DEFAULT_TOLERANCE = 1e-4
@@ -100,7 +100,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--strict", action="store_true", help="fail if the plan of several --tp ranks shards no parameter"
     )
-    parser.add_argument("--verify", action="store_true", help="read the shards back and compare with the whole model")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the shards back and compare with the whole model; subgraphs that keep buffers in their order, too",
+    )
     parser.add_argument(
         "--inputs",
         type=values.path,
@@ -146,7 +150,10 @@ def _export(args: argparse.Namespace) -> int:
         reports[0].plan.save(args.save_plan)
     if not args.verify:
         return 0
-    return max([_verify(args, model, name, subgraph, inputs) for name, subgraph in subgraphs.items()])
+    failed = [_verify(args, model, name, subgraph, inputs) for name, subgraph in subgraphs.items()]
+    if len(subgraphs) > 1:
+        failed.append(_verify_chain(args, model, subgraphs))
+    return max(failed)
 
 
 def _export_one(
@@ -209,19 +216,36 @@ def _verify(
             inputs=inputs,
             dynamic_shapes=subgraph.dynamic_shapes,
         )
-    which = f"subgraph {name}: " if name else ""
+    _print_result(args, result, f"subgraph {name}: " if name else "", "output ")
+    return 0 if result.passed else 1
+
+
+def _verify_chain(args: argparse.Namespace, model: Any, subgraphs: Mapping[str, Subgraph]) -> int:
+    from shardserve.export import verify_chain
+
+    with shown_progress() as progress:
+        result = verify_chain(model, subgraphs, args.out, args.name, args.atol, args.rtol, progress)
+    if result is None:
+        return 0
+    _print_result(args, result, "subgraphs in order: ")
+    return 0 if result.passed else 1
+
+
+def _print_result(args: argparse.Namespace, result: VerifyResult, which: str, kind: str = "") -> None:
+    """kind: what the results' outputs are, if their names don't say it."""
     print(f"{which}compared at {values.counted(len(result.sizes), 'size')} of the inputs")
+    for note in result.notes:
+        print(f"{which}{note}")
     for output in result.outputs:
         relative = f"max relative error {output.max_relative:.3g}"
-        print(f"output {output.name}: max abs error {output.max_abs:.3g} with {output.where}, {relative}")
-    print(f"max abs error: {result.max_abs_error:.3g}")
+        print(f"{kind}{output.name}: max abs error {output.max_abs:.3g} with {output.where}, {relative}")
+    print(f"max abs error: {result.max_abs_error:.3g}", flush=True)
     if not result.passed:
         print(
             f"shardserve export: {which}the shards differ from the model by more than atol {args.atol:g}, "
             f"rtol {args.rtol:g}; the largest difference is in {result.worst}; {result.parting}",
             file=sys.stderr,
         )
-    return 0 if result.passed else 1
 
 
 def _inputs(file: Path) -> dict[str, Tensor]:

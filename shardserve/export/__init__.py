@@ -6,6 +6,7 @@ meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → 
 """
 
 from shardserve.export.api import export, export_subgraphs
+from shardserve.export.chain import verify_chain
 from shardserve.export.plan import Plan
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import load_checkpoint, without_storage
@@ -22,5 +23,6 @@ __all__ = [
     "export_subgraphs",
     "load_checkpoint",
     "verify",
+    "verify_chain",
     "without_storage",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,42 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def close(got: Tensor, wanted: Tensor, atol: float, rtol: float) -> bool:
-    """Whether every element differs by at most atol + rtol * |wanted|, and shapes and dtypes agree."""
-    alike = got.shape == wanted.shape and got.dtype == wanted.dtype
-    return alike and torch.allclose(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
+    """Whether every element differs by at most atol + rtol * |wanted|, and shapes and dtypes agree; integers by at most
+    atol: an id is not nearly right.
+    """
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    if not wanted.is_floating_point():
+        return abs_error(got, wanted) <= atol
+    return torch.allclose(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far an output is from the unsharded model's, over all sizes that were compared.
+
+    `max_abs`: the largest difference of an element; `max_relative`: the largest, over the sizes, of that difference
+    divided by the largest magnitude in the output; `where`: the sizes of `max_abs`.
+    """
+
+    name: str
+    max_abs: float
+    max_relative: float
+    where: str
+
+
+class Worst:
+    """The largest errors of one output so far."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._abs, self._relative, self._where = name, 0.0, 0.0, ""
+
+    def take(self, got: Tensor, wanted: Tensor, where: str) -> None:
+        """Another comparison."""
+        error = abs_error(got, wanted)
+        if error > self._abs or not self._where:
+            self._abs, self._where = error, where
+        self._relative = max(self._relative, relative_error(got, wanted))
+
+    def error(self) -> OutputError:
+        return OutputError(self._name, self._abs, self._relative, self._where)

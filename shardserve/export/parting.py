@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from shardserve.errors import ExportError
 from shardserve.export.compare import abs_error, close
 from shardserve.export.origins import rank_part, sum_of_terms
-from shardserve.export.placements import Shard
+from shardserve.export.placements import Replicate, Shard
 from shardserve.export.running import Shards
 from shardserve.export.trace import Trace, evaluating, trace
 from shardserve.export.write import part
@@ -82,14 +82,19 @@ def _wrong_weights(program: Program, tensors: Mapping[str, Tensor]) -> Iterator[
 
 def _is_part(tensor: Tensor, whole: Tensor, ranks: int, coordinate: int) -> bool:
     """Whether it is the whole, or a rank's part of one of its dims, in however many blocks."""
-    if tensor.shape == whole.shape:
-        return abs_error(tensor, whole.detach()) == 0
-    cut = [dim for dim in range(whole.ndim) if tensor.shape[dim] != whole.shape[dim]]
-    if tensor.ndim != whole.ndim or len(cut) != 1:
-        return False
-    size = whole.shape[cut[0]]
-    blocks = [count for count in range(1, MOST_BLOCKS + 1) if size % (ranks * count) == 0]
-    return any(abs_error(tensor, part(whole, Shard(cut[0], count), ranks, coordinate)) == 0 for count in blocks)
+    ways = ways_to_cut(whole.shape, tensor.shape, ranks)
+    return any(abs_error(tensor, part(whole, way, ranks, coordinate)) == 0 for way in ways)
+
+
+def ways_to_cut(whole: Sequence[int], local: Sequence[int], ranks: int) -> Iterator[Replicate | Shard]:
+    """The placements that may have given a rank a tensor of the shape `local` of one of the shape `whole`."""
+    if whole == local:
+        yield Replicate()
+        return
+    cut = [dim for dim, (size, own) in enumerate(zip(whole, local, strict=False)) if size != own]
+    if len(whole) == len(local) and len(cut) == 1:
+        size = whole[cut[0]]
+        yield from (Shard(cut[0], count) for count in range(1, MOST_BLOCKS + 1) if size % (ranks * count) == 0)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -45,6 +45,14 @@ class Shards:
         """The buffers that a rank keeps between steps."""
         return sorted({spec.name for stage in self.stages for rank in stage for spec in rank.config.state})
 
+    def kept(self) -> Iterator[tuple[str, int, list[Tensor]]]:
+        """Those buffers, stage by stage: the name, the stage's first rank, and what each of its ranks has."""
+        for stage in self.stages:
+            config = stage[0].config
+            stores = self.stores[config.rank : config.rank + len(stage)]
+            for spec in config.state:
+                yield spec.name, config.rank, [store.tensor(spec.name) for store in stores]
+
     def reset(self) -> None:
         """Those buffers are as exported again."""
         for store in self.stores:

@@ -150,6 +150,10 @@ def test_subgraphs_are_exported_together_and_verified(run, tmp_path: Path) -> No
     assert (code, err) == (0, "")
     assert out.count("keeps memory: float32 ") == 2
     assert "subgraph look: compared at 1 size" in out
+    assert "subgraphs in order: compared at 1 size" in out
+    assert "\noutput 'output' of look: max abs error " in out
+    assert "\na buffer after write: max abs error 0 with fixed sizes in the order write: 'memory' on rank " in out
+    assert out.count("max abs error: ") == 3
     files = [tmp_path / "model" / name / "device1" / "m.graph.json" for name in ("write", "look")]
     assert all(file.exists() for file in files)
     code, _, err = run("userland:two_and_an_example", "--name", "m", "--out", "model")

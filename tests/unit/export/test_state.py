@@ -162,6 +162,27 @@ def test_verify_takes_two_steps_and_leaves_the_model_as_it_was(tmp_path: Path) -
     assert not verify(model, (TOKENS[0],), None, tmp_path, "decoder").passed
 
 
+class Rebinding(nn.Module):
+    """Puts another tensor in its buffer's place, where others write into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total = self.total + x.sum(0)
+        return self.total * 2
+
+
+def test_verify_of_a_model_that_puts_other_tensors_in_its_buffers_places(tmp_path: Path) -> None:
+    model, args = Rebinding(), (torch.randn(2, 4),)
+    total = model.total
+    export(model, args, name="m", out=tmp_path, dynamic_shapes=({0: Dim("batch", min=1, max=8)},))
+    assert verify(model, args, None, tmp_path, "m").passed
+    assert model.total is total
+    assert not total.any()
+
+
 class Kinds(nn.Module):
     """x [3, 4]: one buffer for each way to change it."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardserve.errors import ExportError
-from shardserve.export import Plan, Subgraph, export_subgraphs, verify
+from shardserve.export import Plan, Subgraph, export_subgraphs, verify, verify_chain
 from shardserve.export.subgraphs import calling
 from shardserve.export.verify import Shards
 from shardserve.shards.config import ShardConfig
@@ -53,6 +53,10 @@ def test_a_decoder_in_two(tmp_path: Path) -> None:
     subgraph = options["subgraphs"]["decode"]
     with calling(model, subgraph.method):
         assert verify(model, subgraph.args, None, tmp_path / "decode", "story").passed
+    result = verify_chain(model, options["subgraphs"], tmp_path, "story")
+    assert result is not None
+    assert result.passed, result.parting
+    assert {sizes["length"] for sizes in result.sizes} >= {2, 3, 8, net.PROMPT}
 
 
 class Two(nn.Module):

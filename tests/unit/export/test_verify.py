@@ -202,6 +202,9 @@ def test_the_errors_of_tensors() -> None:
     assert relative_error(torch.ones(2), torch.zeros(2)) == math.inf
     assert abs_error(torch.ones(0), torch.ones(0)) == 0
     assert abs_error(torch.tensor([1, 5]), torch.tensor([1, 3])) == 2
+    ids = torch.tensor([50000])
+    assert not close(ids + 1, ids, 0.1, 0.1)  # another id, however large
+    assert close(ids + 1, ids, 1, 0)
     assert not close(torch.ones(1) * 1.2, torch.ones(1), 0.1, 0.05)
     assert close(torch.ones(1) * 1.14, torch.ones(1), 0.1, 0.05)
 
