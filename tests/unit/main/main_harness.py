@@ -8,10 +8,14 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
+
+from shardserve.client import AsyncClient
 from shardserve.wire.messages import Generation, front, launch
 from shardserve.wire.stream import FrameStream
 
 _names = itertools.count()
+X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 
 def free_port():
@@ -151,3 +155,17 @@ async def attached(launcher, *workers):
     yield
     for worker in workers:
         worker.listener.close()
+
+
+def predict(test):
+    """Runs `test(launcher, worker, client, address)` with an attached echo Worker."""
+
+    async def run():
+        worker = Worker()
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            client = AsyncClient(address, "echo", "predict", raise_errors=True)
+            async with attached(launcher, worker), client:
+                await test(launcher, worker, client, address)
+
+    asyncio.run(run())

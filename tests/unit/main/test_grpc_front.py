@@ -1,8 +1,9 @@
+"""The gRPC front end: its address, its services, what goes through it."""
+
 import asyncio
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -10,39 +11,14 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from main_harness import Launcher, Worker, announce, attached, echo, keep
+from main_harness import Launcher, Worker, X, announce, attached, echo, keep, predict
 
 from shardserve.client import AsyncClient, status
-from shardserve.errors import (
-    Aborted,
-    DeadlineExceeded,
-    InternalError,
-    InvalidInput,
-    MessageTooLarge,
-    NotFound,
-    Overloaded,
-    StepError,
-    Unavailable,
-)
-from shardserve.wire.messages import TensorMeta, front, launch
+from shardserve.errors import MessageTooLarge, Unavailable
+from shardserve.wire.messages import front, launch
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos"
-X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def predict(test):
-    """Runs `test(launcher, worker, client, address)` with an attached echo Worker."""
-
-    async def run():
-        worker = Worker()
-        async with Launcher() as launcher:
-            address = await launcher.grpc()
-            client = AsyncClient(address, "echo", "predict", raise_errors=True)
-            async with attached(launcher, worker), client:
-                await test(launcher, worker, client, address)
-
-    asyncio.run(run())
 
 
 def test_predict_gives_what_the_worker_answers():
@@ -97,25 +73,6 @@ def test_a_request_that_no_frame_can_carry_is_refused_alone():
     predict(test)
 
 
-def test_calls_under_way_are_bounded(monkeypatch):
-    monkeypatch.setenv("SHARDSERVE_MAX_CALLS", "2")
-
-    async def test(launcher, worker, client, address):
-        worker.script = keep
-        calls = [client.infer_async(X) for _ in range(2)]
-        kept = [await worker.next(front.Infer) for _ in calls]
-        with pytest.raises(Overloaded, match="RESOURCE_EXHAUSTED"):
-            await client.infer(X)
-        for message in kept:
-            worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
-        for call in calls:
-            assert len(await call) == 1
-        worker.script = echo
-        assert len(await client.infer(X)) == 1
-
-    predict(test)
-
-
 def test_many_strings_and_small_calls_meanwhile():
     many = np.array([f"ñ{i}" for i in range(100_000)], object)
 
@@ -129,202 +86,6 @@ def test_many_strings_and_small_calls_meanwhile():
         assert first["x"].tolist() == many.tolist()
         assert second["x"].tolist() == [["a"], ["b"]]
         assert small
-
-    predict(test)
-
-
-def test_names_that_are_wrong_say_what_there_is():
-    async def test(launcher, worker, client, address):
-        for arguments, text in [
-            (("nobody", "predict"), "no servable 'nobody' here; there are: 'echo' version 1"),
-            (("echo", "nothing"), "servable 'echo' version 1 has no method 'nothing'; it has: predict"),
-            (("echo", "predict", 9), "servable 'echo' has no version 9; it has: 1"),
-        ]:
-            async with AsyncClient(address, *arguments) as wrong:
-                assert await wrong.infer(X) == {"error": text}
-            async with AsyncClient(address, *arguments, raise_errors=True) as wrong:
-                with pytest.raises(NotFound):
-                    await wrong.infer(X)
-
-    predict(test)
-
-
-def test_inputs_that_are_wrong():
-    async def test(launcher, worker, client, address):
-        with pytest.raises(InvalidInput, match="at least one instance"):
-            await client.infer([])
-        with pytest.raises(InvalidInput, match="instance 0: missing 'x' and unknown 'z'; method 'predict' takes"):
-            await client.infer({"z": 1})
-        async with AsyncClient(address, "echo", "predict") as lenient:
-            results = await lenient.infer([X, {}, {**X, "z": 1}, X])
-        assert [list(result) for result in results] == [["x"], ["error"], ["error"], ["x"]]
-        assert results[1]["error"].startswith("instance 1: missing 'x'")
-        infer = await worker.next(front.Infer)
-        assert (len(infer.instances), infer.places) == (2, (0, 3))
-
-    predict(test)
-
-
-def test_instances_that_all_fail_have_their_errors_in_their_places():
-    async def test(launcher, worker, client, address):
-        async with AsyncClient(address, "echo", "predict") as lenient:
-            for instances in ([{}], [{}, {"z": 1}]):
-                results = await lenient.infer(instances)
-                assert [list(result) for result in results] == [["error"]] * len(instances)
-            assert "at least one instance" in (await lenient.infer([]))["error"]
-        assert worker.frames.empty()
-
-    predict(test)
-
-
-def test_errors_of_instances_and_of_requests():
-    def script(worker, message, payload):
-        first = front.InstanceOutputs(message.instances[0])
-        if message.method == "predict":
-            failed = front.InstanceError("StepError", "id 9 is out of range")
-            worker.send(front.Reply(message.request, [first, failed]), [memoryview(payload[:24])])
-        else:
-            worker.send(front.Failed(message.request, "Aborted", "two generations ended"))
-
-    async def test(launcher, worker, client, address):
-        worker.script = script
-        worker.send(announce(methods={name: front.MethodInfo(("x",), ("x",)) for name in ("predict", "abort")}))
-        async with AsyncClient(address, "echo", "predict") as lenient:
-            good, bad = await lenient.infer([X, X])
-        assert np.array_equal(good["x"], X["x"])
-        assert bad == {"error": "id 9 is out of range"}
-        with pytest.raises(StepError, match="out of range"):
-            await client.infer([X, X])
-        async with AsyncClient(address, "echo", "abort") as lenient:
-            assert await lenient.infer(X) == {"error": "ABORTED: two generations ended"}
-        async with AsyncClient(address, "echo", "abort", raise_errors=True) as strict:
-            with pytest.raises(Aborted):
-                await strict.infer(X)
-
-    predict(test)
-
-
-def test_a_long_text_does_not_break_the_status():
-    def script(worker, message, payload):
-        worker.send(front.Failed(message.request, "Unavailable", "é" * 20_000))
-
-    async def test(launcher, worker, client, address):
-        worker.script = script
-        with pytest.raises(Unavailable, match=r"^UNAVAILABLE: é+$"):
-            await client.infer(X)
-
-    predict(test)
-
-
-def test_a_bug_in_main_is_an_internal_error_without_a_traceback():
-    def script(worker, message, payload):
-        outputs = {"y": TensorMeta("float99", (0,), 0)}
-        worker.send(front.Reply(message.request, [front.InstanceOutputs(outputs)]))
-
-    async def test(launcher, worker, client, address):
-        worker.script = script
-        with pytest.raises(InternalError, match="INTERNAL: a bug in the server; its log has the traceback"):
-            await client.infer(X)
-        worker.script = echo
-        assert len(await client.infer(X)) == 1
-
-    predict(test)
-
-
-def test_a_passed_deadline_is_answered_by_main_and_told_to_the_worker():
-    async def test(launcher, worker, client, address):
-        worker.script = keep
-        started = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match=r"waited 0\.\d+ s for servable 'echo' version 1 to answer"):
-            await client.infer(X, timeout=0.4)
-        assert time.monotonic() - started < 1
-        infer = await worker.next(front.Infer)
-        assert 0 < infer.deadline - started < 0.6
-        assert (await worker.next(front.Cancel)).request == infer.request
-
-    predict(test)
-
-
-def test_a_client_that_leaves_is_told_to_the_worker():
-    async def test(launcher, worker, client, address):
-        worker.script = keep
-        call = client.infer_async(X)
-        infer = await worker.next(front.Infer)
-        assert infer.deadline is None
-        call.cancel()
-        assert (await worker.next(front.Cancel)).request == infer.request
-
-    predict(test)
-
-
-def test_unanswered_requests_go_to_the_next_worker_under_new_numbers():
-    async def test(launcher, worker, client, address):
-        worker.script = keep
-        calls = [client.infer_async({"x": value}) for value in range(3)]
-        first = [(await worker.next(front.Infer)).request for _ in calls]
-        await worker.die()
-        late = client.infer_async({"x": 3})
-        worker.script = echo
-        worker.greeting = announce(state="starting")
-        await worker.start()
-        answers = await asyncio.gather(*calls, late)
-        assert [answer[0]["x"].tolist() for answer in answers] == [[0], [1], [2], [3]]
-        again = [(await worker.next(front.Infer)).request for _ in range(4)]
-        assert min(again) > max(first)
-        report = await asyncio.to_thread(status, address)
-        assert report["servables"][0]["resubmitted"] == 3
-        assert report["servables"][0]["state"] == "recovering"
-
-    predict(test)
-
-
-def test_a_second_answer_is_ignored():
-    def twice(worker, message, payload):
-        echo(worker, message, payload)
-        echo(worker, message, payload)
-
-    async def test(launcher, worker, client, address):
-        worker.script = twice
-        for value in range(3):
-            [answer] = await client.infer({"x": value})
-            assert answer["x"] == value
-        report = await asyncio.to_thread(status, address)
-        assert report["servables"][0]["ignored_answers"] >= 2
-
-    predict(test)
-
-
-def test_a_request_under_which_workers_keep_ending_is_aborted():
-    async def test(launcher, worker, client, address):
-        worker.script = keep
-        call = client.infer_async(X)
-        for _ in range(3):
-            await worker.next(front.Infer)
-            await worker.die()
-            if not call.done():
-                await worker.start()
-        with pytest.raises(Aborted, match="3 Workers of servable 'echo' version 1 ended"):
-            await call
-
-    predict(test)
-
-
-def test_an_answer_that_is_no_answer_ends_the_connection_or_the_request():
-    def script(worker, message, payload):
-        worker.send(front.Reply(message.request, []))
-
-    async def test(launcher, worker, client, address):
-        worker.script = script
-        async with AsyncClient(address, "echo", "predict") as lenient:
-            assert "gave 0 results for 1 instances" in (await lenient.infer(X))["error"]
-        worker.script = keep
-        call = client.infer_async(X)
-        infer = [await worker.next(front.Infer) for _ in range(2)][1]
-        worker.send(front.Reply(infer.request, [front.InstanceOutputs(infer.instances[0])]))  # Without its payload.
-        await asyncio.wait_for(worker.lost.wait(), 10)
-        worker.script = echo
-        await worker.start()
-        assert len(await call) == 1
 
     predict(test)
 

@@ -8,9 +8,9 @@ from shardserve.wire.messages import front, group
 from shardserve.wire.messages.times import RankTimes, StepNames
 
 from .harness import Cluster, asynchronous
+from .scene import Peer, Scene
 from .test_group import Group, batch
 from .test_registry import config
-from .test_worker import Peer, Scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 NOTHING = RankTimes(StepNames([], [], []), [], [], [], [])

@@ -1,0 +1,128 @@
+"""Requests under way: deadlines, clients that leave, Workers that end."""
+
+import asyncio
+import time
+
+import pytest
+from main_harness import X, announce, echo, keep, predict
+
+from shardserve.client import AsyncClient, status
+from shardserve.errors import Aborted, DeadlineExceeded, Overloaded
+from shardserve.wire.messages import front
+
+
+def test_calls_under_way_are_bounded(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_MAX_CALLS", "2")
+
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        calls = [client.infer_async(X) for _ in range(2)]
+        kept = [await worker.next(front.Infer) for _ in calls]
+        with pytest.raises(Overloaded, match="RESOURCE_EXHAUSTED"):
+            await client.infer(X)
+        for message in kept:
+            worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
+        for call in calls:
+            assert len(await call) == 1
+        worker.script = echo
+        assert len(await client.infer(X)) == 1
+
+    predict(test)
+
+
+def test_a_passed_deadline_is_answered_by_main_and_told_to_the_worker():
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"waited 0\.\d+ s for servable 'echo' version 1 to answer"):
+            await client.infer(X, timeout=0.4)
+        assert time.monotonic() - started < 1
+        infer = await worker.next(front.Infer)
+        assert 0 < infer.deadline - started < 0.6
+        assert (await worker.next(front.Cancel)).request == infer.request
+
+    predict(test)
+
+
+def test_a_client_that_leaves_is_told_to_the_worker():
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        call = client.infer_async(X)
+        infer = await worker.next(front.Infer)
+        assert infer.deadline is None
+        call.cancel()
+        assert (await worker.next(front.Cancel)).request == infer.request
+
+    predict(test)
+
+
+def test_unanswered_requests_go_to_the_next_worker_under_new_numbers():
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        calls = [client.infer_async({"x": value}) for value in range(3)]
+        first = [(await worker.next(front.Infer)).request for _ in calls]
+        await worker.die()
+        late = client.infer_async({"x": 3})
+        worker.script = echo
+        worker.greeting = announce(state="starting")
+        await worker.start()
+        answers = await asyncio.gather(*calls, late)
+        assert [answer[0]["x"].tolist() for answer in answers] == [[0], [1], [2], [3]]
+        again = [(await worker.next(front.Infer)).request for _ in range(4)]
+        assert min(again) > max(first)
+        report = await asyncio.to_thread(status, address)
+        assert report["servables"][0]["resubmitted"] == 3
+        assert report["servables"][0]["state"] == "recovering"
+
+    predict(test)
+
+
+def test_a_second_answer_is_ignored():
+    def twice(worker, message, payload):
+        echo(worker, message, payload)
+        echo(worker, message, payload)
+
+    async def test(launcher, worker, client, address):
+        worker.script = twice
+        for value in range(3):
+            [answer] = await client.infer({"x": value})
+            assert answer["x"] == value
+        report = await asyncio.to_thread(status, address)
+        assert report["servables"][0]["ignored_answers"] >= 2
+
+    predict(test)
+
+
+def test_a_request_under_which_workers_keep_ending_is_aborted():
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        call = client.infer_async(X)
+        for _ in range(3):
+            await worker.next(front.Infer)
+            await worker.die()
+            if not call.done():
+                await worker.start()
+        with pytest.raises(Aborted, match="3 Workers of servable 'echo' version 1 ended"):
+            await call
+
+    predict(test)
+
+
+def test_an_answer_that_is_no_answer_ends_the_connection_or_the_request():
+    def script(worker, message, payload):
+        worker.send(front.Reply(message.request, []))
+
+    async def test(launcher, worker, client, address):
+        worker.script = script
+        async with AsyncClient(address, "echo", "predict") as lenient:
+            assert "gave 0 results for 1 instances" in (await lenient.infer(X))["error"]
+        worker.script = keep
+        call = client.infer_async(X)
+        infer = [await worker.next(front.Infer) for _ in range(2)][1]
+        worker.send(front.Reply(infer.request, [front.InstanceOutputs(infer.instances[0])]))  # Without its payload.
+        await asyncio.wait_for(worker.lost.wait(), 10)
+        worker.script = echo
+        await worker.start()
+        assert len(await call) == 1
+
+    predict(test)

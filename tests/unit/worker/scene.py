@@ -1,0 +1,139 @@
+"""A Worker in this process, and what talks to it: Main, agents, supervisors."""
+
+import asyncio
+import json
+import os
+
+import numpy as np
+
+from shardserve.wire.messages import TensorMeta, front, group, launch
+from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
+from shardserve.wire.stream import FrameStream
+from shardserve.worker.worker import Worker
+
+from .harness import Stream, quick
+from .test_registry import config
+
+SERVABLE = """
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=2, stage_size=1)
+
+@register.register_method(output_names=["y"])
+def predict(x):
+    return register.add_stage(model, x, outputs_count=1)
+"""
+FRONT = f"shardserve-test-front-{os.getpid()}"
+
+
+class Peer:
+    """One side of a connection to the Worker."""
+
+    def __init__(self, union, door=None):
+        self.frames = asyncio.Queue()
+        self.lost, self.admitted = asyncio.Event(), asyncio.Event()
+        self.stream = FrameStream(
+            union,
+            lambda *frame: self.frames.put_nowait(frame),
+            lambda _: self.lost.set(),
+            door=door,
+            on_admitted=self.admitted.set,
+        )
+
+    async def next(self, kind):
+        """The next message of this kind; others before it are skipped."""
+        while True:
+            message, self.payload = await self.frames.get()
+            if isinstance(message, kind):
+                return message
+
+    def send(self, message, *buffers):
+        self.stream.send(message, buffers)
+
+
+class Scene:
+    """A Worker in this process, on real listeners."""
+
+    def __init__(
+        self, directory, port, replicas=1, wait=0.0, incarnation=100, servable=SERVABLE, secret=None, **settings
+    ):
+        (directory / "net").mkdir(exist_ok=True)
+        (directory / "net" / "servable_config.py").write_text(servable)
+        devices = [{"device_id": str(r), "device_ip": "a", "rank_id": str(r)} for r in range(2 * replicas)]
+        table = {"server_count": "1", "server_list": [{"server_id": "127.0.0.1", "device": devices}]}
+        (directory / "ranks.json").write_text(json.dumps(table))
+        self.launcher = Stream()
+        guard = launch.SecurityFiles(secret)
+        serve = launch.Serve(1, str(directory), "net", 3, str(directory / "ranks.json"), incarnation, wait, guard)
+        self.address = Address("127.0.0.1", port)
+        self.worker = Worker(serve, quick(**settings), self.launcher)
+        self.peers = []
+
+    async def __aenter__(self):
+        await self.worker.start(
+            listen_tcp(self.address, "test"), listen_abstract(twin_name(self.address)), listen_abstract(FRONT)
+        )
+        return self
+
+    async def __aexit__(self, *error):
+        for server in self.worker._servers:
+            server.close()
+        for peer in self.peers:
+            peer.stream.abort()
+            await peer.lost.wait()
+        # The Worker's sides of the connections see it, too.
+        while self.worker._connections or self.worker._mains:
+            await asyncio.sleep(0.01)
+
+    async def peer(self, union, name, door=None):
+        peer = Peer(union, door)
+        await asyncio.get_running_loop().create_unix_connection(lambda: peer.stream, "\0" + name)
+        self.peers.append(peer)
+        return peer
+
+    async def agent(self, rank, shard=None, incarnation=0, device="cpu", pid=None):
+        """Registers and forms whatever it is told to form."""
+        agent = await self.peer(group.ToAgent, twin_name(self.address))
+        shards = [shard or config(rank % 2)]
+        pid, address = pid or 1000 + rank, f"127.0.0.1:{7000 + rank}"
+        agent.send(group.Register(rank, pid, f"of {pid}", device, incarnation, address, shards))
+        return agent
+
+    async def agents(self, *ranks):
+        agents = [await self.agent(rank) for rank in ranks]
+        for agent in agents:
+            form = await agent.next(group.Form)
+            agent.send(group.Formed(form.generation))
+        return form.generation, agents
+
+    async def main(self):
+        return await self.peer(front.ToMain, FRONT)
+
+    async def supervisor(self, count=2):
+        supervisor = await self.peer(group.ToSupervisor, twin_name(self.address))
+        supervisor.send(group.Introduce(55, "s"))
+        roster = await supervisor.next(group.Roster)
+        supervisor.send(group.Enlist(roster.hosts, None, None, count))
+        return supervisor
+
+    async def said(self, kind):
+        """What the launcher was told of this kind."""
+        while not self.launcher.take(kind):
+            await asyncio.sleep(0.005)
+        return self.launcher.take(kind)
+
+
+async def state(main, wanted):
+    """The announcement with this state."""
+    while (announced := await main.next(front.Announce)).state != wanted:
+        pass
+    return announced
+
+
+X = np.array([1, 2, 3], np.float32)
+TEXT = np.frombuffer(b"twelve bytes", np.float32)
+
+
+def infer(number, value=X, method="predict", deadline=None, **names):
+    meta = TensorMeta("float32", value.shape, value.nbytes)
+    return front.Infer(number, method, [names or {"x": meta}], deadline), value.tobytes()

@@ -1,0 +1,103 @@
+"""A Worker that waits for its agents, and what it says when they don't come."""
+
+import asyncio
+
+import pytest
+
+from shardserve.errors import ConfigError, RankTableError
+from shardserve.wire.messages import Generation, front, group, launch
+
+from .harness import asynchronous
+from .scene import SERVABLE, Scene, infer, state
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def test_wrong_declarations(tmp_path, free_port):
+    async def body():
+        with pytest.raises(ConfigError, match=rf"{tmp_path}/net/servable_config.py, line 1: NameError: name 'non"):
+            Scene(tmp_path, free_port, servable="nonsense")
+        broken = SERVABLE.replace("rank_size=2", "rank_size=4")
+        said = rf"rank table {tmp_path}/ranks.json: \$ has 2 ranks; the servable declares rank_size=4, stage_size=1"
+        with pytest.raises(RankTableError, match=said):
+            Scene(tmp_path, free_port, servable=broken)
+
+    asyncio.run(body())
+
+
+@asynchronous
+async def test_wait_agents_time(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, replicas=2, wait=0.3) as scene:
+        await (await scene.agent(2)).next(group.Registered)
+        [refused] = await scene.said(launch.Refused)
+        assert refused.order == 1
+        assert refused.error == "StartError"
+        assert refused.message == (
+            "servable 'net': 1 of 4 agents came within wait_agents_time_in_seconds=0.3; missing: rank 0, 1, 3"
+        )
+
+
+@asynchronous
+async def test_agents_that_came_in_time(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, wait=0.5) as scene:
+        await scene.agents(0, 1)
+        await scene.said(launch.Done)
+        passed = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.6, passed.set)
+        await passed.wait()
+        assert scene.launcher.take(launch.Refused) == []
+
+
+@asynchronous
+async def test_incarnation_is_greater_than_any_agents(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, incarnation=100) as scene:
+        agents = [await scene.agent(0, incarnation=100), await scene.agent(1, incarnation=170)]
+        assert await scene.said(launch.Incarnation) == [launch.Incarnation(171)]
+        assert await agents[0].next(group.Registered) == group.Registered(100)
+        assert await agents[1].next(group.Registered) == group.Registered(171)
+        for agent in agents:
+            assert (await agent.next(group.Form)).generation == Generation(171, 1)
+
+
+@asynchronous
+async def test_a_start_waits_for_others_in_the_place_of_agents_that_gave_up(tmp_path, free_port, caplog):
+    async with Scene(tmp_path, free_port) as scene:
+        main = await scene.main()
+        main.send(*infer(5))
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(1, "model/w: No such file"))
+        announced = await state(main, "failed")
+        assert announced.reason == announced.replicas[0].reason == "rank 1: model/w: No such file"
+        failed = await main.next(front.Failed)
+        assert (failed.error, failed.message) == ("Unavailable", "rank 1: model/w: No such file")
+        assert scene.launcher.take(launch.Waiting)[-1] == launch.Waiting(2, (0, 1), "rank 1: model/w: No such file")
+        assert caplog.messages.count("replica 0 waits for other agents: rank 1: model/w: No such file") == 1
+        assert not scene.launcher.take(launch.Refused)
+        await scene.agents(0, 1)
+        assert (await state(main, "ready")).replicas[0].reason == ""
+        assert await scene.said(launch.Done)
+
+
+@asynchronous
+async def test_a_start_that_waited_long_enough_says_why_agents_gave_up(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, wait=0.2) as scene:
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(1, "model/w: No such file"))
+        [refused] = await scene.said(launch.Refused)
+        assert refused.message.endswith("missing: rank 0, 1; rank 1: model/w: No such file")
+
+
+@asynchronous
+async def test_a_first_agent_that_does_not_fit_the_methods_does_not_end_the_start(tmp_path, free_port, caplog):
+    two_inputs = SERVABLE.replace("predict(x)", "predict(x, z)").replace("model, x,", "model, x, z,")
+    async with Scene(tmp_path, free_port, servable=two_inputs) as scene:
+        refused = await (await scene.agent(0)).next(group.Refuse)
+        assert refused.message == "method 'predict' gives the model 2 inputs; its shards take 1"
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(0, refused.message))
+        while not any(said.reason for said in await scene.said(launch.Waiting)):
+            await asyncio.sleep(0.005)
+        assert not scene.launcher.take(launch.Refused)
+        assert [record.message for record in caplog.records if refused.message in record.message] == [
+            f"replica 0 waits for other agents: rank 0: {refused.message}"
+        ]
