@@ -36,20 +36,22 @@ def verify_chain(
     the other in the order given, the last one twice, each beginning with what the one before has left.
 
     Every output and, after each step, every kept buffer is compared with the unsharded model's; once with the example
-    inputs, then with the sizes of each subgraph's dynamic dims that `verify` takes, dims of one name at one size. A
-    chain of sizes ends where the model itself raises (its cache is full), and begins with the buffers as exported; the
-    model gets its own back. None where fewer than two subgraphs keep buffers. Raises ExportError if the model raises
-    with the example inputs.
+    inputs, then with the sizes of each subgraph's dynamic dims that `verify` takes, dims of one name at one size if
+    their ranges allow it. A chain of sizes begins with the buffers as exported, and ends where the model itself raises
+    (its cache is full); the model gets its own buffers back. None where fewer than two subgraphs keep buffers. Raises
+    ExportError if the model raises with the example inputs.
     """
     links = _links(model, subgraphs, Path(out), name, progress)
     if len(links) < 2:
         return None
     chain = _Chain(model, links, atol, rtol)
-    rounds = max(len(link.cases) for link in links)
+    chains = _sizes(links)
     generator = torch.Generator().manual_seed(0)
-    for number in range(rounds):
-        progress("comparing in order", number, rounds)
-        steps = [_Step(link, given) for link, given in zip(links, _inputs(links, number, generator), strict=True)]
+    for number, sizes in enumerate(chains):
+        progress("comparing in order", number, len(chains))
+        steps = [_Step(link, link.whole.example) for link in links]
+        if number:
+            steps = [_Step(link, link.inputs(dims, generator)) for link, dims in zip(links, sizes, strict=True)]
         chain.run([*steps, steps[-1]])
     return chain.result()
 
@@ -63,6 +65,9 @@ class _Link:
     shards: Shards
     whole: Unsharded
     cases: Sequence[Mapping[str, int]]
+
+    def inputs(self, dims: Mapping[str, int], generator: torch.Generator) -> Mapping[str, Tensor]:
+        return inputs_of(self.shards.signature, self.whole.example, dims, generator)
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,23 @@ def _links(
     return links
 
 
-def _inputs(links: Sequence[_Link], number: int, generator: torch.Generator) -> Iterator[Mapping[str, Tensor]]:
-    """Of each subgraph, those of its sizes with this number, or of its last ones; number 0 is the example."""
-    chosen: dict[str, int] = {}
-    for link in links:
-        signature, example = link.shards.signature, link.whole.example
-        if not number:
-            yield example
-            continue
-        dims = link.cases[min(number, len(link.cases) - 1)]
-        wanted = {dim: chosen.get(dim, size) for dim, size in dims.items()}
-        dtypes = {name: dtype_name(tensor.dtype) for name, tensor in example.items()}
-        dims = nearest(signature, wanted, dtypes) or dims
-        chosen |= dims
-        yield inputs_of(signature, example, dims, generator)
+def _sizes(links: Sequence[_Link]) -> list[list[Mapping[str, int]]]:
+    """Of each chain the dims of each subgraph: the example's first, then each subgraph's in turn, its last ones when it
+    has no more; dims of one name as in the subgraphs before.
+    """
+    found = [[link.cases[0] for link in links]]
+    for number in range(1, max(len(link.cases) for link in links)):
+        chosen: dict[str, int] = {}
+        sizes: list[Mapping[str, int]] = []
+        for link in links:
+            own = link.cases[min(number, len(link.cases) - 1)]
+            dtypes = {name: dtype_name(tensor.dtype) for name, tensor in link.whole.example.items()}
+            wanted = {dim: chosen.get(dim, size) for dim, size in own.items()}
+            sizes.append(nearest(link.shards.signature, wanted, dtypes) or own)
+            chosen |= sizes[-1]
+        if sizes not in found:
+            found.append(sizes)
+    return found
 
 
 class _Chain:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def notes(out: Path, **options: Any) -> tuple[Notes, dict[str, Subgraph]]:
     }
     export_subgraphs(model, subgraphs, name="m", out=out, **options)
     return model, subgraphs
+
+
+def test_dims_of_one_name_have_one_size(tmp_path: Path) -> None:
+    model, subgraphs = notes(tmp_path)
+    x = torch.randn(3, 4)
+    subgraphs["read"] = replace(subgraphs["read"], args=(x,), dynamic_shapes=({0: Dim("batch", min=3, max=9)},))
+    export_subgraphs(model, subgraphs, name="m", out=tmp_path)
+    sizes: list[list[int]] = []
+    put, read = model.put, model.read
+    model.put = lambda x: sizes.append([len(x)]) or put(x)
+    model.read = lambda x: sizes[-1].append(len(x)) or read(x)
+    assert chain(model, subgraphs, tmp_path).passed
+    # The examples; then those of `put`, as far as `read` takes them.
+    assert sizes == [[2, 3, 3], [1, 3, 3], [5, 5, 5]]
 
 
 def alone(model: nn.Module, subgraphs: dict[str, Subgraph], out: Path) -> list[bool]:
