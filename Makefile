@@ -32,12 +32,14 @@ example-%: $(VENV)/.installed-examples ## one with trained weights: example-sent
 
 test: unit e2e ## all tests
 
-# Two at a time even on many cores: what they start has threads of its own.
+# Even on many cores: what they start has processes and threads of its own.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadgroup
+
 unit: $(VENV)/.installed-dev ## the tests of single modules
-	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/unit $(TWO_AT_A_TIME)
 
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
-	$(BIN)/python -m pytest tests/e2e tests/chaos
+	$(BIN)/python -m pytest tests/e2e tests/chaos $(TWO_AT_A_TIME)
 
 system-packages: ## what tests of several hosts need of the system (iproute2, openssl), where apt-get and root are there
 	@command -v ip >/dev/null && command -v openssl >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2 openssl; }

@@ -10,6 +10,13 @@ import pytest
 from shardserve.wire.segments import TRIMMING
 
 
+def pytest_collection_modifyitems(items):
+    """Where two run at a time: the tests of a file one after the other, for they share what they export."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture
 def free_port():
     """A port of 127.0.0.1 that nobody had a moment ago."""

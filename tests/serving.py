@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from shardserve.client import Client, status
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 MARK = "SHARDSERVE_TEST_MARK"
 START_SECONDS = 90
+BLOCK = 32
 
 
 @functools.cache
@@ -74,13 +76,23 @@ def predict({inputs}):
     return folder
 
 
+example_ports = pytest.mark.xdist_group("the reference example's own ports")
+"""For tests that run its scripts: never two at a time."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1, in a row, that nobody had a moment ago."""
+    """At most 32 ports of 127.0.0.1, in a row, that nobody had a moment ago; of those, where tests run several at a
+    time, that only this run of them takes."""
+    run = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    runs = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
         with contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())
             first.bind(("127.0.0.1", 0))
             start = first.getsockname()[1]
+            block = start // BLOCK
+            if block % runs != run or (start + count - 1) // BLOCK != block:
+                continue
             try:
                 for port in range(start + 1, start + count):
                     stack.enter_context(socket.socket()).bind(("127.0.0.1", port))

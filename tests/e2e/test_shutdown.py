@@ -44,7 +44,7 @@ def test_requests_under_way_are_answered_and_then_every_process_ends(slow_folder
         result = pending.result()
         assert isinstance(result, list), result
         assert "y" in result[0]
-    assert shared_memory_files() == before
+    assert shared_memory_files() <= before
 
 
 def test_a_request_that_takes_longer_than_the_grace_gets_an_error_and_every_process_ends(slow_folder):
