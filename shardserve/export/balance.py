@@ -198,9 +198,9 @@ def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> npt.NDArray[np.
         needed: set[Any] = set()
         added: list[float] = []
         for piece in pieces[begin:]:
-            new = piece.needs.keys() - needed
+            new = [key for key in piece.needs if key not in needed]  # not a set: its order changes the sum
             added.append(piece.seconds + sum(piece.needs[key] for key in new))
-            needed |= new
+            needed.update(new)
         loads[begin, begin + 1 :] = np.cumsum(added) + sent[begin:]
     return loads
 
