@@ -113,7 +113,7 @@ def _export(case: Case, program: ExportedProgram, folder: Path, tensor_parallel:
 def measure(name: str, case: Case, layout: str, traced: Traced, folder: Path) -> Row:
     """Exports, verifies and counts one layout."""
     tensor_parallel, pipeline_parallel = LAYOUTS[layout]
-    hand = case.collectives if tensor_parallel > 1 else 0
+    hand = case.hand(tensor_parallel)
     try:
         report = _export(case, traced.program, folder, tensor_parallel, pipeline_parallel)
         # Judged below by each output's own scale.

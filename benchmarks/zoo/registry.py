@@ -18,19 +18,27 @@ class Case:
 
     collectives: what a step of the hand-written plan issues on more than one tensor-parallel rank: 2 all-reduces a
     transformer block, 1 for what is made of vocabulary-sharded embeddings, 1 for each head or stem that is cut; None
-    where nobody writes such a plan by hand. bounded: a transformer or a recommender, of which a rank has to have its
-    share of bytes and FLOPs. tensor_parallel: sizes that its heads allow. tolerance: the largest absolute error, in
-    terms of the output's scale.
+    where nobody writes such a plan by hand. further: how many more on so many ranks, each for something that is whole
+    on fewer, without which a rank would have more than 1.15 times its share of bytes or 1.2 times of FLOPs. bounded: a
+    transformer or a recommender, of which a rank has to have its share of bytes and FLOPs. tensor_parallel: sizes that
+    its heads allow. tolerance: the largest absolute error, in terms of the output's scale.
     """
 
     model: nn.Module
     kwargs: Mapping[str, Any]
     dynamic_shapes: Mapping[str, Any]
     collectives: int | None = None
+    further: Mapping[int, int] = field(default_factory=dict)
     bounded: bool = False
     tensor_parallel: tuple[int, ...] = (2, 4)
     tolerance: float = 1e-4
     cuts: tuple[str, ...] = field(default=())
+
+    def hand(self, tensor_parallel: int) -> int | None:
+        """The collectives of the hand-written plan on so many ranks."""
+        if tensor_parallel == 1:
+            return 0
+        return None if self.collectives is None else self.collectives + self.further.get(tensor_parallel, 0)
 
 
 MODELS: dict[str, Callable[[], Case]] = {}

@@ -93,7 +93,7 @@ def llama() -> Case:
 @model
 def qwen2() -> Case:
     config = hf.Qwen2Config(**DECODER, num_key_value_heads=2)
-    return decoder(hf.Qwen2ForCausalLM(config), tensor_parallel=(2,))
+    return decoder(hf.Qwen2ForCausalLM(config))
 
 
 @model
