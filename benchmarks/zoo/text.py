@@ -109,6 +109,12 @@ def gemma() -> Case:
 
 
 @model
+def phi3() -> Case:
+    # Queries, keys and values of one projection, of unequal parts.
+    return decoder(hf.Phi3ForCausalLM(hf.Phi3Config(**{**DECODER, "num_attention_heads": 8}, num_key_value_heads=4)))
+
+
+@model
 def mixtral() -> Case:
     config = hf.MixtralConfig(**DECODER, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2)
     net = hf.MixtralForCausalLM(config)

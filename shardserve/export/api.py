@@ -248,7 +248,11 @@ def _write(
 def _warnings(layout: Layout) -> tuple[str, ...]:
     found = [
         f"{op} takes whole tensors: sharded inputs are gathered for it ({count} time{'s' * (count > 1)})"
-        + ("; if it cuts a fused projection in N, shard that as Shard(dim, blocks=N)" if op in _CUTTING else "")
+        + (
+            "; if it cuts a fused projection in N, shard that as Shard(dim, blocks=N or the sizes)"
+            if op in _CUTTING
+            else ""
+        )
         for op, count in layout.graphs[0].gathered.items()
     ]
     size = layout.tensor_parallel

@@ -91,7 +91,9 @@ class Emitter:
         local = list(shape)
         if isinstance(placement, Shard):
             part = divide(local[placement.dim], self.size)
-            if part is None:
+            if part is None or (
+                isinstance(placement.blocks, tuple) and not placement.divides(part * self.size, self.size)
+            ):
                 raise self.unplaceable(shape, placement)
             local[placement.dim] = part
         return tuple(local)
@@ -135,14 +137,14 @@ class Emitter:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         results: Sequence[tuple[Sequence[Dim], torch.dtype]],
-        placement: Placement,
+        placements: Sequence[Placement],
         name: str,
     ) -> list[Value]:
         """Append a call with several results, and take each of them, so that single tensors cross a pipeline cut."""
         source = self._append(name, op, args, kwargs, None, None)
         return [
             self.call("getitem", (Ref(source.name), index), {}, shape, dtype, placement, f"{source.name}_item{index}")
-            for index, (shape, dtype) in enumerate(results)
+            for index, ((shape, dtype), placement) in enumerate(zip(results, placements, strict=True))
         ]
 
     def scalar(self, op: str, args: Sequence[Any], name: str) -> Scalar:
@@ -198,6 +200,8 @@ class Emitter:
         )
         if dim == 0 and blocks == 1:
             return replace(gathered, shape=value.shape)
+        if isinstance(blocks, tuple):
+            return self._joined(value, self.reshape(gathered, (self.size, *local)), dim, blocks)
         # [size, ..., blocks, part, ...] → [..., blocks, size, part, ...]
         part = divide(local[dim], blocks)
         if part is None:
@@ -210,8 +214,34 @@ class Emitter:
         )
         return self.reshape(moved, value.shape)
 
+    def _joined(self, value: Value, gathered: Value, dim: int, blocks: Sequence[int]) -> Value:
+        """`value` whole, of its ranks' parts [size, ...] in blocks of these sizes."""
+        parts: list[Value] = []
+        start = 0
+        for block in blocks:
+            own = self._narrow(gathered, dim + 1, start, block // self.size)
+            order = [*range(1, dim + 1), 0, *range(dim + 1, own.ndim)]
+            shape = [own.shape[axis] for axis in order]
+            moved = self.call("aten.permute.default", (own, order), {}, shape, value.dtype, Replicate())
+            parts.append(self.reshape(moved, (*value.shape[:dim], block, *value.shape[dim + 1 :])))
+            start += block // self.size
+        return self.call("aten.cat.default", (parts, dim), {}, value.shape, value.dtype, Replicate())
+
+    def _narrow(self, value: Value, dim: int, start: int, length: int) -> Value:
+        shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+        return self.call("aten.slice.Tensor", (value, dim, start, start + length), {}, shape, value.dtype, Replicate())
+
     def _slice(self, value: Value, target: Shard) -> Value:
         size, dim = value.shape[target.dim], target.dim
+        if isinstance(target.blocks, tuple):
+            self.local_shape(value.shape, target)
+            starts = [sum(target.blocks[:index]) for index in range(len(target.blocks))]
+            lengths = [block // self.size for block in target.blocks]
+            parts = [
+                self._narrow(value, dim, start + length * self.coordinate, length)
+                for start, length in zip(starts, lengths, strict=True)
+            ]
+            return self.call("aten.cat.default", (parts, dim), {}, value.shape, value.dtype, target)
         part = divide(size, self.size * target.blocks)
         if part is None:
             raise self.unplaceable(value.shape, target)
@@ -350,7 +380,7 @@ class Call:
                 args.append(arguments[argument.name])
         op = f"aten.{self.opname}.{self.op._overloadname}"
         if self.several:
-            return emitter.call_many(op, args, kwargs, self.results, placement, self.name)
+            return emitter.call_many(op, args, kwargs, self.results, [placement] * len(self.results), self.name)
         return emitter.call(op, args, kwargs, self.shape, self.dtype, placement, self.name, beside)
 
 

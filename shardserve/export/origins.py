@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardserve.errors import ExportError
 from shardserve.export.cut import modules
-from shardserve.export.placements import Placement, Shard
+from shardserve.export.placements import Placement, Shard, parse_placement
 from shardserve.export.propagate import LocalGraph
 from shardserve.export.symbols import Printer
 from shardserve.export.write import part
@@ -29,7 +29,7 @@ def origin(name: str, graph: LocalGraph, printer: Printer) -> Origin:
 
 
 def _written(placement: Placement, printer: Printer) -> str:
-    if not isinstance(placement, Shard) or placement.blocks == 1:
+    if not isinstance(placement, Shard) or placement.blocks == 1 or isinstance(placement.blocks, tuple):
         return str(placement)
     try:
         return f"Shard({placement.dim}, blocks={printer.size(placement.blocks)})"
@@ -44,6 +44,11 @@ def rank_part(whole: Tensor, ranks: int, coordinate: int, placement: str, dims: 
     match = _SHARD.match(placement)
     if match is None:
         return None
+    if match[2] and match[2].startswith("("):
+        given = parse_placement(placement, "what crosses a cut")
+        if not isinstance(given, Shard) or given.dim >= whole.ndim or not given.divides(whole.shape[given.dim], ranks):
+            return None
+        return part(whole, given, ranks, coordinate)
     blocks = expressions.evaluate(match[2] if match[2] and not match[2].isdecimal() else int(match[2] or 1), dims)
     return part(whole, Shard(int(match[1]), blocks), ranks, coordinate)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from shardserve.errors import ExportError
@@ -83,11 +84,34 @@ def _wrong_weights(program: Program, tensors: Mapping[str, Tensor]) -> Iterator[
 def _is_part(tensor: Tensor, whole: Tensor, ranks: int, coordinate: int) -> bool:
     """Whether it is the whole, or a rank's part of one of its dims, in however many blocks."""
     ways = ways_to_cut(whole.shape, tensor.shape, ranks)
-    return any(abs_error(tensor, part(whole, way, ranks, coordinate)) == 0 for way in ways)
+    if any(abs_error(tensor, part(whole, way, ranks, coordinate)) == 0 for way in ways):
+        return True
+    cut = [dim for dim, (size, own) in enumerate(zip(whole.shape, tensor.shape, strict=False)) if size != own]
+    if whole.ndim != tensor.ndim or len(cut) != 1:
+        return False
+    return _in_unequal_blocks(tensor.movedim(cut[0], 0), whole.detach().movedim(cut[0], 0), ranks, coordinate)
+
+
+def _in_unequal_blocks(tensor: Tensor, whole: Tensor, ranks: int, coordinate: int) -> bool:
+    """Whether these are the rank's rows of blocks of some sizes; each is taken to be as long as it agrees."""
+    begin = taken = 0
+    while taken < len(tensor):
+        rows, left = tensor[taken:], whole[begin:]
+        lengths = range(min(len(rows), len(left) // ranks), 0, -1)
+        length = next((length for length in lengths if _agree(rows, left[coordinate * length :], length)), 0)
+        if not length:
+            return False
+        taken, begin = taken + length, begin + length * ranks
+    return begin == len(whole)
+
+
+def _agree(rows: Tensor, others: Tensor, length: int) -> bool:
+    # The last one tells mostly, and is cheaper than all.
+    return torch.equal(rows[length - 1], others[length - 1]) and torch.equal(rows[:length], others[:length])
 
 
 def ways_to_cut(whole: Sequence[int], local: Sequence[int], ranks: int) -> Iterator[Replicate | Shard]:
-    """The placements that may have given a rank a tensor of the shape `local` of one of the shape `whole`."""
+    """The placements, of equal blocks, that may have given a rank a tensor of the shape `local` of one of `whole`."""
     if whole == local:
         yield Replicate()
         return

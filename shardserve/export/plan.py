@@ -101,8 +101,10 @@ class Plan:
 def _check_divisible(name: str, placement: Shard, shape: Sequence[int], size: int) -> None:
     if placement.dim >= len(shape):
         raise ExportError(f"plan: parameter '{name}' of shape {list(shape)} has no dim {placement.dim}")
-    if shape[placement.dim] % (size * placement.blocks):
-        parts = f"{size} ranks" if placement.blocks == 1 else f"{placement.blocks} blocks on {size} ranks"
+    if not placement.divides(shape[placement.dim], size):
+        count = f"of sizes {placement.blocks}" if isinstance(placement.blocks, tuple) else ""
+        blocks = f"blocks {count}" if count else f"{placement.blocks} blocks"
+        parts = f"{size} ranks" if placement.blocks == 1 else f"{blocks} on {size} ranks"
         raise ExportError(
             f"plan: dim {placement.dim} of parameter '{name}' has size {shape[placement.dim]}, "
             f"which doesn't divide into {parts}"

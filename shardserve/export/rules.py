@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shardserve.export.emit import Call, Emitter, Rule, Value
-from shardserve.export.placements import Partial, Placement, Replicate, Shard
+from shardserve.export.placements import Blocks, Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, divide, product
 
 RULES: dict[str, Rule] = {}
@@ -194,7 +194,7 @@ def matmul(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     return None
 
 
-def _contraction(left: Value, left_dim: int, right: Value, right_dim: int) -> int | None:
+def _contraction(left: Value, left_dim: int, right: Value, right_dim: int) -> Blocks | None:
     """The blocks in which the contracted dim is sharded on either side, None where it isn't."""
     for side, dim in ((right, right_dim), (left, left_dim)):
         if isinstance(side.placement, Shard) and side.placement.dim == dim:
@@ -298,7 +298,7 @@ def attention(emitter: Emitter, call: Call) -> Value | list[Value] | None:
         return None
     if key.ndim != query.ndim or value.ndim != query.ndim:
         return None
-    if any(divide(side.shape[placement.dim], emitter.size * placement.blocks) is None for side in (key, value)):
+    if not all(placement.divides(side.shape[placement.dim], emitter.size) for side in (key, value)):
         if not call["enable_gqa"] or placement != Shard(query.ndim - 3):
             return None
         own = [_own_head(emitter, side, placement.dim) for side in (key, value)]
@@ -345,6 +345,8 @@ def view(emitter: Emitter, call: Call) -> Value | list[Value] | None:
 def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, size: int) -> Shard | None:
     """Where a sharded dim goes in a reshape, None where its parts don't stay together."""
     dim, blocks = placement.dim, placement.blocks
+    if isinstance(blocks, tuple):
+        return _reshaped_blocks(before, after, dim, blocks, size)
     if blocks != 1:  # [blocks * n], a part of each block, is [blocks, n] with n sharded
         part = divide(before[dim], blocks)
         assert part is not None
@@ -357,4 +359,18 @@ def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, siz
         inner = None if outer is None else divide(after[target], outer)
         if outer is not None and inner is not None and after[target] != 1 and divide(inner, size) is not None:
             return Shard(target, outer)
+    return None
+
+
+def _reshaped_blocks(
+    before: Sequence[Dim], after: Sequence[Dim], dim: int, blocks: Sequence[int], ranks: int
+) -> Shard | None:
+    """The same for blocks of unequal sizes: only to a dim that begins with the same element, at as many of its own."""
+    head, whole = product(before[:dim]), sum(blocks)
+    for target, size in enumerate(after):
+        if product(after[:target]) == head and size != 1:
+            if not isinstance(size, int) or any(block * size % whole for block in blocks):
+                return None
+            moved = Shard(target, tuple(block * size // whole for block in blocks))
+            return moved if moved.divides(size, ranks) else None
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Replicate, Shard
 from shardserve.export.rules import one_rank_only, rule
-from shardserve.export.symbols import divide
+from shardserve.export.symbols import Dim, divide
 
 Result = Value | list[Value] | None
 
@@ -53,8 +53,7 @@ def group_norm(emitter: Emitter, call: Call) -> Result:
         return None
     changed: dict[str, object] = {"input": x}
     if call.opname == "group_norm":
-        groups = divide(call["num_groups"], emitter.size * placement.blocks)
-        if groups is None:
+        if isinstance(placement.blocks, tuple) or not placement.divides(call["num_groups"], emitter.size):
             return None
         changed["num_groups"] = call["num_groups"] // emitter.size
     names = [name for name in ("weight", "bias", "running_mean", "running_var") if call.get(name) is not None]
@@ -109,7 +108,7 @@ def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: 
     given = next((side.placement for side in (weight, x) if side.placement != Replicate()), None)
     if not isinstance(given, Shard) or given.dim != (0 if given is weight.placement else channels):
         return None
-    if divide(call["groups"], emitter.size * given.blocks) is None:
+    if not _whole_groups(call["groups"], given, weight.shape[0], x.shape[channels], emitter.size):
         return None
     own, bias = Shard(0, given.blocks), call.get("bias")
     along = Shard(channels, given.blocks)
@@ -121,6 +120,14 @@ def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: 
         bias=bias and emitter.redistribute(bias, own),
         groups=call["groups"] // emitter.size,
     )
+
+
+def _whole_groups(groups: int, given: Shard, outputs: Dim, inputs: Dim, ranks: int) -> bool:
+    if isinstance(given.blocks, tuple):
+        # Of each channel or a few alone, as many are made as taken: blocks are the same ones on both sides.
+        each = divide(outputs, groups)
+        return outputs == inputs and each is not None and all(block % (each * ranks) == 0 for block in given.blocks)
+    return given.divides(groups, ranks)
 
 
 @rule("_weight_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
@@ -111,17 +112,15 @@ def part_of_dim(emitter: Emitter, call: Call) -> Result:
     """Of the sharded dim, whole blocks are as many parts."""
 
     def along(x: Value, placement: Shard) -> Result:
-        size, kept, blocks = x.shape[placement.dim], call.shape[placement.dim], placement.blocks
+        size, kept = x.shape[placement.dim], call.shape[placement.dim]
         start = call.get("start") or 0
-        known = all(isinstance(number, int) for number in (size, kept, start, blocks))
-        if not known or call.get("step") not in (None, 1):
+        if not (isinstance(size, int) and isinstance(kept, int) and isinstance(start, int)):
             return None
         first = max(start + size, 0) if start < 0 else start
-        block = size // blocks
-        if not kept or first % block or kept % block:
+        placed = placement.within(size, first, first + kept)
+        if placed is None or call.get("step") not in (None, 1):
             return None
         ends = (x, placement.dim, first // emitter.size, (first + kept) // emitter.size)
-        placed = Shard(placement.dim, kept // block)
         return emitter.call("aten.slice.Tensor", ends, {}, call.shape, call.dtype, placed, call.name)
 
     return _along(emitter, call, along)
@@ -144,11 +143,18 @@ def split(emitter: Emitter, call: Call) -> Result:
     def along(x: Value, placement: Shard) -> Result:
         dim = placement.dim
         sizes = [shape[dim] for shape, _ in call.results]
+        placed: list[Shard | None] = [Shard(dim)] * len(sizes)
         if placement.blocks != len(sizes) or len(set(sizes)) > 1:
+            if not all(isinstance(size, int) for size in (x.shape[dim], *sizes)):
+                return None
+            ends = [0, *accumulate(sizes)]
+            placed = [placement.within(x.shape[dim], *between) for between in pairwise(ends)]
+        known = [placement for placement in placed if placement is not None]
+        if len(known) < len(placed):
             return None
         parts = [divide(size, emitter.size) for size in sizes]
         op = "aten.split_with_sizes.default"
-        return emitter.call_many(op, (x, parts, dim), {}, call.results, Shard(dim), call.name)
+        return emitter.call_many(op, (x, parts, dim), {}, call.results, known, call.name)
 
     return _along(emitter, call, along)
 

@@ -58,15 +58,14 @@ def select_along_dim(emitter: Emitter, call: Call) -> Result:
 def repeat_interleave(emitter: Emitter, call: Call) -> Result:
     """Each slice of a dim several times in a row: a rank's slices stay together."""
     x = call["self"] if "self" in call.arguments else None
-    if (
-        x is None
-        or call.get("dim") is None
-        or isinstance(call["repeats"], Value)
-        or call.get("output_size") is not None
-    ):
+    if x is None or call.get("dim") is None or isinstance(call["repeats"], Value):
         return None
     x = emitter.reduced(x)
-    return call.emit(emitter, x.placement, self=x)
+    placement = x.placement
+    if isinstance(placement, Shard) and isinstance(placement.blocks, tuple) and call["dim"] % x.ndim == placement.dim:
+        placement = Shard(placement.dim, tuple(block * call["repeats"] for block in placement.blocks))
+    # What the whole's dim comes to is nothing to check a part by, and follows from the rest.
+    return call.emit(emitter, placement, self=x, output_size=None)
 
 
 @rule("repeat", "tile")
@@ -78,7 +77,9 @@ def repeat(emitter: Emitter, call: Call) -> Result:
     times = [1] * (x.ndim - len(times)) + times
     if isinstance(placement, Shard):
         dim = placement.dim + len(times) - x.ndim
-        placement = Shard(dim, placement.blocks * times[dim])
+        if isinstance(placement.blocks, tuple) and not isinstance(times[dim], int):
+            return None
+        placement = Shard(dim, placement.blocks * times[dim])  # more of them, or the same sizes again
     return call.emit(emitter, placement, self=x)
 
 

@@ -49,7 +49,7 @@ def settle(
 
 def _lies(written: Sequence[Placement]) -> Replicate | Shard:
     for placement in written:
-        if isinstance(placement, Shard) and isinstance(placement.blocks, int):
+        if isinstance(placement, Shard) and isinstance(placement.blocks, int):  # verify has to guess them
             return placement
     return Replicate()
 

@@ -110,9 +110,10 @@ def part(tensor: Tensor, placement: Replicate | Shard, size: int, coordinate: in
     """A rank's part of a weight, contiguous on the CPU; where it is so already, no copy."""
     tensor = tensor.detach().cpu()
     if isinstance(placement, Shard):
-        blocks = tensor.chunk(placement.blocks, placement.dim)
-        parts = [block.chunk(size, placement.dim)[coordinate] for block in blocks]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
+        blocks, dim = placement.blocks, placement.dim
+        apart = tensor.split_with_sizes(blocks, dim) if isinstance(blocks, tuple) else tensor.chunk(blocks, dim)
+        parts = [block.chunk(size, dim)[coordinate] for block in apart]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 

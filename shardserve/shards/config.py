@@ -186,7 +186,7 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `tensor` names it in the whole model's traced graph ("" where that isn't known), `module` is the innermost module
     that makes it. `placement`: "Replicate()" every rank has all of it, "Shard(d)" or "Shard(d, blocks=n)" its part of
-    dim d, "Partial(op)" a term of a reduction.
+    dim d, of each of n equal blocks or of blocks of the sizes "(a, b, …)"; "Partial(op)" a term of a reduction.
     """
 
     tensor: str = ""

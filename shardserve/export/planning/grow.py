@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from shardserve.export.emit import Value
 from shardserve.export.placements import Placement, Shard
-from shardserve.export.planning.probe import Move, Outcome, Prober
-from shardserve.export.symbols import Dim, divide, product
+from shardserve.export.planning.blocks import VIEWS, taken_apart
+from shardserve.export.planning.probe import Outcome, Prober
+from shardserve.export.symbols import Dim, product
 
 REACH = 80
 """How many nodes before a value are searched for the parameter that makes it."""
 ROUNDS = 16
-VIEWS = frozenset({"view", "_unsafe_view", "reshape", "unflatten"})
 
 
 class Grower:
@@ -35,14 +35,14 @@ class Grower:
             while pending:
                 shard = pending.popleft()
                 size = shape[shard.dim]
-                if shard in found or not isinstance(size, int) or size % (self.probe.size * shard.blocks) or not size:
+                if shard in found or not isinstance(size, int) or not size or not shard.divides(size, self.probe.size):
                     continue
                 outcome = self.probe({tensor: shard})
                 if outcome is None:
                     continue
                 found[shard] = None
                 if shard.blocks == 1:
-                    pending += [Shard(shard.dim, blocks) for blocks in self._blocks(outcome)]
+                    pending += [Shard(shard.dim, blocks) for blocks in taken_apart(outcome, size, self.probe)]
             self._variants[tensor] = tuple(found)
         return self._variants[tensor]
 
@@ -68,20 +68,6 @@ class Grower:
         makes = next((reasons[dim] for dim in reasons if dim in made), None)
         return reasons if makes is None else {shard.dim: makes for shard in self.variants(tensor)}
 
-    def _blocks(self, outcome: Outcome) -> Iterator[int]:
-        """In how many blocks the gathered values are taken apart by what gathers them."""
-        for move in outcome.gathers:
-            source = self.probe.source(move.value)
-            if move.taker is not None and source is not None and isinstance(move.placement, Shard):
-                value = self._value(source, move.value)
-                if value is not None:
-                    yield from (parts for parts in _parts(move.taker, value, move, self.probe) if parts > 1)
-
-    def _value(self, node: fx.Node, name: str) -> Value | None:
-        whole = self.probe.whole(node)
-        items = whole if isinstance(whole, list) else [whole]
-        return next((item for item in items if isinstance(item, Value) and item.name == name), None)
-
     def grow(self, tensor: str, shard: Shard, eager: bool) -> Outcome | None:
         """The closure: parameters of which a rank takes its part anyway are cut; so are those that make the
         activations of which it takes its part, always if `eager`, else where that costs no further collective.
@@ -103,11 +89,21 @@ class Grower:
                 return outcome
             grown = self.probe({**outcome.placements, **parameters, **makers})
             if makers and not eager and (grown is None or len(grown.moves) > len(outcome.moves)):
-                refused |= outcome.wants.keys()
-                refused -= {want for want in refused if self.probe.source(want[0]) in self.probe.traced.bound}
-                grown = self.probe({**outcome.placements, **parameters}) if parameters else outcome
+                free = self._free(outcome, parameters, makers)
+                refused |= {want for want in outcome.wants if (self._maker(*want) or want)[0] in makers.keys() - free}
+                together = {**parameters, **free}
+                grown = self.probe({**outcome.placements, **together}) if together else outcome
             outcome = grown
         return outcome
+
+    def _free(self, outcome: Outcome, parameters: Mapping[str, Shard], makers: Mapping[str, Shard]) -> dict[str, Shard]:
+        """Those of `makers` that cost no further collective, one after another."""
+        free: dict[str, Shard] = {}
+        for name, shard in makers.items():
+            tried = self.probe({**outcome.placements, **parameters, **free, name: shard})
+            if tried is not None and len(tried.moves) <= len(outcome.moves):
+                free[name] = shard
+        return free
 
     def _maker(self, value: str, shard: Shard) -> tuple[str, Shard] | None:
         """The parameter that, cut so, makes `value` lie as `shard`: the nearest before it."""
@@ -171,45 +167,3 @@ def _apart(whole: Sequence[Dim], apart: Sequence[Dim], dim: int, ranks: int) -> 
             sizes = [part for part in apart[index:] if isinstance(part, int)]
             return f"{size} (of {whole[dim]} as {sizes}) doesn't divide into {ranks} ranks"
     return None
-
-
-def _parts(node: fx.Node, value: Value, move: Move, probe: Prober) -> list[int]:
-    """The blocks of the sharded dim that `node`, which couldn't take the parts, may mean."""
-    assert isinstance(move.placement, Shard)
-    dim = move.placement.dim
-    size = value.shape[dim]
-    name = getattr(node.target, "_opname", "")
-    result = probe.whole(node)
-    if not isinstance(size, int):
-        return []
-    if isinstance(result, list):
-        parts = {item.shape[dim] for item in result if item.ndim == value.ndim}
-        if len(parts) == 1 and name != "unbind":
-            return [len(result)]
-        return [len(result)] if name == "unbind" and len(result) == size else []
-    if not isinstance(result, Value):
-        return []
-    if name in ("slice", "narrow", "glu") and result.ndim == value.ndim:
-        part = divide(size, result.shape[dim]) if result.shape[dim] != 0 else None
-        return [part] if isinstance(part, int) else []
-    if name == "select" and result.ndim == value.ndim - 1:
-        return [size]
-    if name in VIEWS:
-        return _leading(value.shape, result.shape, dim)
-    return []
-
-
-def _leading(before: Sequence[Dim], after: Sequence[Dim], dim: int) -> list[int]:
-    """Of a dim that is viewed as several: the sizes of the first, of the first two together, …"""
-    head, found = product(before[:dim]), list[int]()
-    for index in range(len(after)):
-        if product(after[:index]) == head:
-            blocks = 1
-            for size in after[index:]:
-                if not isinstance(size, int) or blocks * size >= before[dim]:
-                    break
-                blocks *= size
-                if blocks > 1:
-                    found.append(blocks)
-            break
-    return found

@@ -19,7 +19,7 @@ from shardserve.export import cost
 from shardserve.export.emit import Emitter, LocalNode, Scalar, Unplaceable, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.propagate import emit, settled
-from shardserve.export.symbols import Dim, divide, simplify
+from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 
 Placements = Mapping[str, Shard]
@@ -74,7 +74,7 @@ class _Recorder(Emitter):
         return super().local_shape(shape, placement)
 
     def _check(self, shape: Sequence[Dim], placement: Shard) -> None:
-        if divide(shape[placement.dim], self.size * placement.blocks) is None:
+        if not placement.divides(shape[placement.dim], self.size):
             raise self.unplaceable(shape, placement)
 
     def _move(self, value: Value, target: Replicate | Shard) -> Value:

@@ -42,6 +42,10 @@ def heads_repeated(x: Tensor) -> Tensor:
     return x.unflatten(-1, (4, 4)).repeat_interleave(2, dim=-2).flatten(-2)
 
 
+def repeated_to_a_size(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (4, 4)).repeat_interleave(2, dim=-2, output_size=8).flatten(-2)
+
+
 @pytest.mark.parametrize(
     ("net", "plan"),
     [
@@ -49,8 +53,9 @@ def heads_repeated(x: Tensor) -> Tensor:
         (Net(by_unbind, inner=32), GATED),
         (Net(F.glu, inner=32), GATED),
         (Net(heads_repeated, after=32), PAIR),
+        (Net(repeated_to_a_size, after=32), PAIR),
     ],
-    ids=["slices", "unbind", "glu", "repeat_interleave"],
+    ids=["slices", "unbind", "glu", "repeat_interleave", "repeat_interleave_to_a_size"],
 )
 def test_what_is_between_two_layers_stays_sharded(net: Net, plan: dict[str, str], tmp_path: Path) -> None:
     run(net, plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 5, 8))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.fused import Apart, Fused, by_heads, by_slices, by_slices_of_heads, by_split
 from models.zoo import CASES
 from torch import Tensor, nn
 
@@ -96,6 +97,14 @@ def test_fused_projections_are_cut_in_blocks() -> None:
     placements = found(Heads(4), torch.randn(2, 5, 32))
     assert placements["qkv.weight"] == placements["qkv.bias"] == "Shard(0, blocks=3)"
     assert placements["o.weight"] == placements["down.weight"] == "Shard(1)"
+
+
+@pytest.mark.parametrize("apart", [by_split, by_slices, by_heads, by_slices_of_heads])
+def test_fused_projections_of_unequal_parts_are_cut_by_heads(apart: Apart) -> None:
+    blocks = "Shard(0, blocks=(16, 8, 8))"
+    assert found(Fused(apart), torch.randn(2, 5, 16)) == {
+        "qkv.weight": blocks, "qkv.bias": blocks, "o.weight": "Shard(1)"
+    }  # fmt: skip
 
 
 def test_heads_that_dont_divide_stay_whole_and_are_named() -> None:
