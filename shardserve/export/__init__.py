@@ -6,12 +6,11 @@ meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → 
 """
 
 from shardserve.export.api import export, export_subgraphs
-from shardserve.export.chain import verify_chain
 from shardserve.export.plan import Plan
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import load_checkpoint, without_storage
 from shardserve.export.subgraphs import Subgraph
-from shardserve.export.verify import VerifyResult, verify
+from shardserve.export.verification import VerifyResult, verify, verify_chain
 
 __all__ = [
     "Plan",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -21,6 +24,19 @@ from shardserve.export import Plan, Report, export  # noqa: E402 -- after the pa
 
 PLAN = Plan.load(ROOT / "examples" / "transformer" / "plan.json")
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (8, 2)]
+
+
+def alter_weight(out: Path, rank: int, name: str = "") -> str:
+    """Make a weight of a rank's shard larger, and its checksum right again; which one it was."""
+    folder = out / f"device{rank}"
+    tensors = load_file(folder / "weights.safetensors")
+    name = next(key for key in tensors if name in key)
+    tensors[name] = tensors[name] * 1.5 + 0.1
+    save_file(tensors, folder / "weights.safetensors")
+    config = json.loads((folder / "group_config.json").read_text())
+    config["weights_sha256"] = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    (folder / "group_config.json").write_text(json.dumps(config))
+    return name
 
 
 def example_module(path: str) -> ModuleType:

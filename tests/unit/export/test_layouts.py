@@ -11,7 +11,7 @@ import torch
 from models.zoo import CASES
 
 from shardserve.export import Plan, export, verify
-from shardserve.export.verify import Shards
+from shardserve.export.verification.running import Shards
 from shardserve.shards.config import ShardConfig
 from shardserve.shards.graph import GraphFile
 

@@ -17,7 +17,7 @@ from shardserve.export import Plan, Subgraph, cost, cut, export, export_subgraph
 from shardserve.export.placements import Replicate
 from shardserve.export.propagate import propagate
 from shardserve.export.trace import trace
-from shardserve.export.verify import Shards
+from shardserve.export.verification.running import Shards
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions, region_graph, replace_regions
 from shardserve.shards.state import StateStore

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardserve.export.threads import ThreadCollective, ThreadGroup
-from shardserve.export.verify import Shards
+from shardserve.export.verification.running import Shards
 from shardserve.shards.program import Program
 
 from .conftest import Exported

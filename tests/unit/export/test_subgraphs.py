@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardserve.errors import ExportError
 from shardserve.export import Plan, Subgraph, export_subgraphs, verify, verify_chain
 from shardserve.export.subgraphs import calling
-from shardserve.export.verify import Shards
+from shardserve.export.verification.running import Shards
 from shardserve.shards.config import ShardConfig
 from shardserve.shards.program import Program
 from shardserve.shards.state import StateStore

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from shardserve.errors import ExportError, InvalidInput
 from shardserve.export import export, verify
 from shardserve.export.symbols import Printer
-from shardserve.export.verify import Shards
+from shardserve.export.verification.running import Shards
 
 
 class Model(nn.Module):

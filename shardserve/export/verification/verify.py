@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from shardserve.errors import ExportError
-from shardserve.export.compare import OutputError, Worst, close
-from shardserve.export.parting import where_they_part
-from shardserve.export.running import Shards
-from shardserve.export.sizes import cases, in_words, inputs_of
-from shardserve.export.unsharded import Unsharded, restoring
+from shardserve.export.verification.compare import OutputError, Worst, close
+from shardserve.export.verification.parting import where_they_part
+from shardserve.export.verification.running import Shards
+from shardserve.export.verification.sizes import cases, in_words, inputs_of
+from shardserve.export.verification.unsharded import Unsharded, restoring
 from shardserve.progress import Progress, quietly
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from shardserve.errors import ExportError
-from shardserve.export.compare import Worst, abs_error, close
-from shardserve.export.parting import ways_to_cut, where_they_part
-from shardserve.export.running import Shards
-from shardserve.export.sizes import cases, in_words, inputs_of, nearest
 from shardserve.export.subgraphs import Subgraph, calling
-from shardserve.export.unsharded import Unsharded, restoring
-from shardserve.export.verify import VerifyResult
+from shardserve.export.verification.compare import Worst, abs_error, close
+from shardserve.export.verification.parting import ways_to_cut, where_they_part
+from shardserve.export.verification.running import Shards
+from shardserve.export.verification.sizes import cases, in_words, inputs_of, nearest
+from shardserve.export.verification.unsharded import Unsharded, restoring
+from shardserve.export.verification.verify import VerifyResult
 from shardserve.export.write import part
 from shardserve.progress import Progress, quietly
 from shardserve.shards.graph import dtype_name

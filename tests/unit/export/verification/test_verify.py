@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -13,29 +12,15 @@ import numpy as np
 import pytest
 import torch
 from models.zoo import CASES
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
 from shardserve.errors import InvalidInput
 from shardserve.export import Plan, export, verify
-from shardserve.export.compare import abs_error, close, relative_error
+from shardserve.export.verification.compare import abs_error, close, relative_error
 from shardserve.shards.config import ShardConfig
 
-from .conftest import PLAN, transformer
-
-
-def alter_weight(out: Path, rank: int, name: str = "") -> str:
-    """Make a weight of a rank's shard larger, and its checksum right again; which one it was."""
-    folder = out / f"device{rank}"
-    tensors = load_file(folder / "weights.safetensors")
-    name = next(key for key in tensors if name in key)
-    tensors[name] = tensors[name] * 1.5 + 0.1
-    save_file(tensors, folder / "weights.safetensors")
-    config = json.loads((folder / "group_config.json").read_text())
-    config["weights_sha256"] = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    (folder / "group_config.json").write_text(json.dumps(config))
-    return name
+from ..conftest import PLAN, alter_weight, transformer
 
 
 @pytest.fixture(scope="module")
