@@ -49,7 +49,8 @@ class Settings:
     step_timeout: float = 300.0
     """For a step, from when it was sent until its answer; then its generation ends."""
     stage_timeout: float = 300.0
-    """For one call of a Python stage; then its instances get an error and its process is replaced."""
+    """For one call of a Python stage; then its process is replaced, and its instance gets an error. The instances of a
+    batch are run again, each alone."""
     stage_grace: float = 1.0
     """How long a Python stage may run on when nobody waits for it any more (the deadline passed, the client left);
     then its process is replaced."""

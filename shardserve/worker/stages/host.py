@@ -86,7 +86,7 @@ class Running:
 
 
 class StageHost:
-    """Made by `start`. state: loading, idle, running or ended. A run that hangs is answered with errors and ends it."""
+    """Made by `start`. state: loading, idle, running or ended. A run that hangs ends it."""
 
     def __init__(self, owner: Owner, settings: Settings) -> None:
         self._owner = owner
@@ -164,13 +164,18 @@ class StageHost:
         running.timers.append(self._loop.call_later(grace, self.kill, reason))
 
     def _deadline_passed(self, running: Running) -> None:
+        now = time.monotonic()
         for call in running.calls:
-            passed = time.monotonic() - running.since
-            call.fail(DeadlineExceeded(f"{call.where}: the deadline passed while it ran ({passed:.3f} s)"))
+            if call.deadline is not None and call.deadline <= now:
+                passed = now - running.since
+                call.fail(DeadlineExceeded(f"{call.where}: the deadline passed while it ran ({passed:.3f} s)"))
 
     def _run_timed_out(self, running: Running) -> None:
+        """Of several instances one may be at fault: those that can still be waited for are left to the owner."""
         seconds = self._settings.stage_timeout
-        for call in running.calls:
+        self._deadline_passed(running)
+        if len(running.calls) == 1:
+            [call] = running.calls
             call.fail(StageError(f"{call.where}: gave no result within stage_timeout ({seconds} s)"))
         self.kill(f"gave no result of {running.calls[0].where} within stage_timeout ({seconds} s)")
 
@@ -250,7 +255,9 @@ class StageHost:
         if len(results) != len(running.calls):
             raise FrameError(f"{len(results)} results came for {len(running.calls)} instances")
         self._end_run()
-        self.state = "idle"
+        if not self._killed_for:
+            # Otherwise these results came just before the end, under which no other call may be.
+            self.state = "idle"
         for call, result in zip(running.calls, results, strict=True):
             if isinstance(result, stages.Failure):
                 call.fail(from_wire(result.error, result.message))

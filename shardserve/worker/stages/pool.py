@@ -1,7 +1,8 @@
 """The pool of processes that run a servable's Python stages, and the calls that wait for one.
 
 A call goes to the first process that is free, together with others of the same stage if its function takes a batch. A
-process that dies fails its call; of several calls in it, each runs again alone, so that only the one at fault fails.
+process that dies, or hangs and is killed, fails its call; of several calls in it, each runs again alone, once, so that
+only the one at fault fails.
 """
 
 from __future__ import annotations

@@ -83,6 +83,12 @@ def sleeps(x):
     return x
 
 
+def batch_sleeps(instances):
+    for (x,) in instances:
+        time.sleep(x[0])
+    return [x for (x,) in instances]
+
+
 def leaves(x):
     raise KeyboardInterrupt if x[0] == 2 else SystemExit("bye")
 
@@ -116,7 +122,7 @@ def method(f, count, batch_size):
 
 for f, count, batch_size in (
     (one, 1, None), (two, 2, None), (batched, 1, 2), (yielding, 1, 0), (endless, 1, 0), (number, 1, 0),
-    (dies, 1, None), (batch_dies, 1, 0), (sleeps, 1, None), (leaves, 1, None), (calls, 1, None),
+    (dies, 1, None), (batch_dies, 1, 0), (sleeps, 1, None), (batch_sleeps, 1, 0), (leaves, 1, None), (calls, 1, None),
     (calls_batch, 1, 0), (catches, 1, None), (wrong_call, 1, None),
 ):
     method(f, count, batch_size)
@@ -296,6 +302,34 @@ async def test_a_function_that_takes_longer_than_stage_timeout(tmp_path):
         [late] = await s.results("sleeps", 1000)
         assert str(late) == "method 'sleeps', stage 'the tag': gave no result within stage_timeout (0.2 s)"
         assert (await s.run("one", 1))[0].tolist() == [2]
+
+
+@asynchronous
+async def test_of_a_batch_that_hangs_only_the_instance_at_fault_fails(tmp_path):
+    async with Setting(tmp_path, stage_timeout=0.3) as s:
+        await s.said.get()
+        [before] = s.pool.pids
+        order = []
+
+        def begin(name, value, deadline=None):
+            task = s.begin("batch_sleeps", value, deadline)
+            task.add_done_callback(lambda _: order.append(name))
+            return task
+
+        # All but the first, with which the process is busy, share a run.
+        first = begin("first", 0)
+        tasks = [begin("one", 0), begin("culprit", 1000), begin("two", 0, time.monotonic() + 60)]
+        hasty = begin("hasty", 1000, time.monotonic() + 0.2)
+        assert (await first)[0].tolist() == [0]
+        one, culprit, two, late = await asyncio.gather(*tasks, hasty, return_exceptions=True)
+        assert (one[0].tolist(), two[0].tolist()) == ([0], [0])
+        where = "method 'batch_sleeps', stage 'the tag'"
+        assert (type(culprit), str(culprit)) == (StageError, f"{where}: gave no result within stage_timeout (0.3 s)")
+        assert type(late) is DeadlineExceeded
+        assert str(late).startswith(f"{where}: the deadline passed while ")
+        # Who can't be served any more is told so at once, not after the culprit has run again.
+        assert order == ["first", "hasty", "one", "culprit", "two"]
+        assert before not in s.pool.pids
 
 
 @asynchronous
