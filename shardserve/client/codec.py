@@ -139,6 +139,8 @@ def from_status(
         error = MessageTooLarge if "larger than max" in (details or "") else Overloaded
         if error is MessageTooLarge:
             details = f"{details}: the server's max_msg_mb_size is the limit"
+        elif "Concurrent RPC limit" in (details or ""):
+            details = f"{details}: the server's max_calls is the limit"
     elif error is None and "failed to connect" in (details or ""):
         details = f"{details}{_tls_hint(str(details))}"
     error = error or _BY_STATUS.get(code.name, InternalError)

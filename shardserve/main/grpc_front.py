@@ -35,6 +35,15 @@ MANY_STRINGS = 10_000
 """In one message; more of them take the event loop some 5 ms, and go to a thread: unlike JSON's, their loops let others
 run in between."""
 
+PENDING_CALLS = 1 << 16
+"""Calls that gRPC's core keeps until its Python half takes them, some KB each. It cancels those over it, and by default
+some from 1000 on; so many more than max_calls, it leaves the refusal to that."""
+
+PENDING_SECONDS = 86400
+"""How long it keeps one, by default 30; its own deadline holds meanwhile."""
+
+MAX_INT = (1 << 31) - 1  # Of a channel's option.
+
 MAX_DETAILS = 1000
 """Characters of a status's text, which travels as a header: clients refuse headers of more than 8 KB, and a character
 may take 9 bytes of it."""
@@ -127,8 +136,16 @@ class GrpcFront:
         """Listens as ordered; StartError names the address or the file that is wrong."""
         address = addresses.check_free(order.address, "gRPC address")
         # Replies are not limited: only the servable's author decides how large they are.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", order.max_msg_mb_size << 20)]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=router.settings.max_calls)
+        calls = router.settings.max_calls
+        pending = min(max(PENDING_CALLS, 8 * calls), MAX_INT)
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", order.max_msg_mb_size << 20),
+            ("grpc.server.max_pending_requests", pending),
+            ("grpc.server.max_pending_requests_hard_limit", pending),
+            ("grpc.server_max_unrequested_time_in_server", PENDING_SECONDS),
+        ]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         front = cls(router, server)
         ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), server)  # type: ignore[no-untyped-call]
         shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), server)  # type: ignore[no-untyped-call]

@@ -33,6 +33,13 @@ def test_what_grpc_itself_refuses(details, kind):
     assert type(codec.from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, details, None)) is kind
 
 
-def test_a_message_over_the_limit_names_the_setting():
-    error = codec.from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (2 vs. 1)", None)
-    assert str(error).endswith("larger than max (2 vs. 1): the server's max_msg_mb_size is the limit")
+@pytest.mark.parametrize(
+    ("details", "setting"),
+    [
+        ("Received message larger than max (2 vs. 1)", "max_msg_mb_size"),
+        ("Concurrent RPC limit exceeded!", "max_calls"),
+    ],
+)
+def test_what_grpc_itself_refuses_names_the_setting(details, setting):
+    error = codec.from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, details, None)
+    assert str(error) == f"RESOURCE_EXHAUSTED: {details}: the server's {setting} is the limit"

@@ -1,6 +1,7 @@
 """Requests under way: deadlines, clients that leave, Workers that end."""
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -18,7 +19,7 @@ def test_calls_under_way_are_bounded(monkeypatch):
         worker.script = keep
         calls = [client.infer_async(X) for _ in range(2)]
         kept = [await worker.next(front.Infer) for _ in calls]
-        with pytest.raises(Overloaded, match="RESOURCE_EXHAUSTED"):
+        with pytest.raises(Overloaded, match=r"RESOURCE_EXHAUSTED: .* the server's max_calls is the limit"):
             await client.infer(X)
         for message in kept:
             worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
@@ -26,6 +27,34 @@ def test_calls_under_way_are_bounded(monkeypatch):
             assert len(await call) == 1
         worker.script = echo
         assert len(await client.infer(X)) == 1
+
+    predict(test)
+
+
+def test_thousands_of_calls_at_once_are_answered():
+    """gRPC's own bounds of calls that it hasn't handed over yet, at most 1000 to 3000 by default, aren't in the way."""
+
+    async def test(launcher, worker, client, address):
+        answers = await asyncio.gather(*(client.infer({"x": value}) for value in range(2000)))
+        assert [answer[0]["x"].item() for answer in answers] == list(range(2000))
+
+    predict(test)
+
+
+def test_calls_over_the_bound_are_told_so_however_many_there_are(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_MAX_CALLS", "2")
+
+    async def test(launcher, worker, client, address):
+        worker.script = keep
+        calls = [client.infer_async(X) for _ in range(2000)]
+        kept = [await worker.next(front.Infer) for _ in range(2)]
+        for call in itertools.islice(asyncio.as_completed(calls), 1998):
+            with pytest.raises(Overloaded, match="RESOURCE_EXHAUSTED"):
+                await call
+        for message in kept:
+            worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(outcome, list) for outcome in outcomes) == 2
 
     predict(test)
 
