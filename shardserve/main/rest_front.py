@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the client waits for the answer; without it, as long as it keeps the connection."""
+
+PLAIN_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
+MOST_SHOWN = 40
 
 # Seconds, of answers that may be better soon. What waits is bounded, so a queue is hardly longer than that.
 RETRY_AFTER = "1"
@@ -101,7 +105,7 @@ class RestFront:
     async def _answer(self, request: Request) -> Response:
         parameters = request.path_params
         version = parameters.get("version", "0")
-        if not version.isdecimal() or len(version) > MAX_VERSION_DIGITS:
+        if not (version.isascii() and version.isdecimal()) or len(version) > MAX_VERSION_DIGITS:
             raise NotFound(f"version {version[:MAX_VERSION_DIGITS]!r} isn't a version number")
         method = parameters["method"]
         servable, info = self._router.resolve(parameters["servable"], int(version), method)
@@ -143,12 +147,12 @@ def _deadline(request: Request) -> float | None:
     value = request.headers.get(TIMEOUT_HEADER)
     if value is None:
         return None
-    try:
-        timeout = float(value)
-    except ValueError:
-        timeout = math.nan
+    # float() alone takes underscores, exponents, other scripts' digits, inf and nan.
+    timeout = float(value) if PLAIN_NUMBER.fullmatch(value) else 0.0
     if not 0 < timeout < math.inf:
-        raise InvalidInput(f"header {TIMEOUT_HEADER}: {value!r} isn't a number of seconds")
+        raise InvalidInput(
+            f"header {TIMEOUT_HEADER}: {value[:MOST_SHOWN]!r} isn't a number of seconds over 0, as in 30 or 0.5"
+        )
     return time.monotonic() + timeout
 
 

@@ -170,11 +170,20 @@ class Servable:
         settings = self.settings
         nbytes = sum(map(len, buffers))
         if len(self._waiting) >= settings.max_requests:
-            raise Overloaded(f"{self}: {len(self._waiting)} requests wait for an answer already")
+            raise Overloaded(
+                f"{self}: {len(self._waiting)} requests wait for an answer already, at most {settings.max_requests} "
+                "at once (max_requests)"
+            )
         if self._waiting and self.waiting_bytes + nbytes > settings.max_request_bytes:
-            raise Overloaded(f"{self}: requests of {self.waiting_bytes} bytes wait for an answer already")
+            raise Overloaded(
+                f"{self}: requests of {self.waiting_bytes} bytes wait for an answer already, this one has {nbytes}; "
+                f"at most {settings.max_request_bytes} at once (max_request_bytes)"
+            )
         if self._stream is not None and self._stream.unsent > settings.max_unsent_bytes:
-            raise Overloaded(f"{self}: its Worker has yet to take {self._stream.unsent} bytes")
+            raise Overloaded(
+                f"{self}: its Worker has yet to take {self._stream.unsent} bytes, at most {settings.max_unsent_bytes} "
+                "(max_unsent_bytes)"
+            )
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         waiting = _Waiting(method, instances, buffers, nbytes, deadline, loop.create_future(), now, places)

@@ -56,6 +56,7 @@ def test_wrong_requests_have_their_status_and_a_text():
             ("/model/echo:nothing", good, 404, "has no method 'nothing'"),
             ("/model/echo/version/7:predict", good, 404, "has no version 7"),
             ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a version number"),
+            ("/model/echo/version/\u0661:predict", good, 404, "version '\u0661' isn't a version number"),
             ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
             ("/model/echo:predict", {"instances": []}, 400, "at least one instance"),
             ("/model/echo:predict", {"x": 1}, 400, "instances"),
@@ -68,8 +69,26 @@ def test_wrong_requests_have_their_status_and_a_text():
         assert (await http.post("/model/echo:predict", content=b"{")).status_code == 400
         twice = await http.post("/model/echo:predict", content=b'{"instances": {"x": 1, "x": 2}}')
         assert (twice.status_code, twice.json()["error_msg"]) == (400, "the body has an object with the key 'x' twice")
-        wrong = await http.post("/model/echo:predict", json=good, headers={"x-request-timeout": "soon"})
-        assert wrong.status_code == 400
+
+    rest(test)
+
+
+def test_the_timeout_is_plain_digits():
+    async def test(launcher, worker, http):
+        content = {"instances": {"x": 1}}
+
+        async def post(timeout):
+            reply = await http.post("/model/echo:predict", json=content, headers={"X-Request-Timeout": timeout})
+            return reply.status_code, reply.json()
+
+        for right in ("10", "10.5", "10.", "0010", "1" + "0" * 300):
+            assert (await post(right))[0] == 200, right
+        wrong = ["soon", "", "1_0", "1e1", "inf", "Infinity", "nan", "-1", "+1", "0", "0.0", ".", "1 0", "1,5", "0x1"]
+        for timeout in (*wrong, "\xb2".encode("latin-1"), "\u0661".encode(), "1" + "0" * 400):
+            status, body = await post(timeout)
+            assert status == 400, timeout
+            assert body["error_msg"].startswith("header x-request-timeout: "), timeout
+            assert body["error_msg"].endswith("isn't a number of seconds over 0, as in 30 or 0.5")
 
     rest(test)
 
