@@ -30,6 +30,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_TEXT = 4000
+"""Characters of an error's text that a servable's own code made: a model or Python stage may raise with any length."""
+
+
+def shortened(text: str, limit: int = MAX_TEXT) -> str:
+    """The text, cut off after `limit` characters with a word on how many were left out."""
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[:limit]}… ({left_out} more characters left out)"
+
 
 class ShardserveError(Exception):
     """Root of all errors; `str(error)` is the text that a client may see."""

@@ -21,6 +21,7 @@ from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
 from shardserve.agent.tensors import Layout, buffers_of
 from shardserve.agent.timeline import Timeline
+from shardserve.errors import MAX_TEXT, shortened
 from shardserve.settings import Settings
 from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
@@ -36,6 +37,9 @@ Connection = FrameSocket[group.ToAgent]
 
 # What breaks an invariant between ranks: no error of the step, nothing to drain; the generation has to end.
 BROKEN = (CollectiveBroken, LinkBroken, FrameError)
+
+# Less than MAX_TEXT: a Python stage that called the model says where it was, and a text is cut off once.
+MAX_STEP_TEXT = MAX_TEXT - 1000
 
 
 class Membership:
@@ -122,7 +126,7 @@ class Membership:
         except Exception as error:
             # On the other ranks of the stage it is mostly the same exception again.
             logger.warning("step %d raised %r", step.step, error, exc_info=config.coordinate == 0)
-            self._report(step, f"{type(error).__name__}: {error}")
+            self._report(step, shortened(f"{type(error).__name__}: {error}", MAX_STEP_TEXT))
             return program.drain(step.dims, self._collective)
 
     def _report(self, step: group.Step, message: str) -> None:

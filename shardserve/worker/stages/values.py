@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardserve.errors import ShardserveError
+from shardserve.errors import ShardserveError, shortened
 from shardserve.wire.frames import Buffer, Payload, split
 from shardserve.wire.messages import stages
 from shardserve.wire.tensors import decode, encode
@@ -20,12 +20,12 @@ def encode_values(values: Sequence[Any], where: str) -> Encoded:
 
 
 def as_results(outcomes: Sequence[Encoded | ShardserveError]) -> tuple[list[stages.Result], list[Buffer]]:
-    """The results of a frame and its payload."""
+    """The results of a frame and its payload. Errors have MAX_TEXT characters and a word on the rest."""
     results: list[stages.Result] = []
     buffers: list[Buffer] = []
     for outcome in outcomes:
         if isinstance(outcome, ShardserveError):
-            results.append(stages.Failure(type(outcome).__name__, str(outcome)))
+            results.append(stages.Failure(type(outcome).__name__, shortened(str(outcome))))
         else:
             metas, parts = outcome
             results.append(stages.Outputs(metas))

@@ -12,13 +12,13 @@ from safetensors.torch import save
 NAME = "net.graph.json"
 
 
-def write_shards(directory, tensor_parallel=2, stages=1, export_id="e1"):
-    """Writes device0, device1, …; gives the graph files, in rank order."""
+def write_shards(directory, tensor_parallel=2, stages=1, export_id="e1", then=()):
+    """Writes device0, device1, …; gives the graph files, in rank order. then: nodes after those."""
     size = tensor_parallel * stages
-    return [_write(directory / f"device{rank}", rank, size, stages, export_id) for rank in range(size)]
+    return [_write(directory / f"device{rank}", rank, size, stages, export_id, then) for rank in range(size)]
 
 
-def _write(directory, rank, rank_size, stage_size, export_id):
+def _write(directory, rank, rank_size, stage_size, export_id, then):
     directory.mkdir(parents=True)
     stage = rank // (rank_size // stage_size)
     shape = ["batch", 3]
@@ -33,6 +33,7 @@ def _write(directory, rank, rank_size, stage_size, export_id):
                 "dtype": "float32",
             }
         )
+    nodes += then
     graph = {
         "format_version": 1,
         "export_id": export_id,

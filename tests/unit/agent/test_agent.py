@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 
@@ -19,9 +20,9 @@ X = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 
 
 @contextlib.asynccontextmanager
-async def registered(directory, ports, tensor_parallel, stages):  # noqa: F811
+async def registered(directory, ports, tensor_parallel, stages, then=()):  # noqa: F811
     """A Worker and its agents, which have registered."""
-    models = write_shards(directory, tensor_parallel, stages)
+    models = write_shards(directory, tensor_parallel, stages, then=then)
     worker = ScriptedWorker(ports[0], len(models), stages)
     async with worker, Host(ports[0], models, ports[1]):
         await worker.supervisor(*range(len(models)))
@@ -102,6 +103,20 @@ async def test_an_exception_inside_a_step(tmp_path, ports):  # noqa: F811
         send_step(agents, second, 0, X)
         await agents[0].next(group.Output)
         assert np.array_equal(output(agents[0], X.shape), 2 * X)
+
+
+@asynchronous
+async def test_the_text_of_what_a_model_raises_has_an_end(tmp_path, ports):  # noqa: F811
+    view = {"name": "v", "op": "aten.view.default", "args": [{"node": "a"}, [2] * 5000]}
+    async with registered(tmp_path, ports, 1, 1, [view]) as (worker, agents):
+        generation = await worker.form(agents)
+        send_step(agents, generation, 0, X)
+        failed = await agents[0].next(group.StepFailed)
+        assert failed.message.startswith("RuntimeError: shape '[2, 2, ")
+        text, _, rest = failed.message.partition("…")
+        assert len(text) == 3000
+        assert re.fullmatch(r" \(1\d{4} more characters left out\)", rest)
+        agents[0].send(group.FailureNoted(generation, 0))
 
 
 @asynchronous

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shardserve.errors import (
+    MAX_TEXT,
     Aborted,
     DeadlineExceeded,
     InvalidInput,
@@ -216,6 +217,16 @@ async def test_what_a_function_does_wrong_fails_its_instance_alone(tmp_path):
         assert str(interrupted) == "method 'leaves', stage 'the tag': KeyboardInterrupt"
         [pid] = await s.run("one", "pid")
         assert s.pool.pids == [int(pid[0])]
+
+
+@asynchronous
+async def test_an_errors_text_has_an_end(tmp_path):
+    async with Setting(tmp_path) as s:
+        [long] = await s.results("one", "x" * 1_000_000)
+        begin = "method 'one', stage 'the tag': KeyError: 'xxx"
+        assert str(long).startswith(begin)
+        left_out = len(begin) - 3 + 1_000_000 + 1 - MAX_TEXT
+        assert str(long)[MAX_TEXT - 3 :] == f"xxx… ({left_out} more characters left out)"
 
 
 @asynchronous
