@@ -111,7 +111,8 @@ class Settings:
     """Whose times each agent, and a Worker for each replica, remembers for `shardserve trace`, in about 300 bytes each;
     at most 262144."""
     timeline_timeout: float = 10.0
-    """For a Worker to tell Main what was recorded; for its agents to tell the Worker, half of that."""
+    """At most, for a Worker to tell Main what was recorded, where the client's deadline isn't nearer; for its agents to
+    tell the Worker, half of that."""
     agent_threads: int = 0
     """Of torch's operators, in each agent. 0: the cores that this host's agents may use, shared out among them."""
     shared_memory_bytes: int = 2 << 30

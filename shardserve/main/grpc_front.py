@@ -89,7 +89,7 @@ class Admin(shardserve_pb2_grpc.AdminServicer):
         self, request: shardserve_pb2.TimelineRequest, context: TimelineContext
     ) -> shardserve_pb2.TimelineReply:
         try:
-            return await timeline.report(self._router, request.name, request.version)
+            return await timeline.report(self._router, request.name, request.version, context.time_remaining())
         except ShardserveError as error:
             await _abort(context, error)
         raise AssertionError("abort raises")

@@ -146,12 +146,12 @@ class Servable:
             self._withdraw(waiting)
             raise
 
-    async def timeline(self) -> pb.ServableTimeline:
-        """What its Worker and agents have recorded; Unavailable if there is no Worker now."""
+    async def timeline(self, timeout: float) -> pb.ServableTimeline:
+        """What its Worker and agents tell within `timeout` seconds; Unavailable if there is no Worker now."""
         if self._stream is None or not self._announced:
             raise Unavailable(f"{self} has no Worker now: {self.reason}")
         reply = pb.ServableTimeline(name=self.name, version=self.version)
-        return await self._inquiries.ask(self._stream.send, reply, str(self), self.settings.timeline_timeout)
+        return await self._inquiries.ask(self._stream.send, reply, str(self), timeout)
 
     def fail_all(self, error: ShardserveError) -> None:
         """Answers whatever waits with `error`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -41,15 +42,16 @@ class Inquiries:
     async def ask(
         self, send: Callable[[msgspec.Struct], object], reply: pb.ServableTimeline, what: str, timeout: float
     ) -> pb.ServableTimeline:
-        """The reply, completed by the Worker; DeadlineExceeded if that takes longer than `timeout` seconds."""
+        """The reply, completed by the Worker; DeadlineExceeded if that takes longer than `timeout` seconds, of which
+        agents that don't answer have half."""
         number = next(self._numbers)
         inquiry = self._under_way[number] = _Inquiry(reply)
-        send(front.AskTimeline(number))
+        send(front.AskTimeline(number, time.monotonic() + timeout))
         try:
             return await asyncio.wait_for(inquiry.answer, timeout)
         except asyncio.TimeoutError:
             raise DeadlineExceeded(
-                f"waited {timeout:g} s for the Worker of {what} to tell what it recorded (timeline_timeout)"
+                f"waited {timeout:.3g} s for the Worker of {what} to tell what it recorded"
             ) from None
         finally:
             del self._under_way[number]
@@ -116,16 +118,22 @@ def _rank(part: front.RankTimeline) -> pb.RankTimeline:
     )
 
 
-async def report(router: Router, name: str, version: int) -> pb.TimelineReply:
+async def report(router: Router, name: str, version: int, left: float | None) -> pb.TimelineReply:
     """Of the servable with this name (version 0: the latest), or of all if it is empty: then one that can't answer has
-    its reason instead. NotFound, Unavailable or DeadlineExceeded says why the one that is named can't."""
+    its reason instead. NotFound, Unavailable or DeadlineExceeded says why the one that is named can't. left: seconds
+    until the client's deadline, None if it has none; what is known is given a little before it."""
+    settings = router.settings
+    timeout = settings.timeline_timeout
+    if left is not None:
+        timeout = min(timeout, left - min(settings.deadline_margin, left / 10))
     if name:
-        return pb.TimelineReply(servables=[await router.find(name, version).timeline()])
-    return pb.TimelineReply(servables=await asyncio.gather(*map(_timeline_or_reason, router.servables)))
+        return pb.TimelineReply(servables=[await router.find(name, version).timeline(timeout)])
+    asked = (_timeline_or_reason(servable, timeout) for servable in router.servables)
+    return pb.TimelineReply(servables=await asyncio.gather(*asked))
 
 
-async def _timeline_or_reason(servable: Servable) -> pb.ServableTimeline:
+async def _timeline_or_reason(servable: Servable, timeout: float) -> pb.ServableTimeline:
     try:
-        return await servable.timeline()
+        return await servable.timeline(timeout)
     except ShardserveError as error:
         return pb.ServableTimeline(name=servable.name, version=servable.version, reason=str(error))

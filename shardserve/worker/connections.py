@@ -113,8 +113,8 @@ class FrontConnection:
                 self._requests.infer(self.stream, message, payload)
             case front.Cancel(request=request):
                 self._requests.cancel(request)
-            case front.AskTimeline(request=request):
-                self._worker.inquiries.ask(self.stream, request)
+            case front.AskTimeline(request=request, deadline=deadline):
+                self._worker.inquiries.ask(self.stream, request, deadline)
 
     def _lost(self, reason: Exception | None) -> None:
         if self._requests is not None:

@@ -76,7 +76,7 @@ class Inquiry:
 
 class Inquiries:
     """Asks all agents; each answer goes on to Main as it comes. Who is gone, or says nothing for half of
-    timeline_timeout, is named as missing."""
+    the time until the deadline, is named as missing."""
 
     def __init__(self, groups: Sequence[ReplicaGroup], settings: Settings) -> None:
         self._groups = groups
@@ -84,7 +84,8 @@ class Inquiries:
         self._numbers = count(1)
         self._under_way: dict[int, Inquiry] = {}
 
-    def ask(self, stream: FrameStream[front.ToWorker], request: int) -> None:
+    def ask(self, stream: FrameStream[front.ToWorker], request: int, deadline: float) -> None:
+        """deadline: on CLOCK_MONOTONIC."""
         number = next(self._numbers)
         inquiry = self._under_way[number] = Inquiry(stream, request)
         # First: what is answered by now, the agents have recorded, too.
@@ -94,8 +95,8 @@ class Inquiries:
             for agent in replica.agents.values():
                 inquiry.pending[agent] = time.monotonic()
                 agent.stream.send(group.AskTimes(number))
-        later = asyncio.get_running_loop().call_later
-        inquiry.timer = later(self._settings.timeline_timeout / 2, self._timed_out, number)
+        wait = max(0.0, deadline - time.monotonic()) / 2
+        inquiry.timer = asyncio.get_running_loop().call_later(wait, self._timed_out, number)
         self._end_if_complete(number, inquiry)
 
     def answered(self, replica: ReplicaGroup, agent: AgentHandle, message: group.Clock | group.Times) -> None:

@@ -130,7 +130,7 @@ def test_only_the_last_seconds(served, tmp_path):
 
 
 def test_a_rank_that_was_killed_and_one_that_is_stopped(transformer, tmp_path):
-    with transformer.up(SHARDSERVE_TIMELINE_TIMEOUT="1", SHARDSERVE_TIMELINE_STEPS="8") as up:
+    with transformer.up(SHARDSERVE_TIMELINE_STEPS="8") as up:
         drive(up, clients=1, requests=20)
         os.kill(up.pids()[1], signal.SIGKILL)
         drive(up, clients=1, requests=4)
@@ -149,7 +149,7 @@ def test_a_rank_that_was_killed_and_one_that_is_stopped(transformer, tmp_path):
         stopped = up.pids()[3]
         os.kill(stopped, signal.SIGSTOP)
         try:
-            done = shardserve("trace", up.grpc, "--out", tmp_path / "trace.json")
+            done = shardserve("trace", up.grpc, "--timeout", "2", "--out", tmp_path / "trace.json")
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert done.returncode == 0

@@ -116,9 +116,11 @@ class Announce(Message, frozen=True):
 
 class AskTimeline(Message, frozen=True):
     """Answered by a `ReplicaTimeline` for each replica, a `RankTimeline` for each rank that is there, and then
-    `TimelineEnd`. Requests have numbers of their own."""
+    `TimelineEnd`. Requests have numbers of their own. deadline: for all of that; ranks have half of the time until
+    then, so that what others have told still comes in time."""
 
     request: int
+    deadline: float
 
 
 class ReplicaTimeline(Message, frozen=True):

@@ -1,6 +1,7 @@
 """`Admin.Timeline`, as clients see it, over scripted Workers."""
 
 import asyncio
+import time
 
 import pytest
 from main_harness import Launcher, Worker, announce, attached
@@ -120,8 +121,30 @@ def test_a_worker_that_says_nothing(monkeypatch):
     assert isinstance(one, DeadlineExceeded)
     assert "waited 0.1 s for the Worker of servable 'echo' version 1 to tell what it recorded" in str(one)
     reasons = [servable["reason"] for servable in all_of_them["servables"]]
-    assert "timeline_timeout" in reasons[0]
+    assert "waited 0.1 s for the Worker" in reasons[0]
     assert reasons[1] == ""
+
+
+@pytest.mark.parametrize(("timeout", "given"), [(4.0, 4.0), (100.0, 10.0), (None, 10.0)])
+def test_a_worker_has_until_shortly_before_the_clients_deadline(timeout, given):
+    """And timeline_timeout (10 s) at most."""
+    asked = []
+
+    def notes(worker, message, payload):
+        asked.append(message.deadline - time.monotonic())
+        tells(worker, message, payload)
+
+    ask(Worker(notes), calls=[lambda address: timeline(address, timeout=timeout)])
+    [left] = asked
+    assert given - 1 < left <= given
+
+
+def test_others_are_told_of_when_a_worker_says_nothing_until_the_clients_deadline():
+    workers = Worker(keeps_silent), Worker(tells, announce("other"))
+    [found] = ask(*workers, calls=[lambda address: timeline(address, timeout=1)])
+    silent, other = found["servables"]
+    assert "for the Worker of servable 'echo' version 1 to tell what it recorded" in silent["reason"]
+    assert len(other["replicas"]) == 1
 
 
 def test_a_worker_that_dies_meanwhile():

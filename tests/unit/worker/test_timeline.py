@@ -1,6 +1,7 @@
 """What a Worker records of its steps and gathers from its agents."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -64,7 +65,7 @@ async def test_agents_are_asked_and_main_is_told(tmp_path, free_port):
     async with Scene(tmp_path, free_port) as scene:
         _, agents = await scene.agents(0, 1)
         main = await scene.main()
-        main.send(front.AskTimeline(9))
+        main.send(front.AskTimeline(9, time.monotonic() + 60))
         for agent in agents:
             asked = await agent.next(group.AskTimes)
             agent.send(group.Clock(asked.request, 1e9))
@@ -99,7 +100,7 @@ async def test_the_clock_of_another_host(tmp_path, free_port):
             agent.send(group.Formed((await agent.next(group.Form)).generation))
         main = await scene.main()
         before = loop.time()
-        main.send(front.AskTimeline(1))
+        main.send(front.AskTimeline(1, time.monotonic() + 60))
         asked = await agents[0].next(group.AskTimes)
         agents[0].send(group.Clock(asked.request, before + 500))
         agents[0].send(group.Times(asked.request, ONE))
@@ -111,16 +112,16 @@ async def test_the_clock_of_another_host(tmp_path, free_port):
 
 @asynchronous
 async def test_a_rank_that_says_nothing_and_one_that_leaves_are_missing(tmp_path, free_port):
-    async with Scene(tmp_path, free_port, timeline_timeout=0.2) as scene:
+    async with Scene(tmp_path, free_port) as scene:
         _, agents = await scene.agents(0, 1)
         main = await scene.main()
-        main.send(front.AskTimeline(1))
+        main.send(front.AskTimeline(1, time.monotonic() + 0.2))
         late = await agents[0].next(group.AskTimes)
         await agents[1].next(group.AskTimes)
         agents[1].stream.abort()
         assert (await main.next(front.TimelineEnd)).missing == (0, 1)
         agents[0].send(group.Times(late.request, ONE))
-        main.send(front.AskTimeline(2))
+        main.send(front.AskTimeline(2, time.monotonic() + 60))
         asked = await agents[0].next(group.AskTimes)
         agents[0].send(group.Times(asked.request, NOTHING))
         assert (await main.next(front.RankTimeline)).request == 2
