@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -16,6 +16,8 @@ from shardserve.export.symbols import Dim, product
 REACH = 80
 """How many nodes before a value are searched for the parameter that makes it."""
 ROUNDS = 16
+FEW = 8
+"""Up to how many blocks of a fused projection are looked at one by one."""
 
 
 class Grower:
@@ -43,8 +45,26 @@ class Grower:
                 found[shard] = None
                 if shard.blocks == 1:
                     pending += [Shard(shard.dim, blocks) for blocks in taken_apart(outcome, size, self.probe)]
+                else:
+                    pending += self._finer(tensor, shard, size, outcome)
             self._variants[tensor] = tuple(found)
         return self._variants[tensor]
+
+    def _finer(self, tensor: str, shard: Shard, size: int, outcome: Outcome) -> Iterator[Shard]:
+        """The same with a block taken apart further, as keys and values that are split off together: where that gathers
+        less.
+        """
+        blocks = shard.blocks if isinstance(shard.blocks, tuple) else (size // shard.blocks,) * shard.blocks
+        if len(blocks) > FEW:
+            return
+        for index, block in enumerate(blocks):
+            for parts in taken_apart(outcome, block, self.probe):
+                if not isinstance(parts, tuple):
+                    parts = (block // parts,) * parts if parts <= FEW and block % parts == 0 else (block,)
+                finer = Shard(shard.dim, (*blocks[:index], *parts, *blocks[index + 1 :]))
+                tried = self.probe({tensor: finer}) if finer.divides(size, self.probe.size) else None
+                if tried is not None and len(tried.gathers) < len(outcome.gathers):
+                    yield finer
 
     def undivided(self, tensor: str) -> dict[int, str]:
         """Dims along which cutting a tensor leads nowhere, and why: what it makes, or takes, is viewed as a number of

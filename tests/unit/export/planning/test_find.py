@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.fused import Apart, Fused, by_heads, by_slices, by_slices_of_heads, by_split
+from models.fused import Apart, Fused, by_heads, by_slices, by_slices_of_heads, by_split, keys_and_values_together
 from models.zoo import CASES
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ def test_fused_projections_are_cut_in_blocks() -> None:
     assert placements["o.weight"] == placements["down.weight"] == "Shard(1)"
 
 
-@pytest.mark.parametrize("apart", [by_split, by_slices, by_heads, by_slices_of_heads])
+@pytest.mark.parametrize("apart", [by_split, by_slices, by_heads, by_slices_of_heads, keys_and_values_together])
 def test_fused_projections_of_unequal_parts_are_cut_by_heads(apart: Apart) -> None:
     blocks = "Shard(0, blocks=(16, 8, 8))"
     assert found(Fused(apart), torch.randn(2, 5, 16)) == {
