@@ -1,24 +1,46 @@
-"""Every timeout and limit of the system, in one place.
+"""Every timeout and limit of the system, in one place; docs/settings.md has them for users.
 
 A field is set by the environment variable SHARDSERVE_<NAME IN CAPITALS> of the launcher or of `startup_agents`; the
 processes that they start inherit it. Times are in seconds, sizes in bytes. A variable whose name is nearly one of these
-is an error; others that begin so are left alone: Kubernetes sets some for a service that is called shardserve.
+is an error; of others that begin so the process that the user starts warns, except of those that Kubernetes sets for a
+service that is called shardserve.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from shardserve.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "SHARDSERVE_"
 # As difflib counts it: STEP_TIMEOT and TIMEOUT are meant to be STEP_TIMEOUT; SERVICE_PORT is nothing of ours.
 MISSPELT = 0.7
 
-MOST_STEPS = 1 << 18
+# Of the services shardserve, shardserve-grpc, …: SHARDSERVE_SERVICE_HOST, SHARDSERVE_GRPC_PORT_5500_TCP_ADDR, …
+OF_KUBERNETES = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+
+# poll() takes no more than 2**31 ms; 11 days are as good as for ever.
+LONGEST = 1_000_000
+MOST = (1 << 31) - 1
+MOST_BYTES = 1 << 50
+GREATEST = {
+    # A probe of TCP keepalive can wait 32767 s; it begins after half of this.
+    "peer_timeout": 65_534,
+    # Each step in flight keeps its inputs.
+    "steps_ahead": 1024,
+    # One message has to take them.
+    "timeline_steps": 1 << 18,
+    "agent_threads": 1024,
+    # Mapped by each rank, two for each of its group.
+    "collective_slot_bytes": 1 << 30,
+}
 
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo"),
@@ -92,7 +114,8 @@ class Settings:
     max_calls: int = 8192
     """gRPC calls under way at one address, those that watch the health included; over it, RESOURCE_EXHAUSTED."""
     max_unsent_bytes: int = 1 << 30
-    """What a Worker hasn't taken from its connection to Main yet."""
+    """Frames of Main to one Worker that its connection hasn't taken yet, without what is in shared memory; over it,
+    Overloaded."""
     max_submissions: int = 3
     """Workers that may end under one request; then it is Aborted, so that none takes a service down for ever."""
     deadline_margin: float = 0.02
@@ -108,8 +131,8 @@ class Settings:
     """Steps under way in a group beyond one a pipeline stage: a stage's next input is there when it has finished a
     step. The more there are, the earlier batches are closed, and the less is in them."""
     timeline_steps: int = 4096
-    """Whose times each agent, and a Worker for each replica, remembers for `shardserve trace`, in about 300 bytes each;
-    at most 262144."""
+    """Whose times each agent, and a Worker for each replica, remembers for `shardserve trace`, in about 300 bytes
+    each."""
     timeline_timeout: float = 10.0
     """At most, for a Worker to tell Main what was recorded, where the client's deadline isn't nearer; for its agents to
     tell the Worker, half of that."""
@@ -137,24 +160,14 @@ class Settings:
     join_secret_file: str = ""
     """The secret of the distributed address where the argument join_secret_file isn't given; a path as that one."""
 
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"setting {name}={getattr(self, name)!r} is none of {', '.join(known)}")
-        # One message has to take them.
-        if self.timeline_steps > MOST_STEPS:
-            raise ConfigError(f"setting timeline_steps={self.timeline_steps} is more than {MOST_STEPS}")
-
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """ConfigError names the variable that isn't a positive number, or is misspelt."""
+        """ConfigError names the variable that isn't a positive number, is too large, none of its choices, or
+        misspelt."""
         given: dict[str, float | int | str] = {}
         known = {field.name.upper(): field for field in fields(cls)}
-        for name in sorted(environment):
-            ours = name.removeprefix(PREFIX)
-            if ours == name or ours in known:
-                continue
-            if near := difflib.get_close_matches(ours.upper(), known, 1, MISSPELT):
+        for name in _unknown(environment):
+            if near := difflib.get_close_matches(name.removeprefix(PREFIX).upper(), known, 1, MISSPELT):
                 raise ConfigError(f"environment variable {name} is no setting; did you mean {PREFIX}{near[0]}?")
         for ours, field in known.items():
             name = PREFIX + ours
@@ -162,6 +175,9 @@ class Settings:
             if text is None:
                 continue
             if field.type == "str":
+                choices = CHOICES.get(field.name)
+                if choices is not None and text not in choices:
+                    raise ConfigError(f"environment variable {name}={text!r} is none of {', '.join(choices)}")
                 given[field.name] = text
                 continue
             try:
@@ -170,5 +186,23 @@ class Settings:
                 value = -1
             if not 0 < value < float("inf"):
                 raise ConfigError(f"environment variable {name}={text!r} is not a positive {field.type}")
+            if value > (greatest := _greatest(field.name, field.type == "int")):
+                raise ConfigError(f"environment variable {name}={text!r} is more than {greatest}")
             given[field.name] = value
         return cls(**given)  # type: ignore[arg-type]
+
+
+def warn_of_unknown(environment: Mapping[str, str] = os.environ) -> None:
+    """A warning for each variable that looks like ours and is no setting."""
+    for name in _unknown(environment):
+        if not OF_KUBERNETES.fullmatch(name.removeprefix(PREFIX)):
+            logger.warning("environment variable %s is no setting, and ignored", name)
+
+
+def _unknown(environment: Mapping[str, str]) -> list[str]:
+    known = {PREFIX + field.name.upper() for field in fields(Settings)}
+    return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+
+
+def _greatest(name: str, whole: bool) -> int:
+    return GREATEST.get(name, LONGEST if not whole else MOST_BYTES if name.endswith("_bytes") else MOST)

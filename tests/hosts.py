@@ -19,14 +19,14 @@ from serving import MARK, Processes
 
 from shardserve.client import Client, status
 
-NO_SKIP = "SHARDSERVE_TESTS_NO_SKIP"
+NO_SKIP = "TESTS_NO_SKIP"
 PREFIX = "10.231.7"
 START_SECONDS = 60
 _numbers = itertools.count()
 
 
 def need_hosts() -> None:
-    """Skips where namespaces can't be made; with SHARDSERVE_TESTS_NO_SKIP=1 it fails instead."""
+    """Skips where namespaces can't be made; with TESTS_NO_SKIP=1 it fails instead."""
     reason = None
     if os.geteuid() != 0:
         reason = "network namespaces need root"

@@ -27,7 +27,7 @@ from shardserve.export import Plan, export
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-MARK = "SHARDSERVE_TEST_MARK"
+MARK = "TEST_MARK"
 START_SECONDS = 90
 BLOCK = 32
 

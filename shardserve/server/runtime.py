@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from shardserve.errors import ShardserveError, StartError
 from shardserve.log import log_in_scripts
+from shardserve.settings import warn_of_unknown
 
 T = TypeVar("T")
 
@@ -183,6 +184,8 @@ def current_runtime() -> Runtime:
     global _runtime
     if _runtime is None or not _runtime.alive:
         log_in_scripts()
+        if _runtime is None:
+            warn_of_unknown()
         _runtime = Runtime()
         _handle_signals(_runtime)
         _stop_on_uncaught(_runtime)

@@ -21,7 +21,7 @@ def run(name, *arguments, folder=EXAMPLES, script="run.py"):
 
 
 def need(*packages):
-    """Skips without the extra `examples`; with SHARDSERVE_TESTS_NO_SKIP=1 it fails instead."""
+    """Skips without the extra `examples`; with TESTS_NO_SKIP=1 it fails instead."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         reason = f"the extra 'examples' isn't installed: {', '.join(missing)}"

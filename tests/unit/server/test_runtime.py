@@ -90,6 +90,19 @@ def test_wrong_settings_end_the_script(tmp_path, free_port):
         assert "environment variable SHARDSERVE_STEP_TIMEOUT='soon' is not a positive float" in stderr
 
 
+def test_a_variable_that_is_no_setting_is_named_once(tmp_path, free_port):
+    text = f"""
+        for _ in range(2):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            server.stop()
+    """
+    with Script(tmp_path, text, SHARDSERVE_FOO="1") as script:
+        code, stderr = script.end()
+        assert code == 0
+        (line,) = stderr.splitlines()
+        assert line.endswith("environment variable SHARDSERVE_FOO is no setting, and ignored")
+
+
 def test_wrong_settings_that_are_caught_leave_nothing_running(tmp_path, free_port):
     text = f"""
         try:
