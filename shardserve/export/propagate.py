@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export import rules, rules_channels, rules_dims, rules_index, rules_updates
+from shardserve.export import rules
 from shardserve.export.emit import Call, Emitter, LocalNode, Unplaceable, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import module_of, operator_advice
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards import operators
-
-# Importing them registers their rules.
-_TABLES = (rules_dims, rules_channels, rules_index, rules_updates)
-assert all(table.rule is rules.rule for table in _TABLES)
 
 _CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Placement, Shard
-from shardserve.export.rules import rule
+from shardserve.export.rules.table import rule
 
 Result = Value | list[Value] | None
 

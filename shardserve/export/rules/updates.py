@@ -10,8 +10,8 @@ from typing import Any
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Replicate, Shard
-from shardserve.export.rules import pointwise, rule
-from shardserve.export.rules_index import result_dims
+from shardserve.export.rules.index import result_dims
+from shardserve.export.rules.table import pointwise, rule
 
 Result = Value | list[Value] | None
 

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
-from shardserve.export.rules import pointwise, rule
+from shardserve.export.rules.table import pointwise, rule
 from shardserve.export.symbols import divide
 
 Result = Value | list[Value] | None
