@@ -23,10 +23,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add_version_argument(parser)
 
 
-def add_version_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--version", type=_version, default=0, metavar="N", help="the servable's version (default: the latest)"
-    )
+def add_version_argument(parser: argparse.ArgumentParser, what: str = "the servable's version") -> None:
+    parser.add_argument("--version", type=_version, default=0, metavar="N", help=f"{what} (default: the latest)")
 
 
 def add_input_argument(parser: argparse.ArgumentParser) -> None:

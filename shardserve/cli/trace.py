@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardserve.cli import events, values
+from shardserve.cli.codes import WrongUsage
 from shardserve.cli.inputs import add_version_argument
 from shardserve.cli.progress import shown_progress
 from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
@@ -34,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_address_argument(parser)
     parser.add_argument("--servable", default="", metavar="NAME", help="only this servable (default: all)")
-    add_version_argument(parser)
+    add_version_argument(parser, "its version; needs --servable")
     parser.add_argument(
         "--seconds",
         type=values.not_negative,
@@ -49,6 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.version and not args.servable:
+        raise WrongUsage("--version: give --servable, too")
     try:
         config = tls_config(args)
         values.check_folder(args.out)

@@ -114,6 +114,7 @@ WRONG_USAGE = [
     (("trace", "127.0.0.1:5500"), "--out"),
     ((*TRACE, "--seconds", "-1"), "--seconds: '-1'"),
     ((*TRACE, "--version", "x"), "--version: 'x'"),
+    ((*TRACE, "--version", "1"), "--version: give --servable, too"),
 ]
 
 
