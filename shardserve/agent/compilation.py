@@ -20,7 +20,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -55,6 +55,12 @@ class Manifest(msgspec.Struct, frozen=True):
 def manifest_name(ones: frozenset[str]) -> str:
     """The file of the variant in which these dims are 1."""
     return "-".join(["manifest", *sorted(ones)]) + ".json"
+
+
+def described(graph_file: str, dims: Sequence[str], ones: frozenset[str]) -> str:
+    """The variant, as users know the graph and its dims: `DIR/net.graph.json with batch >= 2`."""
+    sizes = ", ".join(f"{dim} {'= 1' if dim in ones else '>= 2'}" for dim in dims)
+    return f"{graph_file} with {sizes}" if sizes else graph_file
 
 
 def cache_folder(graph_sha256: str, threads: int, environment: Mapping[str, str] = os.environ) -> Path:
@@ -160,7 +166,9 @@ class Compilation:
             # Whatever it was, the graph itself runs as well.
             logger.warning("rank %d: steps stay eager", rank, exc_info=True)
         else:
-            logger.info("rank %d: steps are compiled from now on (%s)", rank, manifest_name(ones))
+            logger.info(
+                "rank %d: steps are compiled from now on: %s", rank, described(self._files[0], self._dims, ones)
+            )
 
     def _compiled(self, folder: Path, ones: frozenset[str]) -> Manifest:
         target = folder / manifest_name(ones)

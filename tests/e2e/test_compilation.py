@@ -62,16 +62,18 @@ def test_eager_at_once_and_compiled_later_with_the_same_answers(served_model, tm
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             asking = [pool.submit(ask, up, count) for count in (1, 4)]
             try:
-                swapped = 0
+                swapped = []
                 for line in up.process.stderr:
                     assert "stay eager" not in line
-                    swapped += SWAPPED in line
-                    if swapped == VARIANTS:
+                    if SWAPPED in line:
+                        swapped.append(line.partition(SWAPPED)[2].strip())
+                    if len(swapped) == VARIANTS:
                         break
             finally:
                 done.set()
             # While the compiler worked, steps went on.
             assert all(count.result(60) > VARIANTS for count in asking)
-        assert swapped == VARIANTS
+        for line, sizes in zip(sorted(swapped), ("= 1", ">= 2"), strict=True):
+            assert line.endswith(f"net.graph.json with batch {sizes}")
     for ones in (frozenset(), frozenset({"batch"})):
         assert list(tmp_path.glob(f"shardserve/compiled/*/{manifest_name(ones)}"))

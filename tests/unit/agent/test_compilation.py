@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from shardserve.agent.compilation import Compilation, CompilationError, Manifest, cache_folder, manifest_name
+from shardserve.agent.compilation import Compilation, CompilationError, Manifest, cache_folder, described, manifest_name
 from shardserve.export import Plan, export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
@@ -141,6 +141,11 @@ def test_conditions_that_do_not_hold(shards):
     assert compilation.choose((4,)) is program._forward
     assert compilation.choose((5,)) is None
     assert compilation.choose((50,)) is None
+
+
+def test_a_variant_is_named_by_its_file_and_sizes():
+    assert described("m/net.graph.json", ("batch", "n"), frozenset({"n"})) == "m/net.graph.json with batch >= 2, n = 1"
+    assert described("m/net.graph.json", (), frozenset()) == "m/net.graph.json"
 
 
 def test_a_compilation_that_fails_is_a_warning(shards, tmp_path, monkeypatch, caplog):
