@@ -14,7 +14,7 @@ from typing import Any
 import shardserve
 from shardserve.cli import inputs, plot, values
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.load import Level, loaded
+from shardserve.cli.load import GIVE_UP, Level, loaded, one_line
 from shardserve.cli.progress import shown_progress
 from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
 from shardserve.client import codec
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="measure a server's throughput and latency against the number of clients",
         description="Drives a running server over gRPC with so many clients, each of which sends its next request when "
         "it has its last answer, and prints requests a second and percentiles of the latency for each number of them. "
-        "Exit code 1 if any request failed.",
+        f"Exit code 1 if any request failed. Ends early when nothing can be served for {GIVE_UP:g} s (UNAVAILABLE).",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         with shown_progress() as progress:
             levels = asyncio.run(_measure(args, requests, progress))
     except ShardserveError as error:
-        print(f"shardserve bench: {args.address}: {error}", file=sys.stderr)
+        print(f"shardserve bench: {args.address}: {one_line(error)}", file=sys.stderr)
         return 1
     found = [level.summary(args.instances) for level in levels]
     print("\n".join(table(found)))
@@ -148,6 +148,8 @@ async def _measure(args: argparse.Namespace, requests: Sequence[pb.PredictReques
         for done, concurrency in enumerate(args.concurrency):
             progress("measuring", done, len(args.concurrency))
             levels.append(await load.run(concurrency, args.warmup, args.seconds))
+            if levels[-1].given_up:
+                break
     return levels
 
 
@@ -192,4 +194,6 @@ def _tell_errors(levels: Sequence[Level]) -> int:
         return 0
     first = next(level.first_error for level in levels if level.first_error)
     print(f"shardserve bench: {count} requests failed, the first: {first}", file=sys.stderr)
+    if levels[-1].given_up:
+        print(f"shardserve bench: ended early: for {GIVE_UP:g} s nothing could be served", file=sys.stderr)
     return 1

@@ -15,18 +15,30 @@ import grpc
 import numpy as np
 
 from shardserve.client import SSLConfig, channel, codec
-from shardserve.errors import ShardserveError
+from shardserve.errors import ShardserveError, Unavailable
 from shardserve.wire.stubs import ms_service_pb2 as pb
 
 PREDICT = "/mindspore.serving.proto.MSService/Predict"
 PERCENTILES = (50, 90, 99)
 
+PAUSE = 0.1
+"""Seconds that a client waits after a call that could not be served: such a call fails at once, and clients that try
+again at once are busy with nothing else."""
+
+GIVE_UP = 10.0
+"""Seconds with nothing but such calls, after which the load ends. A server that is respawned is back before."""
+
+
+def one_line(error: ShardserveError) -> str:
+    """Its text, which the server's model may have given line breaks."""
+    return " ".join(str(error).split())
+
 
 @dataclass
 class Level:
     """What one number of clients got. latencies: of the good answers, in seconds. errors: class name → requests, those
-    of the warm-up included. seconds: how long was measured. client_cpu: what this process itself used meanwhile, in
-    cores."""
+    of the warm-up included; first_error is one line. seconds: how long was measured. client_cpu: what this process
+    itself used meanwhile, in cores. given_up: it ended early."""
 
     concurrency: int
     latencies: list[float] = field(default_factory=list)
@@ -34,6 +46,7 @@ class Level:
     first_error: str | None = None
     seconds: float = 0.0
     client_cpu: float = 0.0
+    given_up: bool = False
 
     @property
     def rate(self) -> float:
@@ -72,6 +85,11 @@ class Load:
         self._call = connection.unary_unary(PREDICT, None, pb.PredictReply.FromString)
         self._requests = [request.SerializeToString() for request in requests]
         self._timeout = channel.seconds(timeout)
+        self._away_since: float | None = None
+
+    @property
+    def _given_up(self) -> bool:
+        return self._away_since is not None and time.perf_counter() - self._away_since > GIVE_UP
 
     async def send(self, request: bytes) -> ShardserveError | None:
         """One request; its error, the first one if several of its instances have one."""
@@ -89,7 +107,8 @@ class Load:
                 raise error
 
     async def run(self, concurrency: int, warmup: float, seconds: float) -> Level:
-        """So many clients, for `seconds` after a warm-up of the same kind: counted is what is answered in that time."""
+        """So many clients, for `seconds` after a warm-up of the same kind: counted is what is answered in that time. It
+        ends early, `given_up`, after GIVE_UP seconds of nothing but Unavailable."""
         level = Level(concurrency)
         begin = time.perf_counter() + warmup
         end = begin + seconds
@@ -98,17 +117,24 @@ class Load:
         cpu: list[float] = []
         asyncio.get_running_loop().call_later(warmup, lambda: cpu.append(time.process_time()))
         await asyncio.gather(*(self._client(source, begin, end, level) for _ in range(concurrency)))
-        level.seconds = seconds
+        level.given_up = self._given_up
+        level.seconds = max(0.0, min(end, time.perf_counter()) - begin)
         level.client_cpu = (time.process_time() - cpu[0]) / (time.perf_counter() - begin) if cpu else 0.0
         return level
 
     async def _client(self, source: Iterator[bytes], begin: float, end: float, level: Level) -> None:
-        while (sent := time.perf_counter()) < end:
+        while (sent := time.perf_counter()) < end and not self._given_up:
             error = await self.send(next(source))
             answered = time.perf_counter()
+            if not isinstance(error, Unavailable):
+                self._away_since = None
+            elif self._away_since is None:
+                self._away_since = answered
             if error is not None:
                 level.errors[type(error).__name__] += 1
-                level.first_error = level.first_error or str(error)
+                level.first_error = level.first_error or one_line(error)
+                if isinstance(error, Unavailable):
+                    await asyncio.sleep(max(0.0, min(PAUSE, end - answered)))
             elif begin <= answered < end:
                 level.latencies.append(answered - sent)
 
