@@ -107,7 +107,8 @@ class Settings:
     max_receiving_bytes: int = 2 << 30
     """Bodies of REST requests that are being received and read; over it, Overloaded."""
     receive_timeout: float = 60.0
-    """Without any more of the body of a REST request; then it is DeadlineExceeded, and its connection is closed."""
+    """Without any more of the body of a REST request; then it is DeadlineExceeded, and its connection is closed. A head
+    has as long to come as a whole, from when the connection was made, or a further request began."""
     json_timeout: float = 120.0
     """For the process that reads and writes large JSON bodies, for one of them; then it is killed and replaced, and the
     request gets DeadlineExceeded."""

@@ -26,7 +26,7 @@ from shardserve.errors import (
     ShardserveError,
     Unavailable,
 )
-from shardserve.main import addresses, rest_codec, tls
+from shardserve.main import addresses, rest_codec, rest_protocol, tls
 from shardserve.main.json_bodies import JsonBodies, is_large
 from shardserve.main.rest_body import RestBody, Stalled
 from shardserve.main.router import Decoded, Router, infer
@@ -72,7 +72,7 @@ class RestFront:
         front = cls(router, order)
         config = uvicorn.Config(
             front._app,
-            http="httptools",
+            http=rest_protocol.protocol(router.settings.receive_timeout),
             ws="none",
             lifespan="off",
             log_config=None,
