@@ -38,8 +38,10 @@ TWO_AT_A_TIME := --numprocesses 2 --dist loadgroup
 unit: $(VENV)/.installed-dev ## the tests of single modules
 	$(BIN)/python -m pytest tests/unit $(TWO_AT_A_TIME)
 
+# Those with deaths one after the other: they bound the seconds until answers come again.
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
-	$(BIN)/python -m pytest tests/e2e tests/chaos $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest tests/e2e $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest tests/chaos
 
 system-packages: ## what tests of several hosts need of the system (iproute2, openssl), where apt-get and root are there
 	@command -v ip >/dev/null && command -v openssl >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2 openssl; }
