@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from shardserve.errors import ExportError
 from shardserve.export.assemble import RankShard, assemble, with_all_weights
 from shardserve.export.cost import Sizes
+from shardserve.export.dtypes import check_products
 from shardserve.export.layout import Layout, Planner
 from shardserve.export.layouts import Wanted, choose
 from shardserve.export.plan import Plan
@@ -185,6 +186,7 @@ def _traced(
             kwargs = ordered(model, kwargs)
             names = subgraph.input_names, subgraph.output_names
             traces[name] = trace(model, args, kwargs, subgraph.dynamic_shapes, *names, program)
+            check_products(traces[name].graph)
     return with_own_constants(model, traces) if len(traces) > 1 else traces
 
 

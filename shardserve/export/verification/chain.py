@@ -16,8 +16,8 @@ from shardserve.export.verification.compare import Worst, abs_error, close
 from shardserve.export.verification.parting import ways_to_cut, where_they_part
 from shardserve.export.verification.running import Shards
 from shardserve.export.verification.sizes import cases, in_words, inputs_of, nearest
-from shardserve.export.verification.unsharded import Unsharded, restoring
-from shardserve.export.verification.verify import VerifyResult
+from shardserve.export.verification.unsharded import Unsharded, raised, restoring
+from shardserve.export.verification.verify import VerifyResult, uncompared
 from shardserve.export.write import part
 from shardserve.progress import Progress, quietly
 from shardserve.shards.graph import dtype_name
@@ -126,12 +126,14 @@ class _Chain:
 
     def result(self) -> VerifyResult:
         """The errors are of each subgraph's outputs, then of the buffers after each."""
-        outputs = [worst.error() for outputs in self._outputs.values() for worst in outputs]
-        errors = (*outputs, *(worst.error() for worst in self._buffers.values()))
+        outputs = [worst for outputs in self._outputs.values() for worst in outputs]
+        errors = (*(worst.error() for worst in outputs), *(worst.error() for worst in self._buffers.values()))
         worst = max(errors, key=lambda error: error.max_abs)
         where = f"{worst.name} with {worst.where}"
-        parting, sizes, notes = self.parting, tuple(self.sizes), tuple(self.notes)
-        return VerifyResult(worst.max_abs, where, not parting, sizes, errors, parting, notes)
+        parting, sizes = self.parting, tuple(self.sizes)
+        without, notes = uncompared({worst.name: worst for worst in outputs}, self._model)
+        passed = not parting and not without
+        return VerifyResult(worst.max_abs, where, passed, sizes, errors, parting, (*self.notes, *notes), without)
 
     def run(self, steps: Sequence[_Step]) -> None:
         """One chain, up to the first step that gives something else than the model, or in which the model raises."""
@@ -165,7 +167,7 @@ class _Chain:
             yield
 
     def _raised(self, where: str, error: Exception) -> None:
-        said = f"with {where} the model itself raises {type(error).__name__}: {error}"
+        said = raised(where, error)
         if not self.sizes:
             raise ExportError(f"the subgraphs can't be compared one after the other: {said}") from error
         self.notes.append(said)

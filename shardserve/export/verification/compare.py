@@ -58,10 +58,12 @@ class OutputError:
 
 
 class Worst:
-    """The largest errors of one output so far."""
+    """The largest errors of one output so far, and what of it there was nothing to compare in."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._abs, self._relative, self._where = name, 0.0, 0.0, ""
+        self.name, self._abs, self._relative, self._where = name, 0.0, 0.0, ""
+        self._finite, self._nans = False, ""
+        self._without: set[str] = set()
 
     def take(self, got: Tensor, wanted: Tensor, where: str) -> None:
         """Another comparison."""
@@ -69,6 +71,28 @@ class Worst:
         if error > self._abs or not self._where:
             self._abs, self._where = error, where
         self._relative = max(self._relative, relative_error(got, wanted))
+        if not wanted.numel():
+            return
+        nans = int((wanted != wanted).sum())
+        if nans and not self._nans:
+            self._nans = f"{nans} of {wanted.numel()} elements with {where}"
+        if bool(wanted.isfinite().any() if wanted.is_complex() else wanted.double().isfinite().any()):
+            self._finite = True
+        else:
+            self._without.add("infinite" if not nans else "nan" if nans == wanted.numel() else "nan or infinite")
 
     def error(self) -> OutputError:
-        return OutputError(self._name, self._abs, self._relative, self._where)
+        return OutputError(self.name, self._abs, self._relative, self._where)
+
+    @property
+    def uncompared(self) -> str:
+        """What it is everywhere, if no comparison had a finite value: "nan", "infinite" …; infinities and NaNs that
+        agree say nothing of the shards."""
+        if self._finite or not self._without:
+            return ""
+        return next(iter(self._without)) if len(self._without) == 1 else "nan or infinite"
+
+    @property
+    def nans(self) -> str:
+        """How much of it is NaN, and where that was first; empty where nothing is."""
+        return self._nans

@@ -46,6 +46,11 @@ class Unsharded:
             return [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if leaf is not None]
 
 
+def raised(where: str, error: Exception) -> str:
+    """A line on the sizes at which the model raises without being sharded."""
+    return f"with {where} the model itself raises {type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
 def restoring(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """What is done to these buffers of the model in it is undone afterwards: a forward writes into them, or puts

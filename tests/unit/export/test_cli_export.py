@@ -94,6 +94,19 @@ def two():
 def two_and_an_example():
     return Two(), (torch.ones(2, 4),), two()[2]
 
+def ill():
+    model = nn.Linear(4, 4)
+    model.weight.data[:] = float("nan")
+    return model, (torch.ones(2, 4),)
+
+def half():
+    torch.manual_seed(0)
+    plan = {"parameters": {"weight": "Shard(1)"}}
+    return nn.Linear(256, 64).bfloat16(), (torch.randn(8, 256).bfloat16(),), {"plan": plan}
+
+def whole_numbers():
+    return nn.Sequential(nn.Linear(4, 4)), (torch.ones(2, 4, dtype=torch.int64),)
+
 def leaves():
     raise SystemExit(3)
 """
@@ -176,6 +189,20 @@ def test_a_plan_is_found_saved_and_read_again(run, tmp_path: Path) -> None:
     assert run("userland:planned", *words[1:], "--plan", "auto")[0] == 0
 
 
+def test_fails_where_nothing_was_compared(run) -> None:
+    code, out, err = run("userland:ill", "--name", "m", "--out", "model", "--verify")
+    assert code == 1
+    assert "the model holds nan itself: 'weight'\n" in out
+    assert err == "shardserve export: output 'output' is nan everywhere: nothing was compared\n"
+
+
+def test_of_half_precision_the_tolerance_is_named(run) -> None:
+    words = ("userland:half", "--name", "m", "--out", "model", "--tp", "2", "--verify", "--atol", "0", "--rtol", "0")
+    code, _, err = run(*words)
+    assert code == 1
+    assert err.endswith("; a model in bfloat16 needs more, as --atol 0.05 --rtol 0.05\n")
+
+
 def test_fails_above_the_tolerance(run) -> None:
     words = ("userland:planned", "--name", "m", "--out", "model", "--tp", "2", "--verify")
     code, out, err = run(*words, "--atol", "0", "--rtol", "0")
@@ -196,6 +223,7 @@ def test_fails_above_the_tolerance(run) -> None:
         (("nowhere:f",), "can't import 'nowhere'"),
         (("userland:raises",), "userland:raises raised: {here}/userland.py, line {line}: ValueError: out of cheese"),
         (("userland:inside",), "userland:inside raised: {here}/userland.py, line {deep}: RuntimeError: "),
+        (("userland:whole_numbers",), "module '0' multiplies int64 by float32 (aten.linear.default), which raises"),
         (("userland:leaves",), "userland:leaves raised: {here}/userland.py, line"),
         (("broken:f",), "can't import 'broken': {here}/broken.py, line 2: NameError: name 'nothing' is not defined"),
         (("half:f",), "can't import 'half': SyntaxError: "),

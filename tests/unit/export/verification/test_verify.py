@@ -15,7 +15,7 @@ from models.zoo import CASES
 from torch import Tensor, nn
 from torch.export import Dim
 
-from shardserve.errors import InvalidInput
+from shardserve.errors import ExportError, InvalidInput
 from shardserve.export import Plan, export, verify
 from shardserve.export.verification.compare import abs_error, close, relative_error
 from shardserve.shards.config import ShardConfig
@@ -174,6 +174,70 @@ def test_given_inputs_take_the_place_of_the_example_s(tmp_path: Path) -> None:
     for wrong, message in (({}, "input 'x' is missing"), ({"x": torch.ones(2, 2, dtype=torch.int64)}, "dtype float32")):
         with pytest.raises(InvalidInput, match=message):
             verify(model, args, None, tmp_path, "m", inputs=wrong)
+
+
+class Logarithm(nn.Module):
+    """NaN of negative elements, in `y` alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": torch.log(x) * self.scale, "z": x + self.scale}
+
+
+PARTLY = "output 'y' is nan in 1 of 2 elements with fixed sizes, which says nothing of the shards"
+
+
+@pytest.mark.parametrize(
+    ("x", "passed", "said"),
+    [
+        ([[1.0, 0.0]], True, None),
+        ([[1.0, -1.0]], True, PARTLY),
+        ([[-1.0, -1.0]], False, "output 'y' is nan everywhere: nothing was compared"),
+        ([[0.0, 0.0]], False, "output 'y' is infinite everywhere: nothing was compared"),
+        ([[0.0, -1.0]], False, "output 'y' is nan or infinite everywhere: nothing was compared"),
+    ],
+)
+def test_what_is_never_finite_was_not_compared(tmp_path: Path, x: list[list[float]], passed: bool, said: str) -> None:
+    model, args = Logarithm().eval(), (torch.tensor(x),)
+    export(model, args, name="m", out=tmp_path)
+    result = verify(model, args, None, tmp_path, "m")
+    assert (result.passed, result.parting, result.max_abs_error) == (passed, "", 0)
+    assert (result.notes if passed else result.uncompared) == ((said,) if said else ())
+
+
+def test_a_model_s_own_nan_is_named(tmp_path: Path) -> None:
+    model, args = Logarithm().eval(), (torch.ones(1, 2),)
+    model.scale.data[1] = math.nan
+    export(model, args, name="m", out=tmp_path)
+    result = verify(model, args, None, tmp_path, "m")
+    assert result.passed
+    assert result.notes[-1] == "the model holds nan itself: 'scale'"
+
+
+class Looked(nn.Module):
+    """Ids of 4 and more are out of range; of several rows, the last has one more than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids + ids.shape[0])
+
+
+def test_what_the_model_itself_raises_is_told(tmp_path: Path) -> None:
+    model, args = Looked().eval(), (torch.tensor([[0, 1], [1, 0]]),)
+    shapes = {"ids": {0: Dim("batch", min=1, max=8)}}
+    export(model, args, name="m", out=tmp_path, dynamic_shapes=shapes)
+    result = verify(model, args, None, tmp_path, "m")
+    assert result.passed
+    assert result.sizes == ({"batch": 2}, {"batch": 1})
+    assert result.notes[-1] == "with batch = 8 the model itself raises IndexError: index out of range in self"
+    with pytest.raises(ExportError, match="with batch = 2 the model itself raises IndexError: index out of range"):
+        verify(model, args, None, tmp_path, "m", inputs={"ids": torch.tensor([[9, 1], [1, 0]])})
 
 
 def test_the_errors_of_tensors() -> None:
