@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from shardserve.errors import ExportError
+
 _LARGEST_RUN = 10**9
 """Bytes of the parameters and buffers of a model that is run to find out why it can't be traced."""
 
@@ -23,7 +25,7 @@ _HINTS = re.compile(
 """What torch adds to a message for those who debug torch."""
 
 _DATA = (
-    "an `if`, a loop or a size depends on the values of a tensor. Write torch.where or torch.cond instead of the `if`, "
+    "an `if`, a loop or a size depends on the values of a tensor. Write torch.where instead of the `if`, "
     "keep the size fixed and mask what doesn't count, and use no .item() or .tolist() of an input"
 )
 _ADVICE: tuple[tuple[str, str], ...] = (
@@ -70,6 +72,25 @@ _OPERATORS: Mapping[str, str] = {
 }
 
 
+_FUNCTIONS: Mapping[str, str] = {
+    "cond": "compute both and choose by torch.where",
+    **dict.fromkeys(
+        ("while_loop", "scan", "map_impl", "associative_scan"),
+        "write a Python loop with as many rounds as the shapes say, and torch.where for what ends earlier",
+    ),
+}
+"""Operators that call functions of the model's."""
+
+
+def refuse_functions(graph: fx.Graph) -> None:
+    """ExportError if an operator of the graph takes functions, as torch.cond does: a shard is one list of calls."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            name = node.target._name
+            advice = f": {_FUNCTIONS[name]}" if name in _FUNCTIONS else ""
+            raise ExportError(f"operator {name}{in_module(node)} takes functions, which shards can't have{advice}")
+
+
 def explain(error: Exception, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Why torch.export can't trace the model: its message, where in the model that was, and what to try."""
     raised = _raised(model, args, kwargs) if _may_run(model) else None
@@ -93,6 +114,12 @@ def module_of(node: fx.Node) -> str:
     """The innermost module that a traced operator belongs to; empty for the model itself, and where that is unknown."""
     stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return stack[-1] if stack else ""
+
+
+def in_module(node: fx.Node) -> str:
+    """The same as words of a message, "in module 'blocks.0'", after a space; nothing where it is the model's own."""
+    module = module_of(node)
+    return f" in module '{module}'" if module else ""
 
 
 def _may_run(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
 from shardserve.export import recurrent, refusals
+from shardserve.export.sources.program import as_traced
 from shardserve.export.symbols import Printer, simplify
 from shardserve.shards.config import DimRange
 from shardserve.shards.expressions import is_name
@@ -84,9 +85,12 @@ def trace(
                 own_args, own_kwargs = _distinct(model, args, kwargs)
                 with recurrent.Kept():
                     program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+            else:
+                as_traced(program)
             _refuse_changed_constants(program)
             functional = program.run_decompositions({})
             recurrent.restore(functional.graph)
+            refusals.refuse_functions(functional.graph)
         except ExportError:
             raise
         except Exception as error:  # torch.export raises whatever the model's own code raises
@@ -170,10 +174,9 @@ def _refuse_changed_constants(program: ExportedProgram) -> None:
         schema = node.target._schema
         if schema.is_mutable:
             shape = list(first.meta["val"].shape)
-            module = refusals.module_of(node)
-            where = f" in module '{module}'" if module else ""
             raise ExportError(
-                f"the model changes a tensor of shape {shape} that isn't one of its buffers ({node.target}{where}): "
+                f"the model changes a tensor of shape {shape} that isn't one of its buffers "
+                f"({node.target}{refusals.in_module(node)}): "
                 "register it by register_buffer, and have the forward take it from the module"
             )
         if any(result.alias_info for result in schema.returns):
@@ -257,15 +260,22 @@ def _dim_names(
 ) -> dict[sympy.Symbol, str]:
     declared = _declared(model, args, kwargs, dynamic_shapes)
     names: dict[sympy.Symbol, str] = {}
-    for index, (input_name, node) in enumerate(inputs.items()):
-        for axis, size in enumerate(node.meta["val"].shape):
-            for symbol in sorted(getattr(simplify(size), "free_symbols", ()), key=str):
-                dim = declared[index].get(axis) if index < len(declared) else None
-                name = getattr(getattr(dim, "root", dim), "__name__", None)
-                if name is None or not is_name(name):
-                    name = f"{input_name}_{axis}" if is_name(f"{input_name}_{axis}") else f"dim_{len(names)}"
-                if symbol not in names:
-                    names[symbol] = name if name not in names.values() else f"{name}_{len(names)}"
+    places = [
+        (simplify(size), axis, input_name, declared[index].get(axis) if index < len(declared) else None)
+        for index, (input_name, node) in enumerate(inputs.items())
+        for axis, size in enumerate(node.meta["val"].shape)
+    ]
+    # What is a size itself has its name before what only another depends on (n of y, x is n + 1).
+    for size, axis, input_name, dim in sorted(places, key=lambda place: not isinstance(place[0], sympy.Symbol)):
+        for symbol in sorted(getattr(size, "free_symbols", ()), key=str):
+            root = getattr(dim, "root", dim)
+            name = getattr(root, "__name__", None)
+            # A size may be written in another dim than the one that it was declared as.
+            written = symbol if dim is None or root is dim else dim.fn(symbol)
+            if name is None or not is_name(name) or written != size:
+                name = f"{input_name}_{axis}" if is_name(f"{input_name}_{axis}") else f"dim_{len(names)}"
+            if symbol not in names:
+                names[symbol] = name if name not in names.values() else f"{name}_{len(names)}"
     return names
 
 

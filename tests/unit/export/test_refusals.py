@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.nn.parameter import is_lazy
@@ -44,7 +45,7 @@ def refusal(model: nn.Module, tmp_path: Path, args: tuple[Any, ...] = (X,), **op
 @pytest.mark.parametrize(
     ("after", "said", "advice"),
     [
-        (lambda y: y if y.sum() > 0 else -y, "data-dependent", "torch.cond"),
+        (lambda y: y if y.sum() > 0 else -y, "data-dependent", "torch.where"),
         (lambda y: y.new_zeros(int(y[0, 0].item())), "data-dependent", "no .item()"),
         (lambda y: y + torch.from_numpy(y.numpy()), "numpy", "Python stage"),
         (lambda y: Result(y), "Result", "register_dataclass"),
@@ -58,6 +59,22 @@ def test_what_to_try(tmp_path: Path, after: Any, said: str, advice: str) -> None
     assert said in message
     assert advice in message
     assert "TORCH_LOGS" not in message
+
+
+def test_operators_that_take_functions(tmp_path: Path) -> None:
+    """The graph has a graph of its own for each function."""
+    identity, negative = lambda y: y.clone(), lambda y: -y
+
+    def chosen(y: Tensor) -> Any:
+        return torch.cond(y.sum() > 0, identity, negative, (y,))
+
+    def repeated(y: Tensor) -> Any:
+        return while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y + 1), (torch.tensor(0), y))
+
+    for after, op, advice in ((chosen, "cond", "torch.where"), (repeated, "while_loop", "Python loop")):
+        message = refusal(nn.Sequential(Model(after)), tmp_path)
+        assert message.startswith(f"operator {op} in module '0' ")
+        assert advice in message
 
 
 def test_the_place_in_the_model(tmp_path: Path) -> None:
@@ -90,7 +107,7 @@ class Counting(nn.Module):
 
 def test_the_model_is_afterwards_as_before(tmp_path: Path) -> None:
     model = Counting()
-    assert "torch.cond" in refusal(model, tmp_path)
+    assert "torch.where" in refusal(model, tmp_path)
     assert (model.runs, model.count.item()) == (1, 0)
 
 
@@ -103,7 +120,7 @@ def test_lazy_parameters_stay_so(tmp_path: Path) -> None:
 def test_a_large_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "_LARGEST_RUN", 99)
     model = Counting()
-    assert "torch.cond" in refusal(model, tmp_path)
+    assert "torch.where" in refusal(model, tmp_path)
     assert model.runs == 0
 
 
