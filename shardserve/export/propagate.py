@@ -25,6 +25,9 @@ _CHECKS = frozenset(
 )
 """What the signature already says: dtypes at the inputs, conditions on the dims."""
 
+_OF_THE_BATCH = frozenset({"_native_batch_norm_legit", "_native_batch_norm_legit_functional"})
+"""Statistics of the batch, which these return: nothing is drawn or written."""
+
 _SYMBOLIC: dict[Any, str] = {
     torch.sym_float: "float",
     torch.sym_int: "int",
@@ -230,7 +233,7 @@ def emit(emitter: Emitter, node: fx.Node, environment: Mapping[fx.Node, Any]) ->
 def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     if not operators.is_allowed(op):
         advice = operator_advice(op._opname)
-        raise ExportError(f"operator {op} isn't one that a shard may call{_where(node)}{advice}")
+        raise ExportError(f"operator {op}{_part_of(node, op)} isn't one that a shard may call{_where(node)}{advice}")
     meaning = node.meta["val"]
     several = not isinstance(meaning, Tensor)
     results = tuple((_shape(fake), fake.dtype) for fake in (meaning if several else (meaning,)))
@@ -243,9 +246,15 @@ def _call(node: fx.Node, op: torch._ops.OpOverload, args: Sequence[Any], kwargs:
         elif argument.has_default_value():
             arguments[argument.name] = argument.default_value
     arguments.pop("pin_memory", None)
-    if arguments.get("dropout_p") or arguments.get("training"):
+    if arguments.get("dropout_p") or (arguments.get("training") and op._opname not in _OF_THE_BATCH):
         raise ExportError(f"{op} draws random numbers or updates statistics{_where(node)}")
     return Call(node.name, op, arguments, results, several, len(node.users) > 1)
+
+
+def _part_of(node: fx.Node, op: torch._ops.OpOverload) -> str:
+    """The function that the model calls, where that is taken apart."""
+    called = node.meta.get("torch_fn", ("", ""))[1].rpartition(".")[2]
+    return f" (of {called})" if called and called != op._opname else ""
 
 
 def _where(node: fx.Node) -> str:

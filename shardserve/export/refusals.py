@@ -62,7 +62,11 @@ _OPERATORS: Mapping[str, str] = {
         "how much it gives depends on the inputs' values: keep the size fixed and mask what doesn't count",
     ),
     **dict.fromkeys(
-        ("rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "dropout"),
+        ("dropout", "native_dropout", "rrelu", "rrelu_with_noise_functional"),
+        "it draws random numbers; in evaluation mode its module (nn.Dropout, nn.RReLU) draws none",
+    ),
+    **dict.fromkeys(
+        ("rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal"),
         "it draws random numbers, and ranks have to agree: make them outside, as an input of the model",
     ),
     **dict.fromkeys(

@@ -19,7 +19,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
-from shardserve.export import recurrent, refusals
+from shardserve.export import decompose, recurrent, refusals
 from shardserve.export.sources.program import as_traced
 from shardserve.export.symbols import Printer, simplify
 from shardserve.shards.config import DimRange
@@ -89,6 +89,9 @@ def trace(
                 as_traced(program)
             _refuse_changed_constants(program)
             functional = program.run_decompositions({})
+            further = decompose.table(functional.graph)
+            if further:
+                functional = program.run_decompositions({**further})
             recurrent.restore(functional.graph)
             refusals.refuse_functions(functional.graph)
         except ExportError:

@@ -29,36 +29,43 @@ REDUCTIONS = frozenset({"sum", "avg", "max", "min", "product"})
 _ATEN = """
     abs acos acosh adaptive_avg_pool1d _adaptive_avg_pool2d adaptive_avg_pool2d adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv addr alias all amax amin
-    aminmax __and__ any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d
+    aminmax __and__ angle any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d
     avg_pool3d baddbmm batch_norm bilinear bitwise_and bitwise_left_shift bitwise_not bitwise_or
-    bitwise_right_shift bitwise_xor bmm broadcast_to bucketize cat cdist ceil celu channel_shuffle chunk
-    clamp clamp_max clamp_min clone col2im complex constant_pad_nd contiguous conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d convolution copy cos cosh cosine_similarity
-    count_nonzero cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal
-    diagonal_scatter diff dist div dot einsum elu embedding embedding_bag eq erf erfc erfinv exp exp2 expand expand_as
-    expm1 eye fft_fft fft_fft2 fft_ifft fft_ifft2 fft_irfft fft_irfft2 fft_rfft fft_rfft2 fill flatten flip
-    floor floor_divide fmax fmin fmod frac full full_like gather ge gelu glu grid_sampler grid_sampler_2d
-    grid_sampler_3d group_norm gru gru_cell gt hann_window hardsigmoid hardswish hardtanh heaviside hstack
-    hypot im2col imag index index_add index_copy index_put index_select inner instance_norm isfinite isin
-    isinf isnan isneginf isposinf kron layer_norm le leaky_relu lerp lgamma lift_fresh_copy linalg_norm
-    linalg_vecdot linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid _log_softmax
-    log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lstm
-    lstm_cell lt masked_fill masked_scatter matmul max max_pool1d max_pool2d max_pool2d_with_indices
-    max_pool3d maximum mean median meshgrid min minimum mish mm movedim mse_loss mul multiply mv nan_to_num
-    narrow _native_batch_norm_legit_no_training native_channel_shuffle native_group_norm native_layer_norm
-    ne neg new_full new_ones new_zeros norm one_hot ones ones_like __or__ outer pad pairwise_distance
-    permute pixel_shuffle pixel_unshuffle polar pow prelu prod rad2deg ravel real reciprocal
-    reflection_pad1d reflection_pad2d relu relu6 remainder repeat repeat_interleave replication_pad1d
-    replication_pad2d reshape rms_norm rnn_relu rnn_tanh roll rot90 round rsqrt rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu
-    sgn sigmoid sign signbit silu sin sinc sinh slice slice_scatter softmax _softmax softplus softshrink
-    sort split split_with_sizes sqrt square squeeze stack std std_mean sub sum swapaxes swapdims t take
-    take_along_dim tan tanh tensor_split threshold tile to _to_copy topk transpose tril tril_indices triu
-    triu_indices true_divide trunc type_as unbind unflatten unfold _unsafe_view unsqueeze upsample_bicubic2d
-    _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real vstack _weight_norm where
-    xlogy __xor__ zeros zeros_like
+    bitwise_right_shift bitwise_xor bmm broadcast_to bucketize cat cdist ceil celu channel_shuffle
+    cholesky_solve chunk clamp clamp_max clamp_min clone col2im complex constant_pad_nd contiguous conv1d
+    conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copy copysign cos cosh
+    cosine_similarity count_nonzero cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed
+    diagonal diagonal_scatter diff digamma dist div dot einsum elu embedding embedding_bag eq erf erfc
+    erfinv exp exp2 expand expand_as expm1 eye fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft
+    fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft
+    fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill flatten flip floor floor_divide
+    fmax fmin fmod frac full full_like gather ge gelu glu grid_sampler grid_sampler_2d grid_sampler_3d
+    group_norm gru gru_cell gt hann_window hardsigmoid hardswish hardtanh heaviside histc hstack hypot i0
+    igamma igammac im2col imag index index_add index_copy index_put index_select inner instance_norm
+    isfinite isin isinf isnan isneginf isposinf istft kron kthvalue layer_norm le leaky_relu lerp lgamma
+    lift_fresh_copy linalg_cholesky linalg_cholesky_ex linalg_det linalg_eigvalsh linalg_householder_product
+    linalg_inv linalg_inv_ex linalg_lu_solve linalg_matrix_exp linalg_norm linalg_pinv linalg_qr
+    linalg_slogdet linalg_solve linalg_solve_triangular linalg_svdvals linalg_vecdot linalg_vector_norm
+    linear linspace log log10 log1p log2 log_sigmoid _log_softmax log_softmax logaddexp logcumsumexp
+    logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt masked_fill
+    masked_scatter matmul max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean median
+    meshgrid min minimum mish mm mode movedim mse_loss mul multiply mv nan_to_num nanmean nanmedian
+    nanquantile nansum narrow _native_batch_norm_legit _native_batch_norm_legit_functional
+    _native_batch_norm_legit_no_training native_channel_shuffle native_group_norm native_layer_norm ne neg
+    new_full new_ones new_zeros norm one_hot ones ones_like __or__ outer pad pairwise_distance
+    permute pixel_shuffle pixel_unshuffle polar polygamma pow prelu prod quantile rad2deg
+    ravel real reciprocal reflection_pad1d reflection_pad2d relu relu6 remainder repeat repeat_interleave
+    replication_pad1d replication_pad2d reshape rms_norm rnn_relu rnn_tanh roll rot90 round rsqrt rsub
+    scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select
+    select_scatter selu sgn sigmoid sign signbit silu sin sinc sinh slice slice_scatter _softmax softmax
+    softplus softshrink sort special_erfcx special_i0e special_i1 special_i1e special_ndtri special_zeta
+    split split_with_sizes sqrt square squeeze stack std std_mean stft sub sum swapaxes swapdims t take
+    take_along_dim tan tanh tensor_split threshold tile to _to_copy topk trace transpose tril tril_indices
+    triu triu_indices true_divide trunc type_as unbind unflatten unfold _unsafe_view unsqueeze
+    upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d upsample_trilinear3d var var_mean vdot view view_as view_as_complex
+    view_as_real vstack _weight_norm where xlogy __xor__ zeros zeros_like
 """
 ATEN = frozenset(_ATEN.split())
 

@@ -44,6 +44,20 @@ def batch_norm(emitter: Emitter, call: Call) -> Result:
     return [normalized]
 
 
+@rule("_native_batch_norm_legit", "_native_batch_norm_legit_functional")
+def batch_norm_of_the_batch(emitter: Emitter, call: Call) -> Result:
+    """The same, by the batch's own mean and variance; the other results are [channels]."""
+    x = emitter.reduced(call["input"])
+    if not isinstance(x.placement, Shard) or x.placement.dim != 1:
+        return None
+    channels = Shard(0, x.placement.blocks)
+    own = {name: x if name == "input" else emitter.redistribute(value, channels) for name, value in call.values.items()}
+    arguments = [own.get(argument.name, call.get(argument.name)) for argument in call.op._schema.arguments]
+    placed = [x.placement, *[channels] * (len(call.results) - 1)]
+    op = f"aten.{call.opname}.{call.op._overloadname}"
+    return emitter.call_many(op, arguments, {}, call.results, placed, call.name)
+
+
 @rule("group_norm", "instance_norm")
 def group_norm(emitter: Emitter, call: Call) -> Result:
     """input [batch, channels, …], everything else [channels]: whole groups of channels, or channels, stand alone."""
