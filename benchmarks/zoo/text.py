@@ -109,6 +109,16 @@ def gemma() -> Case:
 
 
 @model
+def gemma3() -> Case:
+    """Norms of queries and keys by head, norms after each layer, windows of one layer."""
+    config = hf.Gemma3TextConfig(
+        **DECODER, num_key_value_heads=4, head_dim=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return decoder(hf.Gemma3ForCausalLM(config))
+
+
+@model
 def phi3() -> Case:
     # Queries, keys and values of one projection, of unequal parts.
     return decoder(hf.Phi3ForCausalLM(hf.Phi3Config(**{**DECODER, "num_attention_heads": 8}, num_key_value_heads=4)))

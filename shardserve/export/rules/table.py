@@ -80,6 +80,20 @@ def pointwise(emitter: Emitter, call: Call) -> Value | list[Value] | None:
     return call.mapped(lambda value: _aligned(emitter, value, sharded, len(call.shape))).emit(emitter, sharded)
 
 
+@rule("type_as")
+def type_as(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """Of `other` only the dtype is taken, which the graph says: it may lie anyhow."""
+    x = call["self"]
+    if x.placement != Partial() or not _as_precise(call.dtype, x.dtype):
+        x = emitter.reduced(x)
+    return emitter.call("aten.to.dtype", (x, call.dtype), {}, call.shape, call.dtype, x.placement, call.name)
+
+
+def _as_precise(dtype: torch.dtype, before: torch.dtype) -> bool:
+    """Whether terms of a sum may be converted before they are added."""
+    return bool(dtype.is_floating_point and dtype.itemsize >= before.itemsize)
+
+
 def _pending_sum(call: Call) -> Partial | None:
     """The placement of a result that is linear in operands whose sum over the ranks is still to be taken."""
     pending = [value for value in call.values.values() if isinstance(value.placement, Partial)]
@@ -87,7 +101,7 @@ def _pending_sum(call: Call) -> Partial | None:
         return None
     linear = call.opname in _KEEPS_SUM
     if call.opname == "_to_copy":
-        linear = bool(call.dtype.is_floating_point and call.dtype.itemsize >= pending[0].dtype.itemsize)
+        linear = _as_precise(call.dtype, pending[0].dtype)
     if call.opname in ("add", "sub"):
         linear = len(pending) == 2
     if call.opname == "mul":
