@@ -13,7 +13,7 @@ from shardserve.export import balance, cost, cut, planning
 from shardserve.export.cost import CPU, Hardware, RankCost, Sizes
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.plan import Plan
-from shardserve.export.propagate import LocalGraph, propagate
+from shardserve.export.propagate import Kept, LocalGraph, propagate
 from shardserve.export.state import settle
 from shardserve.export.trace import Trace
 from shardserve.progress import Progress, quietly
@@ -122,6 +122,7 @@ class Planner:
         cuts = self._cuts(pipeline_parallel)
         stages = {name: cut.assign(traced, cuts) for name, traced in self.traces.items()}
         kept = settle(list(self.traces.values()), placements, list(stages.values()), tensor_parallel)
+        planned = {name: _with_kept(found, self.traces[name], kept) for name, found in planned.items()}
         graphs: dict[str, list[LocalGraph]] = {name: [] for name in self.traces}
         count = tensor_parallel if coordinates is None else min(coordinates, tensor_parallel)
         for rank in range(count):
@@ -152,7 +153,8 @@ class Planner:
         if size == 1 or not self.plan.auto:
             return Planned(placements | given, self.plan, None)
         self.progress("finding a plan", 0, 1)
-        found = planning.find(traced, size, given)
+        kept = {name for other in self.traces.values() for name in other.updates}
+        found = planning.find(traced, size, given, kept)
         placements = {**placements, **found.placements, **given}
         first = {id(value): name for name, value in self._named.items() if name in shapes}
         names = {name: first[id(value)] for name, value in self._named.items() if id(value) in first}
@@ -177,3 +179,18 @@ class Planner:
             if name in traced and id(value) in by_tensor:
                 placements[name] = by_tensor[id(value)][1]
         return placements
+
+
+def _with_kept(planned: Planned, traced: Trace, kept: Mapping[str, Kept]) -> Planned:
+    """With the changed buffers that every rank has whole among what a found plan leaves so."""
+    if planned.replicated is None:
+        return planned
+    total = sum(tensor.nbytes for tensor in traced.tensors.values())
+    whole = [name for name, buffer in kept.items() if isinstance(buffer.placement, Replicate)]
+    parts = {name: traced.tensors[name].nbytes / total for name in whole if name in traced.tensors}
+    lines = [
+        f"{name} ({part:.1%}): what is written into it is whole"
+        for name, part in parts.items()
+        if part >= planning.NOTABLE
+    ]
+    return replace(planned, replicated=(*lines, *planned.replicated))

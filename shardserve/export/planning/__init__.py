@@ -6,14 +6,14 @@ most for its collectives; `reasons` says why the rest stays whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from shardserve.export.placements import Replicate, Shard
 from shardserve.export.planning.choose import choose, pattern
 from shardserve.export.planning.probe import Prober
-from shardserve.export.planning.reasons import replicated
+from shardserve.export.planning.reasons import NOTABLE, replicated
 from shardserve.export.trace import Trace
 
 
@@ -25,15 +25,18 @@ class Found:
     replicated: tuple[str, ...]
 
 
-def find(traced: Trace, size: int, fixed: Mapping[str, Replicate | Shard] | None = None) -> Found:
-    """Placements on `size` ranks of every tensor; those in `fixed` are as they are there.
+def find(
+    traced: Trace, size: int, fixed: Mapping[str, Replicate | Shard] | None = None, kept: Collection[str] = ()
+) -> Found:
+    """Placements on `size` ranks of every tensor; those in `fixed` are as they are there, and of `kept` buffers, which
+    lie in the end as what is written into them, `replicated` says nothing.
 
     Deterministic; nothing is computed but shapes. Tied weights have one placement, under all of their names.
     """
     probe = Prober(traced, size)
     choice = choose(probe, {probe.tied[name]: placement for name, placement in (fixed or {}).items()})
     placements = {name: choice.placements[first] for name, first in probe.tied.items() if first in choice.placements}
-    return Found(placements, replicated(probe, choice))
+    return Found(placements, replicated(probe, choice, kept))
 
 
 def patterns(traced: Trace, placements: Mapping[str, Replicate | Shard], names: Mapping[str, str]) -> dict[str, str]:
@@ -54,4 +57,4 @@ def patterns(traced: Trace, placements: Mapping[str, Replicate | Shard], names: 
     return found
 
 
-__all__ = ["Found", "find", "pattern", "patterns"]
+__all__ = ["NOTABLE", "Found", "find", "pattern", "patterns"]

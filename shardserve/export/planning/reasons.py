@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from shardserve.export.cut import modules
 from shardserve.export.planning.choose import Choice, Scorer, grouped, pattern
@@ -13,10 +13,12 @@ NOTABLE = 0.005
 """The part of all parameter bytes from which on a group of parameters that stays whole is named."""
 
 
-def replicated(probe: Prober, choice: Choice) -> tuple[str, ...]:
-    """A line for each group of parameters that every rank has whole, the largest first, and one for the small ones."""
+def replicated(probe: Prober, choice: Choice, kept: Collection[str] = ()) -> tuple[str, ...]:
+    """A line for each group of parameters that every rank has whole, the largest first, and one for the small ones;
+    none for those in `kept`.
+    """
     scorer, grower = Scorer(probe), Grower(probe)
-    names = [name for name in probe.placeholders if name not in choice.placements]
+    names = [name for name in probe.placeholders if name not in choice.placements and name not in kept]
     groups = sorted(grouped(probe.traced.tensors, names).values(), key=lambda group: -_bytes(scorer, group))
     lines: list[str] = []
     small = 0

@@ -389,3 +389,28 @@ def test_a_cache_of_transformers(tmp_path: Path) -> None:
             torch.testing.assert_close(got, wanted)
             word = {"input_ids": wanted[:, -1].argmax(-1)[:, None], "cache_position": torch.tensor([position])}
             got, wanted = step.run(word)[0], model(**word)
+
+
+class Means(nn.Module):
+    """x [batch, 16]: keeps what is made by a layer that is cut, and what is made of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.register_buffer("inner", torch.zeros(32))
+        self.register_buffer("seen", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(x))
+        self.inner.copy_(hidden.mean(0))
+        self.seen.copy_(x.mean(0))
+        return self.down(hidden)
+
+
+def test_the_report_says_of_kept_buffers_how_they_lie(tmp_path: Path) -> None:
+    report = export(Means(), (torch.ones(2, 16),), name="m", out=tmp_path, tensor_parallel=2)
+    assert {spec.name: spec.shape for spec in report.stages[0].state} == {"inner": (16,), "seen": (16,)}
+    assert report.replicated is not None
+    assert [line for line in report.replicated if "seen" in line or "inner" in line] == [
+        "seen (1.4%): what is written into it is whole"
+    ]
