@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--name", required=True, type=_name, metavar="NAME", help="names the graph files: NAME.graph.json"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/device0, DIR/device1, … (no default)")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="write DIR/device0, DIR/device1, … (no default)")
     for option, meaning in (("--tp", "tensor-parallel ranks of a pipeline stage"), ("--pp", "pipeline stages")):
         parser.add_argument(
             option,
@@ -299,6 +299,12 @@ def _name(text: str) -> str:
     if not FILE_NAME.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} isn't made of letters, digits, '_', '-' and '.', to name a file")
     return text
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder; '.' is the current one")
+    return Path(text)
 
 
 def _plan(chosen: str | None, given: Any, model: Any) -> Plan | None:

@@ -46,6 +46,12 @@ def read_source(source: str, meta: bool = False) -> Source:
     module, _, function = source.partition(":")
     if not module or not function:
         raise WrongUsage(f"SOURCE: {source!r} isn't package.module:function, a Hugging Face folder or a .pt2 file")
+    if "/" in module or module.startswith(".") or (module.endswith(".py") and Path(module).is_file()):
+        named = ".".join(part for part in Path(module.removesuffix(".py")).parts if part.strip("/."))
+        raise WrongUsage(
+            f"SOURCE: {source!r} names a path, not a module: {named}:{function}, seen from the current directory or "
+            "one of PYTHONPATH"
+        )
     made = userland.load(source)
     # Importing torch takes seconds: not before there is something to make of it.
     import torch  # noqa: F401

@@ -50,9 +50,8 @@ def balance(traced: Trace, count: int, hardware: cost.Hardware = cost.CPU) -> tu
     pieces, refused = _Pieces(traced, hardware).found()
     if len(pieces) < count:
         reasons = f" ({refused[0]})" if refused else ""
-        raise ExportError(
-            f"the model has {len(pieces) - 1} modules to cut at{reasons}; {count} stages need {count - 1}: give cuts"
-        )
+        places = f"{len(pieces) - 1 or 'no'} module{'s' * (len(pieces) != 2)} to cut at{reasons}"
+        raise ExportError(f"the model has {places}; {count} stages need {count - 1}: take at most {len(pieces)}")
     chosen = _partition(pieces, count, hardware)
     return tuple(pieces[index].module for index in chosen)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError
 from shardserve.export.emit import LocalNode
@@ -41,8 +42,12 @@ def modules(node: fx.Node) -> list[str]:
 def assign(traced: Trace, cuts: Sequence[str]) -> dict[fx.Node, int]:
     """The stage of each call of the traced graph: stage i + 1 begins where the module cuts[i] does.
 
-    Raises ExportError for a module that isn't there, or that begins before the cut that is named before it.
+    Raises ExportError for a module that isn't there, that is named twice, or that begins where the cut that is named
+    before it does, or before that.
     """
+    for index, module in enumerate(cuts):
+        if module in cuts[:index]:
+            raise ExportError(f"cut '{module}' is given twice")
     stages: dict[fx.Node, int] = {}
     stage = 0
     for node in traced.graph.nodes:
@@ -53,11 +58,48 @@ def assign(traced: Trace, cuts: Sequence[str]) -> dict[fx.Node, int]:
         if later:
             if later[0] > stage:
                 raise ExportError(f"cut '{cuts[later[0]]}' begins before the cut '{cuts[stage]}'")
+            if len(later) > 1:
+                raise ExportError(f"cut '{cuts[later[1]]}' begins where the cut '{cuts[stage]}' does")
             stage += 1
         stages[node] = stage
     if stage < len(cuts):
-        raise ExportError(f"cut '{cuts[stage]}' is not a module that the model calls")
+        raise _not_called([traced], cuts[stage])
     return stages
+
+
+def check_names(traces: Sequence[Trace], cuts: Sequence[str]) -> None:
+    """ExportError for a cut that names nothing that one of these calls."""
+    for module in cuts:
+        if not any(_within(modules(node), module) for traced in traces for node in traced.graph.nodes):
+            raise _not_called(traces, module)
+
+
+def check_filled(traces: Sequence[Trace], stages: Sequence[Mapping[fx.Node, int]], cuts: Sequence[str]) -> None:
+    """ExportError for a stage that does nothing with the inputs, or the buffers that are changed, in any of these."""
+    filled: set[int] = set()
+    for traced, assigned in zip(traces, stages, strict=True):
+        from_data = {node for _, node in traced.inputs}
+        from_data |= {node for node, name in traced.bound.items() if name in traced.updates}
+        for node, stage in assigned.items():
+            values = node.meta.get("val")
+            tensors = any(isinstance(value, Tensor) for value in pytree.tree_leaves(values))
+            if tensors and any(source in from_data for source in node.all_input_nodes):
+                from_data.add(node)
+                filled.add(stage)
+    for stage in range(len(cuts) + 1):
+        if stage not in filled:
+            edge = f"before cut '{cuts[stage]}'" if stage < len(cuts) else f"after cut '{cuts[-1]}'"
+            raise ExportError(f"pipeline stage {stage}, {edge}, would do nothing with the inputs: move the cut")
+
+
+def _not_called(traces: Sequence[Trace], module: str) -> ExportError:
+    name, _, call = module.partition("@")
+    called = {inside for traced in traces for node in traced.graph.nodes for inside in modules(node)}
+    count = len({inside for inside in called if inside.split("@")[0] == name})
+    if call and count:
+        often = "once" if count == 1 else f"{count} times, the last of which is '{name}@{count - 1}'"
+        return ExportError(f"cut '{module}': the model calls '{name}' {often}")
+    return ExportError(f"cut '{module}' is not a module that the model calls")
 
 
 def _within(inside: Sequence[str], module: str) -> bool:

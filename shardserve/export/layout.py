@@ -97,6 +97,8 @@ class Planner:
         self._named = dict(model.named_parameters(remove_duplicate=False))
         self._planned: dict[int, dict[str, Planned]] = {}
         self._balanced: dict[int, tuple[str, ...]] = {}
+        # A plan's are wrong for one stage as well, which doesn't use them.
+        cut.check_names(list(traces.values()), () if self.cuts else plan.cuts)
 
     def planned(self, size: int) -> dict[str, Planned]:
         """For each subgraph the placements on `size` ranks. ExportError for a plan that doesn't fit the model or the
@@ -121,6 +123,7 @@ class Planner:
         placements = next(iter(planned.values())).placements
         cuts = self._cuts(pipeline_parallel)
         stages = {name: cut.assign(traced, cuts) for name, traced in self.traces.items()}
+        cut.check_filled(list(self.traces.values()), list(stages.values()), cuts)
         kept = settle(list(self.traces.values()), placements, list(stages.values()), tensor_parallel)
         planned = {name: _with_kept(found, self.traces[name], kept) for name, found in planned.items()}
         graphs: dict[str, list[LocalGraph]] = {name: [] for name in self.traces}

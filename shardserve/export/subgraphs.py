@@ -24,6 +24,12 @@ class Subgraph:
     output_names: Sequence[str] | None = None
     method: str = "forward"
 
+    def __post_init__(self) -> None:
+        for option in ("input_names", "output_names"):
+            given = getattr(self, option)
+            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+                raise ExportError(f"{option} is {given!r}: it must be a list of names")
+
 
 @contextmanager
 def calling(model: nn.Module, method: str) -> Iterator[None]:

@@ -216,7 +216,7 @@ def test_tied_weights_count_in_both_stages() -> None:
 
 
 def test_too_few_modules() -> None:
-    with pytest.raises(ExportError, match="the model has 1 modules to cut at; 3 stages need 2: give cuts"):
+    with pytest.raises(ExportError, match="the model has 1 module to cut at; 3 stages need 2: take at most 2"):
         balance(traced(chain(4, 4, 4), torch.randn(2, 4)), 3)
 
 

@@ -291,6 +291,12 @@ def test_what_is_no_source_is_wrong_usage(source: str, capsys: pytest.CaptureFix
     assert f"SOURCE: {source!r} isn't package.module:function" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["./userland:plain", "userland.py:plain"])
+def test_a_path_isn_t_a_module(run, source: str) -> None:
+    with pytest.raises(WrongUsage, match=f"SOURCE: '{source}' names a path, not a module: userland:plain"):
+        run(source, "--name", "m", "--out", "model")
+
+
 @pytest.mark.parametrize("name", ["a/b", "", "..", "ü"])
 def test_a_name_that_can_name_no_file_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -301,7 +307,7 @@ def test_a_name_that_can_name_no_file_is_wrong_usage(name: str, capsys: pytest.C
 
 def test_wrong_usage_exits_with_2(run) -> None:
     full = ("userland:plain", "--name", "m", "--out", "o")
-    for words in (full[:1], (*full, "--tp", "0"), (*full, "--atol", "-1"), (*full, "--rtol", "nan")):
+    for words in (full[:1], (*full[:-1], ""), (*full, "--tp", "0"), (*full, "--atol", "-1"), (*full, "--rtol", "nan")):
         with pytest.raises(SystemExit) as raised:
             run(*words)
         assert raised.value.code == 2

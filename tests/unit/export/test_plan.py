@@ -89,7 +89,14 @@ def exported(tmp_path: Path, **options: Any) -> Any:
         ({"pipeline_parallel": 2, "cuts": ("blocks.7",)}, "cut 'blocks.7' is not a module that the model calls"),
         ({"pipeline_parallel": 3, "cuts": ("blocks.1",)}, "3 pipeline stages need 2 cuts, got 1: blocks.1"),
         ({"pipeline_parallel": 3, "cuts": ("blocks.1", "blocks.0")}, "cut 'blocks.0' begins before the cut 'blocks.1'"),
-        ({"pipeline_parallel": 99}, "give cuts"),
+        ({"pipeline_parallel": 3, "cuts": ("blocks.1", "blocks.1")}, "cut 'blocks.1' is given twice"),
+        ({"pipeline_parallel": 3, "cuts": ("blocks.1", "blocks")}, "cut 'blocks' begins before the cut 'blocks.1'"),
+        ({"pipeline_parallel": 3, "cuts": ("blocks", "blocks.0")}, "cut 'blocks.0' begins where the cut 'blocks' does"),
+        ({"pipeline_parallel": 2, "cuts": ("blocks.1@2",)}, "cut 'blocks.1@2': the model calls 'blocks.1' once"),
+        ({"plan": Plan(cuts=("block.1",))}, "cut 'block.1' is not a module that the model calls"),
+        ({"pipeline_parallel": 99}, "99 stages need 98: take at most "),
+        ({"input_names": "ids"}, "input_names is 'ids': it must be a list of names"),
+        ({"output_names": 3}, "output_names is 3: it must be a list of names"),
         ({"input_names": ["ids"]}, "input_names must name 2 inputs"),
         ({"output_names": ["a", "b"]}, "output_names must name 1 outputs"),
         ({"tensor_parallel": 2, "plan": Plan(), "strict": True}, "shards no parameter"),
@@ -99,6 +106,31 @@ def test_what_an_export_refuses(tmp_path: Path, options: dict[str, Any], message
     with pytest.raises(ExportError, match=message):
         exported(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x + torch.arange(4)))
+
+
+@pytest.mark.parametrize("cut", ["first", "second@1", "second"])
+def test_a_stage_does_something_with_the_inputs(cut: str) -> None:
+    class Shifted(Twice):
+        """The addition is before the first module, and the second is called twice."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(super().forward(x))
+
+    options: dict[str, Any] = {"name": "m", "out": None, "pipeline_parallel": 2}
+    assert export(Shifted(), (torch.ones(2, 4),), cuts=(cut,), **options).stages
+    with pytest.raises(ExportError, match="pipeline stage 0, before cut '0', would do nothing with the inputs"):
+        export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.ones(2, 4),), cuts=("0",), **options)
+    with pytest.raises(ExportError, match="cut 'second@2': the model calls 'second' 2 times, the last"):
+        export(Shifted(), (torch.ones(2, 4),), cuts=("second@2",), **options)
 
 
 def test_a_plan_without_sharded_parameters_warns(tmp_path: Path) -> None:
