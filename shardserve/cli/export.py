@@ -12,6 +12,7 @@ from shardserve.cli import values
 from shardserve.cli.codes import WrongUsage
 from shardserve.cli.inputs import load_arrays
 from shardserve.cli.progress import shown_progress
+from shardserve.cli.quiet import quiet_torch
 from shardserve.cli.source import read_source
 from shardserve.errors import ExportError, InvalidInput, ShardserveError
 from shardserve.shards.config import FILE_NAME
@@ -141,11 +142,12 @@ def _export(args: argparse.Namespace) -> int:
 
         inputs = _inputs(args.inputs) if args.inputs else None
         options["plan"] = _plan(args.plan, options.get("plan"), model)
-        if "subgraphs" in options:
-            subgraphs, reports = _export_subgraphs(args, model, example, options, progress)
-        else:
-            subgraphs = {"": Subgraph(example, options.get("kwargs") or {}, options.get("dynamic_shapes"))}
-            reports = [_export_one(args, model, example, options, progress)]
+        with quiet_torch():
+            if "subgraphs" in options:
+                subgraphs, reports = _export_subgraphs(args, model, example, options, progress)
+            else:
+                subgraphs = {"": Subgraph(example, options.get("kwargs") or {}, options.get("dynamic_shapes"))}
+                reports = [_export_one(args, model, example, options, progress)]
     print(*reports, sep="\n", flush=True)
     if args.save_plan is not None:
         reports[0].plan.save(args.save_plan)

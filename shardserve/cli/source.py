@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from shardserve.cli import userland
 from shardserve.cli.codes import WrongUsage
+from shardserve.cli.quiet import quiet_torch
 from shardserve.errors import ExportError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def read_source(source: str, meta: bool = False) -> Source:
     if source.endswith(".pt2"):
         from shardserve.export.sources.program import load_program
 
-        program, model, args, kwargs = load_program(source)
+        with quiet_torch():
+            program, model, args, kwargs = load_program(source)
         return Source(model, args, {"kwargs": kwargs, "program": program})
     if Path(source).is_dir():
         from shardserve.export.sources.huggingface import load_folder

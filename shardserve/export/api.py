@@ -123,6 +123,8 @@ def _export(
     started = time.perf_counter()
     if not FILE_NAME.match(name):
         raise ExportError(f"name '{name}' must be letters, digits, '_', '-' and '.', to name a file")
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     wanted.check()
     # Before the tracing, which takes its time.
     with ExitStack() as stack:
@@ -170,6 +172,7 @@ def _export(
                 layout.latency(Sizes.example(layout.traced)),
                 layout.interval(Sizes.example(layout.traced)),
                 compared,
+                layout.traced.fixed,
             )
             for subgraph, layout in layouts.items()
         }

@@ -23,6 +23,8 @@ _HINTS = re.compile(
     re.DOTALL,
 )
 """What torch adds to a message for those who debug torch."""
+_ASIDES = re.compile(r" For more information(, run with TORCH_LOGS=\S+|[^\n]* https?://\S+)")
+"""The same in the middle of one."""
 
 _DATA = (
     "an `if`, a loop or a size depends on the values of a tensor. Write torch.where instead of the `if`, "
@@ -31,9 +33,18 @@ _DATA = (
 _ADVICE: tuple[tuple[str, str], ...] = (
     (r"data-dependent|DataDependentOutput|DynamicOutputShape|_local_scalar_dense", _DATA),
     (
+        r"specialized it to be a constant \([01]\)",
+        "use an example of size 2 or more: torch.export takes sizes 0 and 1 for constants. The range may begin at 1",
+    ),
+    (
         r"specialized it to be a constant|Constraints violated",
         "take that dim out of dynamic_shapes, which fixes its size, or find where the model takes the size for a "
         "number: a shape written out (use -1 or x.shape), a table of that length, a Python loop over it",
+    ),
+    (
+        r"dynamic[_-]shapes",
+        "dynamic_shapes has the form of the inputs: a dict with forward's parameters for keys, or a tuple; "
+        "for each tensor {axis: torch.export.Dim(…)} or None",
     ),
     (
         r"not a known type|register a pytree",
@@ -139,7 +150,9 @@ def _may_run(model: nn.Module) -> bool:
 def _raised(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """What the model raises without being traced. Its buffers are afterwards as before."""
     with torch.no_grad():
-        buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        # Of a ScriptModule, buffers can be filled and not replaced.
+        own = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        buffers = [(module, dict(module._buffers)) for module in own]
         values = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
             model(*args, **kwargs)
@@ -154,7 +167,7 @@ def _raised(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _message(error: Exception) -> str:
-    return f"{type(error).__name__}: {_HINTS.sub('', str(error)).strip()}"
+    return f"{type(error).__name__}: {_ASIDES.sub('', _HINTS.sub('', str(error))).strip()}"
 
 
 def _place(error: Exception) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shardserve.amounts import of_bytes, of_flops, of_seconds
 from shardserve.export.assemble import RankShard
@@ -120,7 +121,8 @@ class Report:
     placements and took whole tensors, with how often; `conditions` of the signature are what tracing assumed beyond the
     declared ranges. `plan` is the one given or found; `replicated`: of one that was found, what stays whole and why.
     `latency` and `interval`: seconds of a step at the example's sizes and between two of a full pipeline, by the cost
-    model; `compared`: the layouts that were thought of, the chosen one first.
+    model; `compared`: the layouts that were thought of, the chosen one first. `fixed`: the inputs that aren't tensors,
+    which are part of the graph as the example has them.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Report:
     latency: float = 0.0
     interval: float = 0.0
     compared: tuple[Candidate, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def collectives(self) -> Counter[str]:
         """How many of each kind of collective a step issues, over all stages."""
@@ -152,6 +155,7 @@ class Report:
         lines = [f"{self.name}: {ranks}, {where} ({self.seconds:.1f} s, {self.trace_seconds:.1f} s of it tracing)"]
         lines += [f"  {'chosen' if not index else 'or'} {candidate}" for index, candidate in enumerate(self.compared)]
         lines += [f"  input {_line(spec)}" for spec in self.signature.inputs]
+        lines += [f"  input {name}: fixed to {value!r}, as it isn't a tensor" for name, value in self.fixed.items()]
         lines += [f"  dim {name}: {interval}" for name, interval in self.signature.dims.items()]
         lines += [f"  only where {condition}" for condition in self.signature.conditions]
         for index, stage in enumerate(self.stages):

@@ -15,15 +15,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
 from shardserve.export import decompose, recurrent, refusals
+from shardserve.export.dynamic_dims import check_declared, declared, dim_names, dim_range
 from shardserve.export.sources.program import as_traced
-from shardserve.export.symbols import Printer, simplify
+from shardserve.export.symbols import Printer
 from shardserve.shards.config import DimRange
-from shardserve.shards.expressions import is_name
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Trace:
     printer: Printer
     dims: Mapping[str, DimRange]
     conditions: tuple[str, ...]
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The values of `constants` by their inputs' names, without those that are None."""
+        return {node.name: value for node, value in self.constants.items() if value is not None}
 
 
 @contextmanager
@@ -77,11 +81,13 @@ def trace(
     `program`: the model, exported already; then dynamic_shapes is what was said there.
     Raises ExportError for what can't be served: a model that torch.export refuses, that changes its inputs.
     """
+    _refuse_layouts({**dict(model.named_parameters()), **dict(model.named_buffers())})
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")  # of recurrent layers: no state
         try:
             if program is None:
+                check_declared(model, args, kwargs, dynamic_shapes)
                 own_args, own_kwargs = _distinct(model, args, kwargs)
                 with recurrent.Kept():
                     program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
@@ -117,11 +123,12 @@ def trace(
         stored = functional.state_dict.get(spec.target)
         tensors[spec.target] = functional.constants[spec.target] if stored is None else stored
         bound[node] = spec.target
+    _refuse_layouts(tensors)
     names = _input_names(inputs, input_names)
-    symbols = _dim_names(model, args, kwargs, dynamic_shapes, dict(zip(names, inputs, strict=True)))
+    symbols = dim_names(dict(zip(names, inputs, strict=True)), declared(model, args, kwargs, dynamic_shapes))
     printer = Printer(symbols)
     ranges = functional.range_constraints
-    dims = {name: _dim_range(ranges[symbol]) for symbol, name in symbols.items()}
+    dims = {name: dim_range(ranges[symbol]) for symbol, name in symbols.items()}
     returned, updates = _returned(functional)
     out_spec = functional.call_spec.out_spec
     assert out_spec is not None
@@ -157,6 +164,14 @@ def _distinct(
 
     copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, own, (tuple(args), dict(kwargs)))
     return copied
+
+
+def _refuse_layouts(tensors: Mapping[str, Tensor]) -> None:
+    """ExportError for sparse parameters, buffers and constants, and what else has no elements side by side."""
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise ExportError(f"'{name}' is a tensor of layout {layout}; shards hold dense ones only: use to_dense()")
 
 
 def _refuse_changed_constants(program: ExportedProgram) -> None:
@@ -208,8 +223,15 @@ def _returned(program: torch.export.ExportedProgram) -> tuple[list[Any], dict[st
 def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list[str]:
     if given is None:
         return [node.name for node in inputs]
-    if len(given) != len(inputs) or len(set(given)) < len(given):
-        raise ExportError(f"input_names must name {len(inputs)} inputs, each differently; got {list(given)}")
+    return _names("input", given, len(inputs))
+
+
+def _names(what: str, given: Any, count: int) -> list[str]:
+    """`given`, if these are as many names."""
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise ExportError(f"{what}_names must be a list of strings; got {given!r}")
+    if len(given) != count or len(set(given)) < len(given):
+        raise ExportError(f"{what}_names must name {count} {what}s, each differently; got {list(given)}")
     return list(given)
 
 
@@ -218,11 +240,13 @@ def _outputs(returned: list[Any], spec: pytree.TreeSpec, given: Sequence[str] | 
     kept = [(path, value) for path, value in zip(paths, returned, strict=True) if value is not None]
     for path, value in kept:
         if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
-            raise ExportError(f"output {'.'.join(path) or '0'} is {value}, not a tensor")
+            kind = f"{value!r}" if not isinstance(value, fx.Node) else "a number that it computes from sizes or inputs"
+            raise ExportError(
+                f"the model's output '{_path_name(path)}' is {kind}, not a tensor: return tensors only "
+                "(and None, which is left out)"
+            )
     if given is not None:
-        if len(given) != len(kept) or len(set(given)) < len(given):
-            raise ExportError(f"output_names must name {len(kept)} outputs, each differently; got {list(given)}")
-        return tuple((name, value) for name, (_, value) in zip(given, kept, strict=True))
+        return tuple((name, value) for name, (_, value) in zip(_names("output", given, len(kept)), kept, strict=True))
     return tuple((_path_name(path), value) for path, value in kept)
 
 
@@ -250,62 +274,6 @@ def _path_name(keys: tuple[str, ...]) -> str:
     if not keys:
         return "output"
     return "_".join(keys) if not keys[0].isdecimal() else "_".join(["output", *keys])
-
-
-def _dim_range(declared: ValueRanges[Any]) -> DimRange:
-    # torch.export declares 0 where nothing is said; an input of size 0 is not a request.
-    upper = None if declared.upper in (int_oo, sympy.oo) else int(declared.upper)
-    return DimRange(max(1, int(declared.lower)), upper)
-
-
-def _dim_names(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any, inputs: Mapping[str, fx.Node]
-) -> dict[sympy.Symbol, str]:
-    declared = _declared(model, args, kwargs, dynamic_shapes)
-    names: dict[sympy.Symbol, str] = {}
-    places = [
-        (simplify(size), axis, input_name, declared[index].get(axis) if index < len(declared) else None)
-        for index, (input_name, node) in enumerate(inputs.items())
-        for axis, size in enumerate(node.meta["val"].shape)
-    ]
-    # What is a size itself has its name before what only another depends on (n of y, x is n + 1).
-    for size, axis, input_name, dim in sorted(places, key=lambda place: not isinstance(place[0], sympy.Symbol)):
-        for symbol in sorted(getattr(size, "free_symbols", ()), key=str):
-            root = getattr(dim, "root", dim)
-            name = getattr(root, "__name__", None)
-            # A size may be written in another dim than the one that it was declared as.
-            written = symbol if dim is None or root is dim else dim.fn(symbol)
-            if name is None or not is_name(name) or written != size:
-                name = f"{input_name}_{axis}" if is_name(f"{input_name}_{axis}") else f"dim_{len(names)}"
-            if symbol not in names:
-                names[symbol] = name if name not in names.values() else f"{name}_{len(names)}"
-    return names
-
-
-def _declared(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
-) -> list[Mapping[int, Any]]:
-    """For each tensor among the inputs' leaves, axis → what dynamic_shapes declares of it."""
-    if dynamic_shapes is None:
-        return []
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    if not isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = dict(zip(arguments, dynamic_shapes, strict=False))
-    found: list[Mapping[int, Any]] = []
-
-    def walk(value: Any, spec: Any) -> None:
-        if isinstance(value, Tensor):
-            found.append(dict(spec) if isinstance(spec, Mapping) else dict(enumerate(spec or ())))
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(item, spec.get(key) if isinstance(spec, Mapping) else None)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                walk(item, spec[index] if isinstance(spec, (list, tuple)) and index < len(spec) else None)
-
-    for name, value in arguments.items():
-        walk(value, dynamic_shapes.get(name))
-    return found
 
 
 def _conditions(

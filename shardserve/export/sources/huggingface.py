@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from shardserve.errors import ExportError
 from shardserve.export.sources.checkpoint import Checkpoint, load_checkpoint
 from shardserve.export.sources.storage import without_storage
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 MOST_ROWS = 64
@@ -106,6 +109,10 @@ def _model(path: Path, content: Mapping[str, Any], checkpoint: Checkpoint | None
         if model._can_set_experts_implementation():
             # The others loop over the experts that were hit, or are operators of transformers' own.
             model.set_experts_implementation("batched_mm")
+        if name is None:
+            logger.warning(
+                "%s: names no architectures: it is taken for %s, without a head", where, type(model).__name__
+            )
         return model.eval()  # type: ignore[no-any-return]
     except Exception as error:  # what the model's own constructor makes of the config
         text = " ".join(str(error).split())

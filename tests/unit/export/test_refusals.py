@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,70 @@ def test_a_dim_that_the_model_fixes(tmp_path: Path) -> None:
     message = refusal(model, tmp_path, dynamic_shapes=({0: Dim("batch", max=9)},))
     assert "batch" in message
     assert "take that dim out of dynamic_shapes" in message
+
+
+B = Dim("batch", min=1, max=9)
+
+
+@pytest.mark.parametrize(
+    ("dynamic_shapes", "message"),
+    [
+        ({"x": {0: Dim("rows", min=7, max=9)}}, r"input 'x' has size 6 at axis 0, which is outside dim 'rows', 7 to 9"),
+        ({"x": {0: Dim("rows", max=5)}}, r"size 6 at axis 0, which is outside dim 'rows', 1 to 5"),
+        ({"x": {2: B}}, r"input 'x' has no axis 2: the example's has the shape \[6, 4\]"),
+        ({"z": {0: B}}, r"\['x'\][^\n]*\['z'\](?s:.*)a dict with forward's parameters for keys"),
+        (({0: B}, {0: B}), r"What to try: dynamic_shapes has the form of the inputs"),
+    ],
+)
+def test_dims_that_the_example_does_not_fit(tmp_path: Path, dynamic_shapes: Any, message: str) -> None:
+    said = refusal(Model(lambda y: y), tmp_path, dynamic_shapes=dynamic_shapes)
+    assert re.search(message, said)
+    assert "For more information" not in said
+
+
+def test_dims_in_containers_are_named_by_their_path(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def forward(self, batch: Any) -> Tensor:
+            return batch["x"][1] + 1
+
+    message = refusal(Nested(), tmp_path, ({"x": [X, X]},), dynamic_shapes={"batch": {"x": [None, {5: B}]}})
+    assert "input 'batch['x'][1]' has no axis 5" in message
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_an_example_whose_size_torch_takes_for_a_constant(tmp_path: Path, size: int) -> None:
+    message = refusal(Model(lambda y: y), tmp_path, (X[:size],), dynamic_shapes=({0: Dim("rows", max=9, min=0)},))
+    assert "use an example of size 2 or more: torch.export takes sizes 0 and 1 for constants" in message
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script_modules(tmp_path: Path) -> None:
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    assert "export the nn.Module that it was scripted from" in refusal(scripted, tmp_path)
+    assert refusal(nn.Sequential(scripted, Model(lambda y: y.numpy())), tmp_path)
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    message = refusal("model", tmp_path)  # type: ignore[arg-type]
+    assert message == "the model must be a torch.nn.Module, got str"
+
+
+def test_sparse_tensors(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    model.register_buffer("table", torch.eye(4).to_sparse())
+    assert refusal(model, tmp_path).startswith("'table' is a tensor of layout sparse_coo; shards hold dense ones only")
+
+
+def test_outputs_that_are_no_tensors(tmp_path: Path) -> None:
+    assert "output 'output_1' is 3, not a tensor" in refusal(Model(lambda y: (y, 3)), tmp_path)
+    rows = ({0: B},)
+    message = refusal(Model(lambda y: {"y": y, "rows": y.shape[0]}), tmp_path, dynamic_shapes=rows)
+    assert "output 'rows' is a number that it computes from sizes or inputs, not a tensor" in message
+
+
+@pytest.mark.parametrize("given", [{"output_names": [3]}, {"input_names": "x"}])
+def test_names_that_are_no_list_of_strings(tmp_path: Path, given: dict[str, Any]) -> None:
+    assert "_names must be a list of strings" in refusal(Model(lambda y: y), tmp_path, **given)
 
 
 class Counting(nn.Module):

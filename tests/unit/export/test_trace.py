@@ -98,6 +98,14 @@ def test_what_cannot_be_exported(tmp_path: Path, forward: Any, message: str) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_inputs_that_are_no_tensors_are_fixed(tmp_path: Path) -> None:
+    model = small(lambda self, x, factor, name="a", other=None: self.linear(x) * factor)
+    report = export(model, (X, 2.5, "b", None), name="m", out=tmp_path)
+    assert report.fixed == {"factor": 2.5, "name": "b"}
+    assert "input factor: fixed to 2.5, as it isn't a tensor" in str(report)
+    assert verify(model, (X, 2.5, "b", None), None, tmp_path, "m").passed
+
+
 def test_the_model_keeps_its_mode(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     model[0].eval()

@@ -75,6 +75,12 @@ def test_a_config_alone_is_planned(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_config_without_architectures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers.LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    assert type(load_folder(tmp_path, meta=True).model).__name__ == "LlamaModel"
+    assert "config.json: names no architectures: it is taken for LlamaModel, without a head" in caplog.text
+
+
 def test_a_sharded_checkpoint_of_tied_weights(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved(llama(), max_shard_size="8KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
