@@ -76,6 +76,8 @@ def check_names(traces: Sequence[Trace], cuts: Sequence[str]) -> None:
 
 def check_filled(traces: Sequence[Trace], stages: Sequence[Mapping[fx.Node, int]], cuts: Sequence[str]) -> None:
     """ExportError for a stage that does nothing with the inputs, or the buffers that are changed, in any of these."""
+    if not cuts:
+        return
     filled: set[int] = set()
     for traced, assigned in zip(traces, stages, strict=True):
         from_data = {node for _, node in traced.inputs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,9 +172,11 @@ def _message(error: Exception) -> str:
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of code that is neither PyTorch's nor ours."""
+    """The innermost line of code that is neither PyTorch's nor ours, nor Python's own."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    python = sysconfig.get_path("stdlib")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((*ours, "<")):
+        installed = "site-packages" in Path(frame.filename).parts
+        if not frame.filename.startswith((*ours, "<")) and (installed or not frame.filename.startswith(python)):
             return f"\nIn {frame.filename}:{frame.lineno}, {frame.name}: {frame.line}"
     return ""

@@ -106,6 +106,12 @@ def test_inputs_that_are_no_tensors_are_fixed(tmp_path: Path) -> None:
     assert verify(model, (X, 2.5, "b", None), None, tmp_path, "m").passed
 
 
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    model = small(lambda self: self.linear(torch.ones(2, 4)))
+    export(model, (), name="m", out=tmp_path, tensor_parallel=2)
+    assert verify(model, (), None, tmp_path, "m").passed
+
+
 def test_the_model_keeps_its_mode(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     model[0].eval()
