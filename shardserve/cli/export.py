@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     _check_usage(args)
+    if args.save_plan is not None:
+        values.check_folder(Path(args.save_plan))
     with shown_progress() as progress:
         progress("loading the model", 0, 1)
         model, example, options = read_source(args.source, args.meta)
@@ -147,7 +149,7 @@ def _export(args: argparse.Namespace) -> int:
                 subgraphs, reports = _export_subgraphs(args, model, example, options, progress)
             else:
                 subgraphs = {"": Subgraph(example, options.get("kwargs") or {}, options.get("dynamic_shapes"))}
-                reports = [_export_one(args, model, example, options, progress)]
+                reports = [_export_one(args, model, example, options, inputs, progress)]
     print(*reports, sep="\n", flush=True)
     if args.save_plan is not None:
         reports[0].plan.save(args.save_plan)
@@ -160,11 +162,16 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_one(
-    args: argparse.Namespace, model: Any, example: tuple[Any, ...], options: dict[str, Any], progress: Progress
+    args: argparse.Namespace,
+    model: Any,
+    example: tuple[Any, ...],
+    options: dict[str, Any],
+    inputs: Mapping[str, Tensor] | None,
+    progress: Progress,
 ) -> Report:
     from shardserve.export import export
 
-    return export(model, example, **_given(args), progress=progress, **options)
+    return export(model, example, **_given(args), inputs=inputs, progress=progress, **options)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
     with shown_progress() as progress:
         found = summary.read(args.directory, args.dims, progress)
+    if found.others:
+        named = ", ".join(path.name for path in found.others)
+        print(
+            f"shardserve inspect: {named}: not of this export, of {counted(len(found.ranks), 'rank')}", file=sys.stderr
+        )
     if args.json:
         print(json.dumps([{**rank.to_dict(), "dims": found.dims} for rank in found.ranks], indent=2))
     elif args.html is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,12 +25,16 @@ from shardserve.export.plan import Plan
 from shardserve.export.propagate import LocalGraph
 from shardserve.export.report import Report, stage_reports
 from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, hollow, load_checkpoint
+from shardserve.export.sources.names import named
 from shardserve.export.subgraphs import Subgraph, calling, with_own_constants
 from shardserve.export.trace import Trace, ordered, trace
+from shardserve.export.verification.sizes import bind
 from shardserve.export.write import Writer, Written, commit, folder_of
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import FILE_NAME, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name
+
+logger = logging.getLogger(__name__)
 
 _CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
 
@@ -54,6 +59,7 @@ def export(
     cuts: Sequence[str] = (),
     strict: bool = False,
     progress: Progress = quietly,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Report:
     """Cut `model` into tensor_parallel x pipeline_parallel shards and write out/device0 … in this one process.
 
@@ -67,12 +73,15 @@ def export(
     by the cost model is taken whose ranks fit into `memory_per_device` bytes; the report has all. `cuts` (or the
     plan's) name the module that begins each later stage; without them, stages are balanced by their cost. Without a
     plan, one is found automatically; the report has it. `strict` refuses a plan that shards no parameter, if
-    tensor_parallel is more than 1. `progress` hears of what is traced, cut and written. Raises ExportError.
+    tensor_parallel is more than 1. `progress` hears of what is traced, cut and written. `inputs`, which `verify` is to
+    be given, are looked at before anything is written: InvalidInput if the model doesn't take their names, dtypes and
+    shapes. Raises ExportError.
     """
     whole = Subgraph(args, kwargs or {}, dynamic_shapes, input_names, output_names)
     wanted = Wanted(tensor_parallel, pipeline_parallel, ranks, memory_per_device)
     folders = {name: Path(out)} if out is not None else None
-    return _export(model, name, {name: whole}, folders, wanted, plan, weights, program, cuts, strict, progress)[name]
+    found = _export(model, name, {name: whole}, folders, wanted, plan, weights, program, cuts, strict, progress, inputs)
+    return found[name]
 
 
 def export_subgraphs(
@@ -118,8 +127,9 @@ def _export(
     cuts: Sequence[str],
     strict: bool,
     progress: Progress,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Report]:
-    """folders: None to write nothing. The rest is as for `export_subgraphs`."""
+    """folders: None to write nothing; inputs: of each subgraph. The rest is as for `export_subgraphs`."""
     started = time.perf_counter()
     if not FILE_NAME.match(name):
         raise ExportError(f"name '{name}' must be letters, digits, '_', '-' and '.', to name a file")
@@ -131,6 +141,9 @@ def _export(
         for folder in (folders or {}).values():
             stack.enter_context(folder_of(folder))
         filled = _filled(model, None if folders is None else weights)
+        if lacking := [name for name, _ in model.named_parameters() if name in filled.missing]:
+            # Tracing tells which are used, and may take minutes.
+            logger.warning("weights: there is no value of %s: an error if the model uses it", named(lacking))
         traces = _traced(model, subgraphs, program, progress)
         if folders is not None:
             filled.check([tensor for traced in traces.values() for node, tensor in traced.bound.items() if node.users])
@@ -140,11 +153,13 @@ def _export(
         layouts = planner.lay_out(size, count)
         if strict and size > 1 and all(layout.planned.only_replicated for layout in layouts.values()):
             raise ExportError(f"the plan shards no parameter: {size} ranks would compute the same")
+        signatures = {subgraph: _signature(layout.traced, layout.graphs[0]) for subgraph, layout in layouts.items()}
+        if inputs is not None:
+            for signature in signatures.values():
+                bind(signature, inputs)
         state_id = uuid.uuid4().hex
         shards = {
-            subgraph: assemble(
-                name, layout.traced, layout.graphs, _signature(layout.traced, layout.graphs[0]), count, state_id
-            )
+            subgraph: assemble(name, layout.traced, layout.graphs, signatures[subgraph], count, state_id)
             for subgraph, layout in layouts.items()
         }
         shards = with_all_weights(shards)

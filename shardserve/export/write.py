@@ -119,11 +119,15 @@ def part(tensor: Tensor, placement: Replicate | Shard, size: int, coordinate: in
 
 @contextmanager
 def folder_of(out: Path) -> Iterator[None]:
-    """Makes `out`, and removes what it has made of it if nothing comes into it. ExportError if it can't be made."""
+    """Makes `out`, and removes what it has made of it if nothing comes into it. ExportError if it can't be made, or
+    nothing can be written there.
+    """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
         except OSError as error:
             raise ExportError(f"the shards can't be written to {out}: {error.strerror}") from error
         yield

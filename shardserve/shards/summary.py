@@ -101,11 +101,14 @@ class RankSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """An export at these sizes of its dims; `sizes_of` says whose they are: given, the example's, the smallest."""
+    """An export at these sizes of its dims; `sizes_of` says whose they are: given, the example's, the smallest.
+    `others`: folders of further devices that are beside its own, of no rank of it.
+    """
 
     ranks: tuple[RankSummary, ...]
     dims: Mapping[str, int]
     sizes_of: str
+    others: tuple[Path, ...] = ()
 
     @property
     def first(self) -> ShardConfig:
@@ -141,7 +144,9 @@ def read(directory: str | Path, given: Mapping[str, int] | None = None, progress
         if summary.config.rank != rank:
             raise ShardError(f"{summary.directory} holds the shard of rank {summary.config.rank}")
         ranks.append(summary)
-    return Summary(tuple(ranks), dims, _whose(config, given or {}))
+    own = {rank.directory.name for rank in ranks}
+    others = sorted(path for path in directory.glob("device[0-9]*") if path.is_dir() and path.name not in own)
+    return Summary(tuple(ranks), dims, _whose(config, given or {}), tuple(others))
 
 
 def sizes(config: ShardConfig, given: Mapping[str, int]) -> dict[str, int]:

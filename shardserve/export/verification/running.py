@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardserve.errors import ExportError, ShardError
 from shardserve.export.threads import ThreadCollective, ThreadGroup
+from shardserve.export.verification import sizes
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name
@@ -73,8 +74,7 @@ class Shards:
 
     def bind(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """The sizes of the dims that these inputs have; InvalidInput as the server would say it."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        return self.signature.bind(shapes, {name: dtype_name(tensor.dtype) for name, tensor in inputs.items()})
+        return sizes.bind(self.signature, inputs)
 
 
 def _step(

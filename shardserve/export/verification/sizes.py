@@ -16,11 +16,16 @@ NEAR = 8
 LARGE = 64  # what stands for the largest size of a dim without an upper end
 
 
+def bind(signature: Signature, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sizes of the dims that these inputs have; InvalidInput for what the model doesn't take."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return signature.bind(shapes, {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()})
+
+
 def cases(signature: Signature, example: Mapping[str, Tensor]) -> list[Mapping[str, int]]:
     """The sizes of the dims to compare at, each once; first those of the example itself."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in example.items()}
-    found: list[Mapping[str, int]] = [signature.bind(shapes, dtypes)]
+    found: list[Mapping[str, int]] = [bind(signature, example)]
     for wanted in _sizes_to_try(signature.dims, found[0]):
         dims = nearest(signature, wanted, dtypes)
         if dims is not None and dims not in found:

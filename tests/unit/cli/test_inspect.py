@@ -87,6 +87,14 @@ def test_shards_of_the_first_version_are_shown_without_their_flops(exported, tmp
     assert out.count("unknown") == 4
 
 
+def test_folders_of_no_rank_are_named(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "model")
+    for device in ("device4", "device7"):
+        shutil.copytree(exported / "device1", tmp_path / "model" / device)
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().err == "shardserve inspect: device4, device7: not of this export, of 4 ranks\n"
+
+
 def test_on_a_terminal_a_bar_while_it_reads_and_the_same_output(exported):
     piped = subprocess.run(
         [sys.executable, "-m", "shardserve.cli", "inspect", exported], check=True, capture_output=True, text=True

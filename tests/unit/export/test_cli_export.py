@@ -148,10 +148,17 @@ def test_verifies_with_given_inputs_and_tells_each_output_s_error(run, tmp_path:
     code, out, err = run(*words)
     assert (code, err) == (0, "")
     assert re.search(r"^output y: max abs error 0 with batch = 3, max relative error 0$", out, re.MULTILINE), out
-    np.savez(tmp_path / "in.npz", x=np.ones((3, 256), np.float32))
-    code, _, err = run(*words)
-    assert code == 1
-    assert "input 'input' is missing" in err
+    before = (tmp_path / "model" / "device0" / "group_config.json").read_text()
+    for wrong, said in (
+        ({"x": np.ones((3, 256), np.float32)}, "input 'input' is missing"),
+        ({"input": np.ones((3, 256), np.int64)}, "input 'input'"),
+        ({"input": np.ones((9, 256), np.float32)}, "batch"),
+    ):
+        np.savez(tmp_path / "in.npz", **wrong)
+        code, _, err = run(*words)
+        assert (code, said in err, err.count("\n")) == (1, True, 1)
+    # What was exported before is as it was.
+    assert (tmp_path / "model" / "device0" / "group_config.json").read_text() == before
     np.savez(tmp_path / "in.npz", input=np.array(["a"]))
     assert "in.npz: 'input', <U1, can't be a tensor" in run(*words)[2]
     with pytest.raises(WrongUsage, match="--inputs is for --verify"):
@@ -215,7 +222,10 @@ def test_fails_above_the_tolerance(run) -> None:
     ("words", "message"),
     [
         (("userland:plain", "--tp", "3", "--strict"), "the plan shards no parameter"),
-        (("userland:plain", "--tp", "2", "--save-plan", "nowhere/plan.json"), "plan nowhere/plan.json: No such file"),
+        (
+            ("userland:plain", "--tp", "2", "--save-plan", "nowhere/plan.json"),
+            "nowhere/plan.json: there is no directory nowhere",
+        ),
         (("userland:plain", "--plan", "nothing.json"), "nothing.json: No such file"),
         (("userland:nothing",), "'userland' has no function 'nothing'"),
         (("userland:wrong",), "must return (model, args)"),

@@ -38,6 +38,13 @@ def test_a_failed_export_leaves_no_folder(tmp_path: Path, out: str) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_can_t_be_written_to_is_told_before_the_tracing() -> None:
+    heard: list[str] = []
+    with pytest.raises(ExportError, match="the shards can't be written to /proc: "):
+        export(nn.Linear(8, 8), ARGS, name="net", out="/proc", progress=lambda what, done, total: heard.append(what))
+    assert heard == []
+
+
 def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError):

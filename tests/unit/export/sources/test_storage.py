@@ -110,11 +110,14 @@ def test_tensors_that_the_model_has_no_place_for(model: Model, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["lstm.bias_ih_l0", "norm.running_mean"])
-def test_a_value_without_a_source(model: Model, tmp_path: Path, name: str) -> None:
+def test_a_value_without_a_source(model: Model, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     file = saved(model, tmp_path / "w.safetensors", name)
     with pytest.raises(ExportError, match=f"^'{name}' has no value: in no weights file"):
         export(lean(), IDS, name="m", out=tmp_path / "out", weights=file)
     assert not (tmp_path / "out").exists()
+    # Of a parameter that is told before the tracing.
+    warned = [record.getMessage() for record in caplog.records if record.name == "shardserve.export.api"]
+    assert warned == [f"weights: there is no value of '{name}': an error if the model uses it"] * ("lstm" in name)
 
 
 def test_a_value_that_the_graph_does_not_use(model: Model, tmp_path: Path) -> None:
