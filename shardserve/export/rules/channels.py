@@ -81,7 +81,8 @@ def convolution(emitter: Emitter, call: Call) -> Result:
     x, weight = emitter.reduced(call["input"]), call["weight"]
     channels = x.ndim - weight.ndim + 1
     if call["groups"] != 1:
-        return _by_groups(emitter, call, x, weight, channels)
+        outputs, inputs = weight.shape[0], x.shape[channels]
+        return _by_groups(emitter, call, x, weight, channels, inputs, outputs)
     placement = weight.placement
     if placement == Replicate() and isinstance(x.placement, Shard) and x.placement.dim == channels:
         placement = Shard(1, x.placement.blocks)  # a slice of the weight costs nothing
@@ -92,13 +93,15 @@ def convolution(emitter: Emitter, call: Call) -> Result:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(emitter: Emitter, call: Call) -> Result:
-    """input [batch, in, …], weight [in, out / groups, …]: by output or by input channels."""
+    """input [batch, in, …], weight [in, out / groups, …]: by output channels, by input channels, or by groups."""
     x, weight = emitter.reduced(call["input"]), call["weight"]
     channels = x.ndim - weight.ndim + 1
+    if call["groups"] != 1:
+        return _by_groups(emitter, call, x, weight, channels, weight.shape[0], weight.shape[1] * call["groups"])
     placement = weight.placement
     if placement == Replicate() and isinstance(x.placement, Shard) and x.placement.dim == channels:
         placement = Shard(0, x.placement.blocks)
-    if call["groups"] != 1 or not isinstance(placement, Shard) or placement.dim > 1:
+    if not isinstance(placement, Shard) or placement.dim > 1:
         return None
     return _convolved(emitter, call, x, weight, placement, channels, outputs=1)
 
@@ -117,12 +120,14 @@ def _convolved(
     return call.emit(emitter, Partial(), beside, input=x, weight=weight, bias=bias)
 
 
-def _by_groups(emitter: Emitter, call: Call, x: Value, weight: Value, channels: int) -> Result:
+def _by_groups(
+    emitter: Emitter, call: Call, x: Value, weight: Value, channels: int, inputs: Dim, outputs: Dim
+) -> Result:
     """Each group of input channels makes its own output channels: a rank has whole groups of both."""
     given = next((side.placement for side in (weight, x) if side.placement != Replicate()), None)
     if not isinstance(given, Shard) or given.dim != (0 if given is weight.placement else channels):
         return None
-    if not _whole_groups(call["groups"], given, weight.shape[0], x.shape[channels], emitter.size):
+    if not _whole_groups(call["groups"], given, outputs, inputs, emitter.size):
         return None
     own, bias = Shard(0, given.blocks), call.get("bias")
     along = Shard(channels, given.blocks)

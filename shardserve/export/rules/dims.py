@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+import torch
+
 from shardserve.export.emit import Call, Emitter, Value
 from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.rules.table import pointwise, rule
@@ -175,7 +177,14 @@ def cat(emitter: Emitter, call: Call) -> Result:
     return aligned.emit(emitter, Shard(after, sharded.blocks))
 
 
-@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod")
+def _reduced_dims(call: Call, x: Value) -> set[int]:
+    given = call.get("dim")
+    if given is None or given == []:
+        return set(range(x.ndim))
+    return {_positive(dim, x.ndim) for dim in (given if isinstance(given, (list, tuple)) else [given])}
+
+
+@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "prod")
 @rule("any", "all", "argmax", "argmin", "logsumexp", "max", "min", "median")
 def reduction(emitter: Emitter, call: Call) -> Result:
     """Over dims: those that are not sharded alone; a sum or mean over the sharded dim leaves terms of a sum."""
@@ -188,11 +197,7 @@ def reduction(emitter: Emitter, call: Call) -> Result:
     placement = x.placement
     if not isinstance(placement, Shard):
         return None
-    given = call.get("dim")
-    if given is None or given == []:
-        dims = set(range(x.ndim))
-    else:
-        dims = {_positive(dim, x.ndim) for dim in (given if isinstance(given, (list, tuple)) else [given])}
+    dims = _reduced_dims(call, x)
     result: Placement
     if placement.dim in dims:
         if call.several:
@@ -205,6 +210,37 @@ def reduction(emitter: Emitter, call: Call) -> Result:
         gone = 0 if call.get("keepdim") else sum(1 for dim in dims if dim < placement.dim)
         result = Shard(placement.dim - gone, placement.blocks)
     return call.emit(emitter, result, self=x)
+
+
+@rule("linalg_vector_norm", "linalg_norm")
+def vector_norm(emitter: Emitter, call: Call) -> Result:
+    """Over the sharded dim: of the ranks' norms, each the root of a sum of powers, those sums are added up."""
+    x, order = emitter.reduced(call["self"]), call.get("ord")
+    dims = _reduced_dims(call, x)
+    if call.opname == "linalg_norm":
+        if isinstance(order, str) or (order is not None and (call.get("dim") is None or len(dims) > 1)):
+            return None  # of matrices
+        order = 2 if order is None else order
+    if not isinstance(x.placement, Shard) or x.placement.dim not in dims:
+        return reduction(emitter, call)
+    if emitter.was_gathered(x) or not x.dtype.is_floating_point or order < 0:
+        return None
+    kind = "max" if order == float("inf") else "sum"
+    wide = torch.promote_types(call.dtype, torch.float32)  # the powers may be beyond float16
+    arguments, keywords = (x, order, sorted(dims), bool(call.get("keepdim"))), {"dtype": wide}
+    op = "aten.linalg_vector_norm.default"
+    norm = emitter.call(op, arguments, keywords, call.shape, wide, Partial(kind), call.name)
+
+    def power(value: Value, exponent: float) -> Value:
+        if kind == "max" or order in (0, 1):
+            return value
+        op = "aten.pow.Tensor_Scalar"
+        return emitter.call(op, (value, exponent), {}, call.shape, wide, value.placement, f"{call.name}_power")
+
+    whole = power(emitter.reduced(power(norm, order)), 1 / order if order else 1)
+    if wide == call.dtype:
+        return whole
+    return emitter.call("aten._to_copy.default", (whole,), {"dtype": call.dtype}, call.shape, call.dtype, Replicate())
 
 
 @rule("zeros_like", "ones_like", "full_like")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardserve.export.emit import Call, Emitter, Value
-from shardserve.export.placements import Placement, Shard
+from shardserve.export.placements import Placement, Replicate, Shard
 from shardserve.export.rules.table import rule
 
 Result = Value | list[Value] | None
@@ -52,6 +52,20 @@ def select_along_dim(emitter: Emitter, call: Call) -> Result:
     else:
         return None
     return call.emit(emitter, x.placement, self=x, **changed)
+
+
+@rule("embedding_bag")
+def embedding_bag(emitter: Emitter, call: Call) -> Result:
+    """weight [rows, width], ids and where bags begin → [bags, width], and what a gradient would need: by columns."""
+    weight = emitter.reduced(call["weight"])
+    if not isinstance(weight.placement, Shard) or weight.placement.dim != 1:
+        return None
+    changed = {name: emitter.replicated(value) for name, value in call.values.items() if name != "weight"}
+    arguments = [({**call.arguments, "weight": weight, **changed})[one.name] for one in call.op._schema.arguments]
+    # Of the largest elements the last result says for each column where it was.
+    placed: list[Placement] = [weight.placement if len(shape) == 2 else Replicate() for shape, _ in call.results]
+    op = f"aten.{call.opname}.{call.op._overloadname}"
+    return emitter.call_many(op, arguments, {}, call.results, placed, call.name)
 
 
 @rule("repeat_interleave")

@@ -40,9 +40,11 @@ class Pair(nn.Module):
         return last(self.between(first(x)))
 
 
-def check(model: nn.Module, x: Tensor, plan: dict[str, str], tmp_path: Path, expected: dict[str, int]) -> None:
+def check(
+    model: nn.Module, x: Tensor, plan: dict[str, str], tmp_path: Path, expected: dict[str, int], ranks: int = 2
+) -> None:
     report = export(
-        model, (x,), name="m", out=tmp_path, tensor_parallel=2, plan=Plan(plan), dynamic_shapes=({0: BATCH},)
+        model, (x,), name="m", out=tmp_path, tensor_parallel=ranks, plan=Plan(plan), dynamic_shapes=({0: BATCH},)
     )
     assert dict(report.collectives()) == expected
     assert not report.gathered
@@ -107,6 +109,41 @@ def test_groups_of_channels(tmp_path: Path) -> None:
     model.conv_down = nn.Conv1d(32, 8, 1)
     plan = {"conv_up.*": "Shard(0)", "grouped.*": "Shard(0)", "conv_down.weight": "Shard(1)"}
     check(model, torch.randn(2, 8, 6), plan, tmp_path, {"all_reduce": 1})
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.ConvTranspose1d])
+def test_as_many_groups_as_ranks(layer: type[nn.Conv1d | nn.ConvTranspose1d], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(8, 16, 1), layer(16, 32, 3, groups=4), nn.BatchNorm1d(32), nn.Conv1d(32, 8, 1))
+    plan = {**dict.fromkeys(("0.*", "1.*", "2.[!n]*"), "Shard(0)"), "3.weight": "Shard(1)"}
+    for ranks in (2, 4):
+        check(model.eval(), torch.randn(2, 8, 6), plan, tmp_path / str(ranks), {"all_reduce": 1}, ranks)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda y: F.normalize(y, dim=-1),
+        lambda y: y * y.norm(p=1, dim=(1, 2), keepdim=True),
+        lambda y: y * y.norm(p=float("inf"), dim=-1, keepdim=True),
+        lambda y: y * y.relu().norm(p=0, dim=-1, keepdim=True),
+        lambda y: y * torch.linalg.vector_norm(y, ord=2.5),
+        lambda y: y * torch.linalg.norm(y, dim=-1, keepdim=True),
+        lambda y: y * torch.linalg.norm(y, dim=1, keepdim=True).norm(),
+        lambda y: y / torch.full_like(y, 300.0).half().norm(dim=-1, keepdim=True),  # its square is beyond float16
+    ],
+)
+def test_norms_over_what_is_cut(norm: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """Each rank's own, and one reduction of those; the layer after takes the parts."""
+    plan = {"up.*": "Shard(0)", "down.weight": "Shard(1)"}
+    check(Pair(norm), torch.randn(2, 3, 8) / 2, plan, tmp_path, {"all_reduce": 2})
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings(mode: str, tmp_path: Path) -> None:
+    """By columns, which the layer after takes as they are."""
+    model = nn.Sequential(nn.EmbeddingBag(10, 8, mode=mode, padding_idx=1), nn.Linear(8, 4))
+    check(model, torch.randint(0, 10, (3, 5)), {"0.weight": "Shard(1)", "1.weight": "Shard(1)"}, tmp_path,
+          {"all_reduce": 1})  # fmt: skip
 
 
 @pytest.mark.parametrize(("dim", "collective"), [(0, "all_reduce"), (1, "all_gather")])
