@@ -27,7 +27,10 @@ class Subgraph:
     def __post_init__(self) -> None:
         for option in ("input_names", "output_names"):
             given = getattr(self, option)
-            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+            if given is None:
+                continue
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            if not listed or not all(isinstance(name, str) for name in given):
                 raise ExportError(f"{option} is {given!r}: it must be a list of names")
 
 

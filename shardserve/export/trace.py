@@ -226,10 +226,8 @@ def _input_names(inputs: Sequence[fx.Node], given: Sequence[str] | None) -> list
     return _names("input", given, len(inputs))
 
 
-def _names(what: str, given: Any, count: int) -> list[str]:
+def _names(what: str, given: Sequence[str], count: int) -> list[str]:
     """`given`, if these are as many names."""
-    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
-        raise ExportError(f"{what}_names must be a list of strings; got {given!r}")
     if len(given) != count or len(set(given)) < len(given):
         raise ExportError(f"{what}_names must name {count} {what}s, each differently; got {list(given)}")
     return list(given)

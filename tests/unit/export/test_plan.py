@@ -97,6 +97,7 @@ def exported(tmp_path: Path, **options: Any) -> Any:
         ({"pipeline_parallel": 99}, "99 stages need 98: take at most "),
         ({"input_names": "ids"}, "input_names is 'ids': it must be a list of names"),
         ({"output_names": 3}, "output_names is 3: it must be a list of names"),
+        ({"output_names": [3]}, r"output_names is \[3\]: it must be a list of names"),
         ({"input_names": ["ids"]}, "input_names must name 2 inputs"),
         ({"output_names": ["a", "b"]}, "output_names must name 1 outputs"),
         ({"tensor_parallel": 2, "plan": Plan(), "strict": True}, "shards no parameter"),

@@ -149,11 +149,6 @@ def test_outputs_that_are_no_tensors(tmp_path: Path) -> None:
     assert "output 'rows' is a number that it computes from sizes or inputs, not a tensor" in message
 
 
-@pytest.mark.parametrize("given", [{"output_names": [3]}, {"input_names": "x"}])
-def test_names_that_are_no_list_of_strings(tmp_path: Path, given: dict[str, Any]) -> None:
-    assert "_names must be a list of strings" in refusal(Model(lambda y: y), tmp_path, **given)
-
-
 class Counting(nn.Module):
     """Counts its eager runs, in a buffer too, and can't be traced."""
 
