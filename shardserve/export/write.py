@@ -32,10 +32,8 @@ from shardserve.shards.config import (
     Signature,
     TensorSpec,
 )
+from shardserve.shards.files import HIDDEN, OLD
 from shardserve.shards.graph import GraphFile, Node, Parameter, State, dtype_name, encode_argument
-
-_HIDDEN = ".export-"
-_OLD = "old"
 
 
 def crossing_specs(names: Sequence[str], meaning: Tensors, printer: Printer) -> tuple[TensorSpec, ...]:
@@ -159,7 +157,7 @@ class Writer:
         self._lock = ExitStack()
         with _locked(out):
             _remove_abandoned(out)
-            self.folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=out))
+            self.folder = Path(tempfile.mkdtemp(prefix=HIDDEN, dir=out))
             self._lock.enter_context(_locked(self.folder))
         self.ranks: list[int] = []
         self._moved: list[tuple[Path, Path]] = []  # from, to; in order
@@ -204,7 +202,7 @@ class Writer:
         """Replace the device folders of an earlier export, those of ranks that are no more included. If it raises,
         `restore` makes that undone.
         """
-        old = self.folder / _OLD
+        old = self.folder / OLD
         old.mkdir()
         replaced: set[str] = set()
         for rank in self.ranks:
@@ -257,8 +255,8 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 def _remove_abandoned(out: Path) -> None:
     """The hidden folders of exporters that have ended, unless they hold former shards."""
-    for folder in out.glob(f"{_HIDDEN}*"):
-        if not any(folder.glob(f"{_OLD}/*")):
+    for folder in out.glob(f"{HIDDEN}*"):
+        if not any(folder.glob(f"{OLD}/*")):
             with suppress(BlockingIOError), _locked(folder, wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
 

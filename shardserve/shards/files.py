@@ -17,6 +17,12 @@ CONFIG_LIMIT = 16 << 20
 GRAPH_LIMIT = 64 << 20
 
 
+HIDDEN = ".export-"
+"""What the name of the folder begins with that an export is written into until it is whole, in the export's own."""
+OLD = "old"
+"""In there: the device folders that it has replaced, until the last of its own is in place."""
+
+
 def open_regular(path: str | Path) -> FileIO:
     """The file, open to be read, unbuffered; a link is followed. A pipe or a device would never end, or never begin."""
     try:

@@ -15,6 +15,7 @@ from shardserve.progress import Progress, quietly
 from shardserve.shards import files
 from shardserve.shards.config import CONFIG_FILE, Origin, ShardConfig, TensorSpec
 from shardserve.shards.expressions import ExpressionError, evaluate
+from shardserve.shards.files import HIDDEN, OLD
 from shardserve.shards.graph import GraphFile, Parameter, to_dtype
 from shardserve.shards.weights import check_digest
 
@@ -130,23 +131,34 @@ def read(directory: str | Path, given: Mapping[str, int] | None = None, progress
     directory = Path(directory)
     first = directory / "device0" / CONFIG_FILE
     if not first.is_file():
-        inside = sorted(path.parts[-3] for path in directory.glob(f"*/device0/{CONFIG_FILE}"))
-        hint = f"; it holds those of {', '.join(inside)}: name one" if inside else ""
+        inside = sorted(path.parts[-3] for path in directory.glob(f"[!.]*/device0/{CONFIG_FILE}"))
+        hint = f"; it holds those of {', '.join(inside)}: name one" if inside else _interrupted(directory)
         raise ShardError(f"there is no {first}: {directory} is not the folder of an export{hint}")
     config = ShardConfig.load(first)
     dims = sizes(config, given or {})
     ranks: list[RankSummary] = []
     for rank in range(config.rank_size):
         progress("reading shards", rank, config.rank_size)
-        summary = _rank(directory / f"device{rank}", dims)
+        folder = directory / f"device{rank}"
+        if not folder.is_dir():
+            raise ShardError(f"there is no {folder}, of {config.rank_size} ranks{_interrupted(directory)}")
+        summary = _rank(folder, dims)
         if summary.config.export_id != config.export_id:
-            raise ShardError(f"{summary.directory} and {first.parent} are of different exports")
+            raise ShardError(f"{folder} and {first.parent} are of different exports{_interrupted(directory)}")
         if summary.config.rank != rank:
             raise ShardError(f"{summary.directory} holds the shard of rank {summary.config.rank}")
         ranks.append(summary)
     own = {rank.directory.name for rank in ranks}
     others = sorted(path for path in directory.glob("device[0-9]*") if path.is_dir() and path.name not in own)
     return Summary(tuple(ranks), dims, _whose(config, given or {}), tuple(others))
+
+
+def _interrupted(directory: Path) -> str:
+    """What to do about an export that was killed while it put its folders in place; nothing if none was."""
+    former = sorted({path.parent for path in directory.glob(f"{HIDDEN}*/{OLD}/device*")})
+    if not former:
+        return ""
+    return f"; an export was killed while it put its own in place: export again, or move back what is in {former[0]}"
 
 
 def sizes(config: ShardConfig, given: Mapping[str, int]) -> dict[str, int]:

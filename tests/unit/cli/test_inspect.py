@@ -95,6 +95,22 @@ def test_folders_of_no_rank_are_named(exported, tmp_path, capsys):
     assert capsys.readouterr().err == "shardserve inspect: device4, device7: not of this export, of 4 ranks\n"
 
 
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [("device0", "is not the folder of an export"), ("device1", "there is no {}/device1, of 4 ranks")],
+)
+def test_what_a_killed_export_has_moved_is_named(exported, tmp_path, capsys, moved, said):
+    shutil.copytree(exported, tmp_path / "model")
+    former = tmp_path / "model" / ".export-abc" / "old"
+    former.mkdir(parents=True)
+    (tmp_path / "model" / moved).rename(former / moved)
+    shutil.copytree(exported / "device0", former.parent / "device0")
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    err = capsys.readouterr().err
+    assert said.format(tmp_path / "model") in err
+    assert err.endswith(f"in place: export again, or move back what is in {former}\n")
+
+
 def test_on_a_terminal_a_bar_while_it_reads_and_the_same_output(exported):
     piped = subprocess.run(
         [sys.executable, "-m", "shardserve.cli", "inspect", exported], check=True, capture_output=True, text=True

@@ -240,6 +240,32 @@ def test_what_the_model_itself_raises_is_told(tmp_path: Path) -> None:
         verify(model, args, None, tmp_path, "m", inputs={"ids": torch.tensor([[9, 1], [1, 0]])})
 
 
+class Replacing(nn.Module):
+    """Puts another tensor in its buffer's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("ring", torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.ring = torch.cat([self.ring[1:], y[:1]])
+        return y + self.ring.mean(0)
+
+
+def test_a_model_that_replaces_its_buffer_gets_it_back(tmp_path: Path) -> None:
+    model, args = Replacing().eval(), (torch.randn(2, 8),)
+    ring, before = model.ring, model.ring.clone()
+    export(model, args, name="m", out=tmp_path, tensor_parallel=2, plan=Plan({"linear.*": "Shard(0)"}))
+    result = verify(model, args, None, tmp_path, "m")
+    assert result.passed
+    assert result.max_abs_error < 1e-5
+    assert model.ring is ring
+    assert torch.equal(ring, before)
+
+
 def test_the_errors_of_tensors() -> None:
     wanted = torch.tensor([1.0, -4.0, math.inf, math.nan])
     assert abs_error(wanted, wanted) == relative_error(wanted, wanted) == 0
