@@ -33,7 +33,7 @@ example-%: $(VENV)/.installed-examples ## one with trained weights: example-sent
 test: unit e2e ## all tests
 
 # Even on many cores: what they start has processes and threads of its own.
-TWO_AT_A_TIME := --numprocesses 2 --dist loadgroup
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 unit: $(VENV)/.installed-dev ## the tests of single modules
 	$(BIN)/python -m pytest tests/unit $(TWO_AT_A_TIME)

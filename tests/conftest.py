@@ -1,20 +1,16 @@
+import fcntl
 import gc
 import multiprocessing.resource_tracker
 import os
 import socket
+import tempfile
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 
 from shardserve.wire.segments import TRIMMING
-
-
-def pytest_collection_modifyitems(items):
-    """Where two run at a time: the tests of a file one after the other, for they share what they export."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture
@@ -23,6 +19,14 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def example_ports():
+    """The reference example's own ports, for tests that run its scripts: one of this machine at a time has them."""
+    with open(Path(tempfile.gettempdir()) / "shardserve-example-ports", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _threads():

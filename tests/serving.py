@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from shardserve.client import Client, status
@@ -74,10 +73,6 @@ def predict({inputs}):
 """
     )
     return folder
-
-
-example_ports = pytest.mark.xdist_group("the reference example's own ports")
-"""For tests that run its scripts: never two at a time."""
 
 
 def free_ports(count: int) -> list[int]:

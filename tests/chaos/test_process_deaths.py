@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from load import SECONDS_TO_RECOVER, Load
-from serving import Processes, copy_matmul_example, example_ports
+from serving import Processes, copy_matmul_example
 
 from shardserve.client import Client
 
@@ -130,7 +130,7 @@ def assert_answers(seconds=30):
     np.testing.assert_array_equal(result["y"], np.full((128, 16), -48, np.float32))
 
 
-@example_ports
+@pytest.mark.usefixtures("example_ports")
 def test_scripts_on_their_own(tmp_path):
     """The server's script, then the agents' script, are killed; the other side waits, then goes on or leaves."""
     with Scripts(exported_example(tmp_path)) as scripts:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from hosts import NO_SKIP
-from serving import EXAMPLES, Processes, copy_matmul_example, example_ports, free_ports
+from serving import EXAMPLES, Processes, copy_matmul_example, free_ports
 
 
 def run(name, *arguments, folder=EXAMPLES, script="run.py"):
@@ -35,7 +35,7 @@ def copied(name, folder, ranks):
     return "--distributed-address", f"127.0.0.1:{ports[0]}", "--agent-start-port", str(ports[1])
 
 
-@example_ports
+@pytest.mark.usefixtures("example_ports")
 @pytest.mark.timeout(150)
 def test_matmul_distributed(tmp_path):
     copy_matmul_example(tmp_path)

@@ -9,11 +9,11 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from serving import EXAMPLES, Processes, copy_matmul_example, example_ports, load_module, shared_memory_files
+from serving import EXAMPLES, Processes, copy_matmul_example, load_module, shared_memory_files
 
 from shardserve.client import Client
 
-pytestmark = example_ports
+pytestmark = pytest.mark.usefixtures("example_ports")
 
 NET = EXAMPLES / "matmul_distributed" / "export_model" / "net.py"
 
