@@ -82,6 +82,8 @@ def convolution(emitter: Emitter, call: Call) -> Result:
     channels = x.ndim - weight.ndim + 1
     if call["groups"] != 1:
         outputs, inputs = weight.shape[0], x.shape[channels]
+        if weight.placement == Shard(0) and emitter.size > call["groups"]:
+            return _part_of_a_group(emitter, call, x, weight, channels)
         return _by_groups(emitter, call, x, weight, channels, inputs, outputs)
     placement = weight.placement
     if placement == Replicate() and isinstance(x.placement, Shard) and x.placement.dim == channels:
@@ -139,6 +141,20 @@ def _by_groups(
         bias=bias and emitter.redistribute(bias, own),
         groups=call["groups"] // emitter.size,
     )
+
+
+def _part_of_a_group(emitter: Emitter, call: Call, x: Value, weight: Value, channels: int) -> Result:
+    """Fewer groups than ranks: several make the output channels of one, each from that group's input channels."""
+    groups, inputs = call["groups"], x.shape[channels]
+    if emitter.size % groups or not isinstance(inputs, int):
+        return None
+    each, group = inputs // groups, emitter.coordinate * groups // emitter.size
+    x, bias = emitter.replicated(x), call.get("bias")
+    ends = (channels, each * group, each * (group + 1))
+    shape = (*x.shape[:channels], each, *x.shape[channels + 1 :])
+    own = emitter.call("aten.slice.Tensor", (x, *ends), {}, shape, x.dtype, Replicate())
+    bias = bias and emitter.redistribute(bias, Shard(0))
+    return call.emit(emitter, Shard(channels), input=own, weight=weight, bias=bias, groups=1)
 
 
 def _whole_groups(groups: int, given: Shard, outputs: Dim, inputs: Dim, ranks: int) -> bool:

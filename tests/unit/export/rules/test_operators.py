@@ -119,6 +119,13 @@ def test_as_many_groups_as_ranks(layer: type[nn.Conv1d | nn.ConvTranspose1d], tm
         check(model.eval(), torch.randn(2, 8, 6), plan, tmp_path / str(ranks), {"all_reduce": 1}, ranks)
 
 
+def test_fewer_groups_than_ranks(tmp_path: Path) -> None:
+    """A rank makes its part of a group's channels from all that the group takes."""
+    model = nn.Sequential(nn.Conv1d(8, 16, 3, groups=2), nn.ReLU(), nn.Conv1d(16, 8, 1))
+    plan = {"0.*": "Shard(0)", "2.weight": "Shard(1)"}
+    check(model, torch.randn(2, 8, 6), plan, tmp_path, {"all_reduce": 1}, ranks=4)
+
+
 @pytest.mark.parametrize(
     "norm",
     [
