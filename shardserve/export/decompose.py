@@ -22,13 +22,16 @@ def table(graph: fx.Graph) -> Table:
     Operators that a shard may call are never in it: whole, they have rules, and kernels of their own.
     """
     calls = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    return _known() if any(_unlisted(op) for op in calls) else {}
+    # Tracing once more takes as long as the first time: only for what can be taken apart.
+    return _known() if calls & _known().keys() else {}
 
 
 def _unlisted(op: torch._ops.OpOverload) -> bool:
     # What refusals have advice on would only be refused under another name.
     named = op.namespace == "aten" and not op._schema.is_mutable and not refusals.operator_advice(op._opname)
-    return named and not operators.is_allowed(op)
+    # Sizes (sym_size) and checks are no operators of a shard, either; they give no tensors.
+    tensors = any("Tensor" in str(result.type) for result in op._schema.returns)
+    return named and tensors and not operators.is_allowed(op)
 
 
 @lru_cache(maxsize=1)

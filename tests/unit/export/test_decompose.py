@@ -103,11 +103,13 @@ def test_whole_operators_stay_so() -> None:
     """Nothing is taken apart for operators that shards may call."""
 
     def traced(function: Function) -> torch.fx.Graph:
-        program = torch.export.export(Between({"y": function}), (torch.randn(8, 4),))
+        dynamic = {"x": {0: Dim("batch", min=2, max=16)}}
+        program = torch.export.export(Between({"y": function}), (torch.randn(8, 4),), dynamic_shapes=dynamic)
         return program.run_decompositions({}).graph
 
+    assert not decompose.table(traced(lambda y, z: y.double().reshape(z.shape[0], 2, 4)))  # sizes, a check of a dtype
     assert not decompose.table(traced(lambda y, z: F.gelu(y).softmax(-1) @ z.transpose(-1, -2)))
-    further = decompose.table(traced(lambda y, z: torch.tensordot(y, z, dims=1)))
+    further = decompose.table(traced(lambda y, z: torch.tensordot(y, z.T, dims=1)))
     assert torch.ops.aten.tensordot.default in further
     assert torch.ops.aten.gelu.default not in further
     assert torch.ops.aten.linear.default not in further
