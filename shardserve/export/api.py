@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError
+from shardserve.export import planning
 from shardserve.export.assemble import RankShard, assemble, with_all_weights
 from shardserve.export.cost import Sizes
 from shardserve.export.dtypes import check_products
@@ -37,6 +38,7 @@ from shardserve.shards.graph import dtype_name
 logger = logging.getLogger(__name__)
 
 _CUTTING = frozenset({"split", "chunk", "split_with_sizes"})
+_NAMED = 6  # how many names a warning lists
 
 
 def export(
@@ -278,4 +280,13 @@ def _warnings(layout: Layout) -> tuple[str, ...]:
     size = layout.tensor_parallel
     if size > 1 and layout.planned.only_replicated:
         found.append(f"no parameter is sharded: each of the {size} ranks of a stage computes the same")
+    again = sum(layout.repeated.values())
+    once = sum(rank.parameter_bytes for rank in (ranks[0] for ranks in layout.costs)) - again
+    if again > planning.NOTABLE * once:
+        names = list(dict.fromkeys(map(planning.pattern, layout.repeated)))
+        listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        found.append(
+            f"weights that are used on both sides of a cut lie in each of those stages, {again / once:.0%} more bytes: "
+            f"{listed}"
+        )
     return tuple(found)

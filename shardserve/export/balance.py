@@ -3,13 +3,16 @@
 A stage's load is the seconds of its operators by the cost model, at the example's sizes, plus its parameters' bytes at
 the memory's bandwidth (tables in full: they take the memory, if not the time) and what it sends. A cut may be wherever
 a module begins, at any depth. Of the partitions whose largest load is within `SLACK` of the smallest possible, the one
-is taken that sends the fewest bytes, then names the outermost modules, then has the most even loads.
+is taken that sends the fewest bytes and holds the fewest twice, then names the outermost modules, then has the most
+even loads. Where that one holds weights in several stages (a cut in a loop, tied weights), balance is given up for
+fewer of them, see `_partition`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,20 +28,26 @@ from shardserve.export.trace import Trace
 from shardserve.shards.config import DTYPES
 
 SLACK = 1.1
+LOOSER = SLACK, 1.2, 1.3, 1.4, 1.5
+"""The largest load, over the smallest possible, that may be taken for fewer bytes of weights in several stages."""
 _Rank: TypeAlias = tuple[int, int, float]
-"""Bytes sent, depth of the modules' names, sum of the loads' squares: less is better, in this order."""
+"""Bytes sent and weights' bytes held, depth of the modules' names, sum of the loads' squares: less is better, in this
+order.
+"""
 
 
 @dataclass
 class _Piece:
     """What is between two places where a cut may be. `needs`: parameters, and what doesn't depend on the inputs' values
-    and so is computed in each stage that needs it, with their seconds. `sent`: the bytes that would cross before it.
+    and so is computed in each stage that needs it, with their seconds; `weights`: the bytes of the former. `sent`: the
+    bytes that would cross before it.
     """
 
     module: str
     sent: int
     seconds: float = 0.0
     needs: dict[Any, float] = field(default_factory=dict)
+    weights: dict[Any, int] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -78,6 +87,7 @@ class _Pieces:
             if is_data:
                 self.order.append(node)
         self._needs: dict[fx.Node, dict[Any, float]] = {}
+        self._bytes_of: dict[Any, int] = {}
 
     def found(self) -> tuple[list[_Piece], list[str]]:
         """The pieces in order, and why there is no cut where it can't be."""
@@ -94,6 +104,8 @@ class _Pieces:
             for source in node.all_input_nodes:
                 if not self.from_data.get(source):
                     pieces[-1].needs.update(self._closure(source))
+        for piece in pieces:
+            piece.weights = {key: self._bytes_of[key] for key in piece.needs if key in self._bytes_of}
         return pieces, [refused[index] for index in sorted(places) if index in refused]
 
     def _crossing(self) -> tuple[list[int | None], dict[int, str]]:
@@ -155,7 +167,9 @@ class _Pieces:
             tensor = self.traced.bound.get(node)
             if tensor is not None:
                 whole = self.traced.tensors[tensor]
-                found[cost.storage(whole)] = whole.nbytes / self.hardware.bytes_per_second
+                key = cost.storage(whole)
+                self._bytes_of[key] = whole.nbytes
+                found[key] = whole.nbytes / self.hardware.bytes_per_second
             elif node.op == "call_function" and _has_tensors(node):
                 for source in node.all_input_nodes:
                     if not self.from_data.get(source):
@@ -204,24 +218,65 @@ def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> npt.NDArray[np.
     return loads
 
 
+def _held(pieces: Sequence[_Piece]) -> npt.NDArray[np.int64]:
+    """[i, j]: the bytes of the weights of the stage of pieces i to j, j not included."""
+    held = np.zeros((len(pieces), len(pieces) + 1), np.int64)
+    for begin in range(len(pieces)):
+        weights: dict[Any, int] = {}
+        total = 0
+        for end, piece in enumerate(pieces[begin:], begin + 1):
+            total += sum(size for key, size in piece.weights.items() if key not in weights)
+            weights.update(piece.weights)
+            held[begin, end] = total
+    return held
+
+
 def _partition(pieces: Sequence[_Piece], count: int, hardware: cost.Hardware) -> list[int]:
-    """The pieces that begin the stages after the first."""
-    loads = _loads(pieces, hardware)
+    """The pieces that begin the stages after the first.
+
+    Of partitions with larger and larger loads, as `LOOSER` has them, that of the smallest product of this and the
+    square of the weights' bytes in all stages: who cuts a model into stages wants less of it in each.
+    """
+    loads, held = _loads(pieces, hardware), _held(pieces)
+    whole = int(held[0, -1])
+    best: tuple[float, list[int]] | None = None
+    for slack in LOOSER:
+        begins = _within(slack, pieces, count, loads, held)
+        stages = pairwise((0, *begins, len(pieces)))
+        total = sum(int(held[begin, end]) for begin, end in stages)
+        price = slack * (total / whole if whole else 1.0) ** 2
+        if best is None or price < best[0]:
+            best = price, begins
+        if total <= whole:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _within(
+    slack: float,
+    pieces: Sequence[_Piece],
+    count: int,
+    loads: npt.NDArray[np.float64],
+    held: npt.NDArray[np.int64],
+) -> list[int]:
+    """The best partition whose largest load is at most `slack` times the smallest possible."""
     size = len(pieces)
     # rest[k][i]: the smallest largest load of k stages that hold the pieces from i on.
     rest = [np.array([np.inf] * size + [0.0])]
     for _ in range(count):
         rest.append(np.append(np.maximum(loads, rest[-1]).min(axis=1), np.inf))
-    limit = float(rest[count][0]) * SLACK
+    limit = float(rest[count][0]) * slack
     best: dict[int, tuple[_Rank, tuple[int, ...]]] = {0: ((0, 0, 0.0), ())}
     for left in reversed(range(count)):
         reached: dict[int, tuple[_Rank, tuple[int, ...]]] = {}
-        for i, ((sent, depth, squares), cuts) in best.items():
+        for i, ((moved, depth, squares), cuts) in best.items():
             for j in map(int, np.flatnonzero((loads[i] <= limit) & (rest[left] <= limit))):
                 load = float(loads[i, j])
                 squared = squares + load * load
                 piece = pieces[j] if j < size else None
-                rank = (sent + piece.sent, depth + piece.depth, squared) if piece else (sent, depth, squared)
+                sent, deeper = (piece.sent, piece.depth) if piece else (0, 0)
+                rank = moved + sent + int(held[i, j]), depth + deeper, squared
                 if j not in reached or rank < reached[j][0]:
                     reached[j] = (rank, (*cuts, j))
         best = reached

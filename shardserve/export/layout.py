@@ -60,6 +60,22 @@ class Layout:
             for ranks in self.stages
         ]
 
+    @cached_property
+    def repeated(self) -> dict[str, int]:
+        """The tensors that several pipeline stages have, tied ones once → their bytes in all but the first of these, of
+        one rank a stage.
+        """
+        seen: set[tuple[object, ...]] = set()
+        found: dict[str, int] = {}
+        for ranks in self.stages:
+            held = {cost.storage(self.traced.tensors[bound.tensor]): bound for bound in ranks[0].parameters}
+            for key, bound in held.items():
+                if key in seen:
+                    nbytes = int(cost.nbytes(bound.shape, bound.dtype))
+                    found[bound.tensor] = found.get(bound.tensor, 0) + nbytes
+            seen |= held.keys()
+        return found
+
     def activation_bytes(self, sizes: Sizes) -> list[list[int]]:
         """The most bytes that a step's tensors take at once, of stage i on coordinate j."""
         meanings = [graph.meanings() for graph in self.graphs]

@@ -224,3 +224,44 @@ def test_the_example_s_transformer() -> None:
     model, args, options = transformer(blocks=6)
     whole = trace(model, args, {}, options["dynamic_shapes"], None, None)
     assert balance(whole, 3) == ("blocks.2", "blocks.4")
+
+
+class Loops(nn.Module):
+    """x [batch, 5, 32]: layers, then one loop over the positions after another."""
+
+    def __init__(self, layers: int, loops: int) -> None:
+        super().__init__()
+        self.layers = chain(*[32] * (layers + 1))
+        self.cells = nn.ModuleList(nn.GRUCell(32, 32) for _ in range(loops))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)
+        for cell in self.cells:
+            state, states = x.new_zeros(x.shape[0], 32), []
+            for position in range(x.shape[1]):
+                state = cell(x[:, position], state)
+                states.append(state)
+            x = torch.stack(states, 1)
+        return x
+
+
+@pytest.mark.parametrize(("layers", "loops", "cut"), [(0, 3, "cells.1"), (2, 1, "cells.0")])
+def test_a_cut_is_beside_a_loop_rather_than_in_it(tmp_path: Path, layers: int, loops: int, cut: str) -> None:
+    """In the middle of the loop it would be more even, but the loop's weights would lie in both stages."""
+    model, x = Loops(layers, loops).eval(), torch.randn(2, 5, 32)
+    report = export(model, (x,), name="m", out=tmp_path, pipeline_parallel=2)
+    assert report.cuts == (cut,)
+    assert sum(sum(stage.parameter_bytes) for stage in report.stages) == sum(p.nbytes for p in model.parameters())
+    assert not report.warnings
+    assert verify(model, (x,), None, tmp_path, "m").passed
+
+
+def test_weights_that_lie_in_two_stages_are_named(tmp_path: Path) -> None:
+    model, x = Loops(0, 1).eval(), torch.randn(2, 5, 32)
+    report = export(model, (x,), name="m", out=tmp_path, pipeline_parallel=2, cuts=("cells.0@2",))
+    assert report.warnings == (
+        "weights that are used on both sides of a cut lie in each of those stages, 100% more bytes: "
+        "cells.*.weight_ih, cells.*.weight_hh, cells.*.bias_ih, cells.*.bias_hh",
+    )
+    assert "warning: weights that are used" in str(report)
+    assert verify(model, (x,), None, tmp_path, "m").passed
