@@ -196,13 +196,13 @@ class Settings:
 def warn_of_unknown(environment: Mapping[str, str] = os.environ) -> None:
     """A warning for each variable that looks like ours and is no setting."""
     for name in _unknown(environment):
-        if not OF_KUBERNETES.fullmatch(name.removeprefix(PREFIX)):
-            logger.warning("environment variable %s is no setting, and ignored", name)
+        logger.warning("environment variable %s is no setting, and ignored", name)
 
 
 def _unknown(environment: Mapping[str, str]) -> list[str]:
     known = {PREFIX + field.name.upper() for field in fields(Settings)}
-    return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+    ours = (name for name in environment if name.startswith(PREFIX) and name not in known)
+    return sorted(name for name in ours if not OF_KUBERNETES.fullmatch(name.removeprefix(PREFIX)))
 
 
 def _greatest(name: str, whole: bool) -> int:

@@ -100,6 +100,8 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_alone(caplog):
     names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_5500_TCP", "PORT_5500_TCP_ADDR")
     # Of a service shardserve-grpc.
     names += tuple(f"GRPC_{name}" for name in names)
+    # Of shardserve-timeline and the like, whose names are nearly settings.
+    names += ("TIMELINE_PORT", "WEIGHTS_PORT", "COMPILE_SERVICE_HOST", "MAX_RESTARTS_PORT")
     environment = {f"SHARDSERVE_{name}": "x" for name in names}
     assert Settings.from_environment(environment) == Settings()
     warn_of_unknown(environment)
