@@ -35,9 +35,25 @@ MAX_TEXT = 4000
 
 
 def shortened(text: str, limit: int = MAX_TEXT) -> str:
-    """The text, cut off after `limit` characters with a word on how many were left out."""
+    """The text, cut off after `limit` characters with a word on how many were left out; UTF-8 can write it: a lone
+    surrogate, as os.listdir has for bytes that are none, becomes `\\udce9`."""
     left_out = len(text) - limit
-    return text if left_out <= 0 else f"{text[:limit]}… ({left_out} more characters left out)"
+    text = text[:limit].encode("utf-8", "backslashreplace").decode()
+    return text if left_out <= 0 else f"{text}… ({left_out} more characters left out)"
+
+
+def text_of(error: BaseException) -> str:
+    """str(error), or a word on why there is none: an exception's class may be anybody's."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its text can't be made: {type(failure).__name__})"
+
+
+def described(error: BaseException) -> str:
+    """Class and text."""
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class ShardserveError(Exception):

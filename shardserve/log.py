@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
+from shardserve.errors import shortened
 from shardserve.settings import Settings
 
 FORMAT = "%(asctime)s %(levelname)s {}[%(process)d] %(message)s"
+MAX_LOGGED = 16_000
+"""Characters of a message, and of a traceback: what a servable's own code raises may have any length."""
+
+
+class Lines(logging.Formatter):
+    """Time, level, process, message and traceback, these two with an end."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__(FORMAT.format(process))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shortened(record.message, MAX_LOGGED)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return shortened(super().formatException(ei), MAX_LOGGED)
 
 
 def log_in_scripts() -> None:
@@ -17,14 +35,12 @@ def log_in_scripts() -> None:
         handler = logging.StreamHandler(sys.stderr)
         # Silent as soon as the script has handlers of its own.
         handler.addFilter(lambda _: not logging.getLogger().handlers)
-        handler.setFormatter(logging.Formatter(FORMAT.format("script")))
+        handler.setFormatter(Lines("script"))
         ours.addHandler(handler)
 
 
 def configure_logging(process: str) -> None:
     """Lines on stderr: time, level, process. The level is the setting log_level."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=Settings.from_environment().log_level,
-        format=FORMAT.format(process),
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines(process))
+    logging.basicConfig(level=Settings.from_environment().log_level, handlers=[handler])

@@ -21,7 +21,7 @@ from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
 from shardserve.agent.tensors import Layout, buffers_of
 from shardserve.agent.timeline import Timeline
-from shardserve.errors import MAX_TEXT, shortened
+from shardserve.errors import MAX_TEXT, described, shortened
 from shardserve.settings import Settings
 from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
@@ -125,8 +125,9 @@ class Membership:
             raise
         except Exception as error:
             # On the other ranks of the stage it is mostly the same exception again.
-            logger.warning("step %d raised %r", step.step, error, exc_info=config.coordinate == 0)
-            self._report(step, shortened(f"{type(error).__name__}: {error}", MAX_STEP_TEXT))
+            text = shortened(described(error), MAX_STEP_TEXT)
+            logger.warning("step %d raised %s", step.step, text, exc_info=config.coordinate == 0)
+            self._report(step, text)
             return program.drain(step.dims, self._collective)
 
     def _report(self, step: group.Step, message: str) -> None:

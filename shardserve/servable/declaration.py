@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shardserve.errors import ConfigError, ShardserveError
+from shardserve.errors import ConfigError, ShardserveError, described, shortened, text_of
 from shardserve.servable.method import Method, PythonStage, trace_method
 from shardserve.servable.model import Model, pad_rules
 
@@ -190,9 +190,9 @@ def load_servable(directory: str, name: str) -> Servable:
         with declaring(name) as servable:
             runpy.run_path(str(path), run_name="servable_config")
     except ShardserveError as error:
-        raise ConfigError(f"{path}{_line_in(path, error)}: {error}") from error
+        raise ConfigError(f"{path}{_line_in(path, error)}: {shortened(text_of(error))}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}{_line_in(path, error)}: {shortened(described(error))}") from error
     finally:
         sys.path[:] = search_path
     if servable.model is None:

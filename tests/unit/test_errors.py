@@ -48,3 +48,20 @@ def test_an_error_crosses_processes_by_its_name():
     error = errors.from_wire("NotFound", "no servable 'x' here")
     assert (type(error), str(error)) == (errors.NotFound, "no servable 'x' here")
     assert type(errors.from_wire("OfALaterRelease", "text")) is errors.InternalError
+
+
+def test_a_text_is_cut_off_and_can_be_written():
+    assert errors.shortened("abc", 3) == "abc"
+    assert errors.shortened("abcd", 3) == "abc… (1 more characters left out)"
+    assert errors.shortened("é\udce9") == "é\\udce9"
+
+
+def test_an_error_is_described_whatever_its_class_does():
+    class NoText(Exception):
+        def __str__(self):
+            raise RecursionError
+
+    assert errors.described(ValueError("x")) == "ValueError: x"
+    assert errors.described(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert errors.described(NoText()) == "NoText: (its text can't be made: RecursionError)"
+    assert errors.text_of(errors.StageError(NoText())) == "(its text can't be made: RecursionError)"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shardserve.errors import InvalidInput, ShardserveError, StageError
+from shardserve.errors import InvalidInput, ShardserveError, StageError, described, text_of
 from shardserve.servable import PythonStage
 from shardserve.worker.stages.values import Encoded, encode_values
 
@@ -52,7 +52,7 @@ class StageCaller:
             if isinstance(error, ShardserveError) and not error.in_reply:
                 raise
             logger.exception("%s raised", self.where)
-            text = str(error) if isinstance(error, StageError) else f"{self.where}: {_described(error)}"
+            text = text_of(error) if isinstance(error, StageError) else f"{self.where}: {described(error)}"
             raise StageError(text) from error
         return [self._outputs(result) for result in results]
 
@@ -81,10 +81,6 @@ class StageCaller:
             return encode_values(outputs, "output")
         except InvalidInput as error:
             return StageError(f"{self.where}: {error}")
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _kind(value: Any) -> str:

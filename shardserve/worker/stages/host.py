@@ -137,8 +137,9 @@ class StageHost:
         running.timers.append(self._loop.call_later(self._settings.stage_timeout, self._run_timed_out, running))
         deadlines = [call.deadline for call in sent if call.deadline is not None]
         if len(deadlines) == len(sent):
-            left = max(deadlines) - running.since
-            running.timers.append(self._loop.call_later(max(0.0, left), self._deadline_passed, running))
+            last = max(deadlines)
+            left = max(0.0, last - running.since)
+            running.timers.append(self._loop.call_later(left, self._deadline_passed, running, last))
         for call in sent:
             call.answer.add_done_callback(lambda _: self._answered(running))
         buffers: list[Buffer] = [buffer for _, parts in instances for buffer in parts]
@@ -163,8 +164,9 @@ class StageHost:
         reason = f"ran on for {grace} s (stage_grace) when nobody waited for it any more"
         running.timers.append(self._loop.call_later(grace, self.kill, reason))
 
-    def _deadline_passed(self, running: Running) -> None:
-        now = time.monotonic()
+    def _deadline_passed(self, running: Running, moment: float) -> None:
+        # A timer of uvloop may come a millisecond before the moment that it was set for, and comes once.
+        now = max(time.monotonic(), moment)
         for call in running.calls:
             if call.deadline is not None and call.deadline <= now:
                 passed = now - running.since
@@ -173,7 +175,7 @@ class StageHost:
     def _run_timed_out(self, running: Running) -> None:
         """Of several instances one may be at fault: those that can still be waited for are left to the owner."""
         seconds = self._settings.stage_timeout
-        self._deadline_passed(running)
+        self._deadline_passed(running, time.monotonic())
         if len(running.calls) == 1:
             [call] = running.calls
             call.fail(StageError(f"{call.where}: gave no result within stage_timeout ({seconds} s)"))

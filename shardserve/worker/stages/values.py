@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardserve.errors import ShardserveError, shortened
+from shardserve.errors import ShardserveError, shortened, text_of
 from shardserve.wire.frames import Buffer, Payload, split
 from shardserve.wire.messages import stages
 from shardserve.wire.tensors import decode, encode
@@ -25,7 +25,7 @@ def as_results(outcomes: Sequence[Encoded | ShardserveError]) -> tuple[list[stag
     buffers: list[Buffer] = []
     for outcome in outcomes:
         if isinstance(outcome, ShardserveError):
-            results.append(stages.Failure(type(outcome).__name__, shortened(str(outcome))))
+            results.append(stages.Failure(type(outcome).__name__, shortened(text_of(outcome))))
         else:
             metas, parts = outcome
             results.append(stages.Outputs(metas))
