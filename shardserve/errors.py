@@ -46,7 +46,7 @@ def text_of(error: BaseException) -> str:
     """str(error), or a word on why there is none: an exception's class may be anybody's."""
     try:
         return str(error)
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 -- whatever it is, it is told
         return f"(its text can't be made: {type(failure).__name__})"
 
 

@@ -9,14 +9,36 @@ from torch import Tensor
 
 
 def abs_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference of two elements; infinite for tensors of different shapes or dtypes."""
+    """The largest difference of two elements, of complex ones of a real or imaginary part; infinite for tensors of
+    different shapes or dtypes.
+    """
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return float("inf")
     if not got.numel():
         return 0.0
+    if not got.is_floating_point() and not got.is_complex():
+        return _integer_error(_ordered(got), _ordered(wanted))
+    got, wanted = _real(got), _real(wanted)
     same = (got == wanted) | ((got != got) & (wanted != wanted))  # infinities and NaNs that agree are no difference
     difference = (got.double() - wanted.double()).abs().masked_fill(same, 0.0)
     return float("inf") if bool(difference.isnan().any()) else float(difference.max())
+
+
+def _integer_error(got: Tensor, wanted: Tensor) -> float:
+    """Of int64, which a double doesn't tell apart from 2**53 on."""
+    difference = torch.maximum(got, wanted) - torch.minimum(got, wanted)
+    wrapped = difference[difference < 0]  # 2**63 and more
+    return float(int(wrapped.max()) + (1 << 64) if wrapped.numel() else int(difference.max()))
+
+
+def _ordered(tensor: Tensor) -> Tensor:
+    """int64 with the same differences: of uint64, moved down by 2**63."""
+    return tensor.view(torch.int64) ^ -(1 << 63) if tensor.dtype == torch.uint64 else tensor.long()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex elements as two each."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -26,7 +48,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     error = abs_error(got, wanted)
     if not error:
         return 0.0
-    magnitudes = wanted.double().abs()
+    magnitudes = _real(wanted).double().abs()
     finite = magnitudes[magnitudes.isfinite()]
     largest = float(finite.max()) if finite.numel() else 0.0
     return error / largest if largest else float("inf")
@@ -38,6 +60,10 @@ def close(got: Tensor, wanted: Tensor, atol: float, rtol: float) -> bool:
     """
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
+    if wanted.is_complex():
+        return torch.allclose(
+            got.to(torch.complex128), wanted.to(torch.complex128), rtol=rtol, atol=atol, equal_nan=True
+        )
     if not wanted.is_floating_point():
         return abs_error(got, wanted) <= atol
     return torch.allclose(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)

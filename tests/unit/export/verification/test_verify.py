@@ -281,6 +281,24 @@ def test_the_errors_of_tensors() -> None:
     assert not close(ids + 1, ids, 0.1, 0.1)  # another id, however large
     assert close(ids + 1, ids, 1, 0)
     assert not close(torch.ones(1) * 1.2, torch.ones(1), 0.1, 0.05)
+    large = torch.tensor([2**60, -(2**63)])
+    assert not close(large + 100, large, 99, 0)  # what a double doesn't tell apart
+    assert close(large + 100, large, 100, 0)
+    assert abs_error(torch.tensor([2**63 - 1, 0]), torch.tensor([-(2**63), 0])) == 2**64
+    assert abs_error(torch.tensor([255], dtype=torch.uint8), torch.tensor([1], dtype=torch.uint8)) == 254
+    assert abs_error(torch.tensor([True, False]), torch.tensor([True, True])) == 1
+    ids = torch.tensor([2**64 - 1, 7], dtype=torch.uint64)
+    assert abs_error(ids, torch.tensor([2**64 - 5, 7], dtype=torch.uint64)) == 4
+    assert abs_error(ids, torch.tensor([0, 7], dtype=torch.uint64)) == 2**64
+    assert abs_error(torch.tensor([1 + 1j]), torch.tensor([1 - 2j])) == 3
+    assert relative_error(torch.tensor([3j]), torch.tensor([4j])) == 0.25
+    assert close(torch.tensor([1 + 1j]), torch.tensor([1 + 1.05j]), 0.1, 0)
+    assert close(torch.tensor([1000 + 1j]), torch.tensor([1000 + 1.05j]), 0, 0.001)  # of the magnitude
+    assert not close(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), 0.1, 0.1)
+    missing = torch.tensor([complex(math.nan, 1), complex(math.inf, 0)])
+    assert close(missing, missing.clone(), 0, 0)
+    assert abs_error(missing, missing.clone()) == 0
+    assert not close(missing, torch.zeros(2) + 0j, 1, 1)
     assert close(torch.ones(1) * 1.14, torch.ones(1), 0.1, 0.05)
 
 
