@@ -17,6 +17,8 @@ from shardserve.shards import expressions
 from shardserve.shards.config import Origin
 
 _SHARD = re.compile(r"Shard\((\d+)(?:, blocks=(.+))?\)\Z")
+# Not the expressions that begin so: "(n + 2) // 2".
+_SIZES = re.compile(r"\(\d+(, \d+)+\)")
 
 
 def origin(name: str, graph: LocalGraph, printer: Printer) -> Origin:
@@ -44,7 +46,7 @@ def rank_part(whole: Tensor, ranks: int, coordinate: int, placement: str, dims: 
     match = _SHARD.match(placement)
     if match is None:
         return None
-    if match[2] and match[2].startswith("("):
+    if match[2] and _SIZES.fullmatch(match[2]):
         given = parse_placement(placement, "what crosses a cut")
         if not isinstance(given, Shard) or given.dim >= whole.ndim or not given.divides(whole.shape[given.dim], ranks):
             return None

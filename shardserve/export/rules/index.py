@@ -77,6 +77,8 @@ def repeat_interleave(emitter: Emitter, call: Call) -> Result:
     x = emitter.reduced(x)
     placement = x.placement
     if isinstance(placement, Shard) and isinstance(placement.blocks, tuple) and call["dim"] % x.ndim == placement.dim:
+        if not isinstance(call["repeats"], int):
+            return None
         placement = Shard(placement.dim, tuple(block * call["repeats"] for block in placement.blocks))
     # What the whole's dim comes to is nothing to check a part by, and follows from the rest.
     return call.emit(emitter, placement, self=x, output_size=None)

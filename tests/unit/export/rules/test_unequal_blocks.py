@@ -102,6 +102,17 @@ def test_between(function: Callable[[Tensor], Tensor], collectives: dict[str, in
     run(Between(function, inputs), {"qkv.*": BLOCKS}, collectives, tmp_path)
 
 
+def test_repeated_a_dynamic_number_of_times(tmp_path: Path) -> None:
+    """Blocks of unequal sizes have sizes that are numbers: what comes to others is gathered first."""
+    net = Between(lambda y: y.repeat_interleave(y.shape[0], -1).unflatten(-1, (32, -1)).sum(-1))
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=4)}}
+    report = export(
+        net, (X,), name="m", out=tmp_path, tensor_parallel=2, plan=Plan({"qkv.*": BLOCKS}), dynamic_shapes=dynamic
+    )
+    assert dict(report.collectives()) == {"all_gather": 1}
+    assert verify(net, (X,), None, tmp_path, "m", atol=1e-5, rtol=1e-5).passed
+
+
 def test_weights_from_files_and_what_inspect_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, file, out = Fused(), tmp_path / "w.safetensors", tmp_path / "m"
     save_file(dict(whole.state_dict()), file)
