@@ -35,9 +35,10 @@ MANY_STRINGS = 10_000
 """In one message; more of them take the event loop some 5 ms, and go to a thread: unlike JSON's, their loops let others
 run in between."""
 
-PENDING_CALLS = 1 << 16
-"""Calls that gRPC's core keeps until its Python half takes them, some KB each. It cancels those over it, and by default
-some from 1000 on; so many more than max_calls, it leaves the refusal to that."""
+PENDING_CALLS = 1 << 14
+"""Calls that gRPC's core keeps until its Python half takes them; more where twice max_calls is. Of each it may hold a
+stream's window, 64 KB to begin with. It cancels those over it, by default some from 1000 on; so far above max_calls, it
+leaves the refusal to that."""
 
 PENDING_SECONDS = 86400
 """How long it keeps one, by default 30; its own deadline holds meanwhile."""
@@ -137,7 +138,7 @@ class GrpcFront:
         address = addresses.check_free(order.address, "gRPC address")
         # Replies are not limited: only the servable's author decides how large they are.
         calls = router.settings.max_calls
-        pending = min(max(PENDING_CALLS, 8 * calls), MAX_INT)
+        pending = min(max(PENDING_CALLS, 2 * calls), MAX_INT)
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", order.max_msg_mb_size << 20),
