@@ -1,17 +1,23 @@
-"""uvicorn's HTTP connection with bounds for a request's head, in time and bytes; uvicorn has them for idling only."""
+"""uvicorn's HTTP connection with bounds, in time and bytes, for what comes beside bodies and for clients that don't
+read; uvicorn has them for idling only."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from shardserve.errors import DeadlineExceeded, MessageTooLarge, ShardserveError
+from shardserve.errors import DeadlineExceeded, InvalidInput, MessageTooLarge, ShardserveError
 from shardserve.main import rest_codec
 
 MAX_HEAD = 1 << 16
-"""Bytes; and what comes with one read, at most 256 KB, besides."""
+"""Bytes of a head, of trailers, or of what is around a body's chunks; and what comes with one read, at most 256 KB,
+besides."""
+
+MAX_UNSENT = 1 << 16
+"""Bytes of replies that wait for their client; further replies then wait until all of them have left."""
 
 
 def protocol(timeout: float) -> type[asyncio.Protocol]:
@@ -21,55 +27,124 @@ def protocol(timeout: float) -> type[asyncio.Protocol]:
 
 class RestProtocol(HttpToolsProtocol):
     """Closes a connection whose first request's head isn't complete `timeout` seconds after it was made, or a further
-    one's after its first bytes, with 408 if it has begun. Between an answer and the next bytes uvicorn's keep-alive
-    ends it; a body under way has RestBody's timer. A head of more than MAX_HEAD bytes is 431, and the end, too."""
+    one's after its first bytes, with 408 if it has begun; the rest of a body that was answered before its end has as
+    long as a whole. Between an answer and the next bytes uvicorn's keep-alive ends it; a body under way has RestBody's
+    timer. More than MAX_HEAD bytes without any of a body is 431, and the end, too; what isn't HTTP is 400. A client
+    that takes nothing of its reply for `timeout` seconds loses its connection."""
 
     timeout: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
+        self._unsent_timer: asyncio.TimerHandle | None = None
         self._inside = ""  # Which part of a message the parser is in: "head", "body", or none.
-        self._size = 0  # Of the head, without what came with its first bytes.
+        self._steps = 0  # How often a message, its body or a piece of it began or ended.
+        self._size = 0  # Bytes since the read with the last step.
+        self._refused = False  # Nothing more is read.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(MAX_UNSENT, 0)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._unwatch_unsent()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self._inside
-        super().data_received(data)
-        if before == self._inside == "head":
-            self._size += len(data)
-            if self._size > MAX_HEAD:
-                self._refuse(431, MessageTooLarge(f"the head of a request is larger than {MAX_HEAD} bytes"))
-                return
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._refused:
+            return
+        self._unset_keepalive_if_required()
+        steps = self._steps
+        self._feed(memoryview(data))
+        self._size = self._size + len(data) if steps == self._steps else 0
+        if self._size > MAX_HEAD:
+            self._refuse(431, MessageTooLarge(f"a request's head or trailers are larger than {MAX_HEAD} bytes"))
+        if self._refused or (self.cycle is not None and not self.cycle.response_complete):
             return
         # What came has ended uvicorn's keep-alive timer, and nobody waits for more of it: a head that isn't complete,
-        # empty lines before one, or more of a body that was answered before its end, each piece of which has its time.
-        if self._inside == "body":
-            self._unwatch()
+        # empty lines before one, or more of a body that was answered before its end.
         if self._timer is None:
             self._watch()
 
+    def _feed(self, data: memoryview) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # Its parser takes no body then. A server may ignore the wish (RFC 9110, 7.8), so it reads the head
+                # again without it.
+                head = self._head_without_upgrade()
+                if head is None:
+                    self._refuse(400, InvalidInput("CONNECT isn't a method of this server"))
+                    return
+                data = data[upgrade.args[0] :]
+            except httptools.HttpParserError as error:
+                self._refuse(400, InvalidInput(f"the request isn't HTTP/1.1: {error.__context__ or error}"))
+                return
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # As uvicorn does.
+            self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes | None:
+        """Of the head that has been read; None for CONNECT, which is one itself."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            return None
+        fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(fields))
+
     def on_message_begin(self) -> None:
         self._inside = "head"
-        self._size = 0
+        self._steps += 1
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._inside == "head":  # Nobody asks for trailers.
+            super().on_header(name, value.strip(b" \t"))  # The parser leaves what follows a value.
+
     def on_headers_complete(self) -> None:
-        self._inside = "body"
-        self._unwatch()
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
+        self._inside = "body"
+        self._steps += 1
+        self._unwatch()
+
+    def on_body(self, body: bytes) -> None:
+        self._steps += 1
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._inside = ""
+        self._steps += 1
+        self._unwatch()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_unsent()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def eof_received(self) -> None:
+        self._watch_unsent()  # The transport closes itself.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unsent()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unwatch_unsent()
 
     def _watch(self) -> None:
         self._timer = self.loop.call_later(self.timeout, self._on_timeout)
@@ -85,12 +160,46 @@ class RestProtocol(HttpToolsProtocol):
                 408, DeadlineExceeded(f"waited {self.timeout:g} s (receive_timeout) for the head of a request")
             )
         else:
-            self.transport.close()
+            self._close()
+
+    def _watch_unsent(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and self._unsent_timer is None:
+            self._unsent_timer = self.loop.call_later(self.timeout, self._on_unsent, unsent)
+
+    def _unwatch_unsent(self) -> None:
+        if self._unsent_timer is not None:
+            self._unsent_timer.cancel()
+            self._unsent_timer = None
+
+    def _on_unsent(self, before: int) -> None:
+        self._unsent_timer = None
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_unsent()
 
     def _refuse(self, status: int, error: ShardserveError) -> None:
-        if self.transport.is_closing():
+        """Ends the connection, with an answer if the refused request is the one whose answer is next."""
+        self._refused = True
+        cycle = self.cycle
+        owed = cycle is not None and not cycle.response_complete
+        if self._inside == "body":
+            if not owed:  # It has its answer.
+                self._close()
+                return
+            if not self.pipeline and not cycle.response_started:
+                cycle.disconnected = True  # So nobody else answers it.
+                cycle.message_event.set()
+                owed = False
+        if owed:
+            cycle.keep_alive = False  # Its answer is the last one.
             return
         body = rest_codec.encode_error(error)
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(b"".join((STATUS_LINE[status], fields, body)))
+        self._close()
+
+    def _close(self) -> None:
         self.transport.close()
+        self._watch_unsent()

@@ -2,15 +2,21 @@
 
 import asyncio
 import contextlib
+import json
 import resource
+import signal
 
 import httpx
 import pytest
-from main_harness import Launcher, Worker, announce, attached
+from main_harness import Launcher, Worker, announce, attached, echo
+
+from shardserve.wire.messages import front
 
 HEAD = b"POST /model/echo:predict HTTP/1.1\r\nHost: x\r\n"
 BODY = b'{"instances": {"x": 1}}'
 GOOD = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(BODY), BODY)
+NOTHING = b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
 REFUSED = b"waited 1 s (receive_timeout) for the head of a request"
 
 
@@ -19,8 +25,8 @@ def _short(monkeypatch):
     monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "1")
 
 
-def rest(test):
-    """Runs `test(launcher, connect)` with an attached echo Worker; `connect` opens a connection."""
+def rest(test, script=echo):
+    """Runs `test(launcher, connect)` with an attached Worker; `connect` opens a connection."""
 
     async def run():
         async with Launcher() as launcher, contextlib.AsyncExitStack() as stack:
@@ -32,10 +38,22 @@ def rest(test):
                 writer.write(data)
                 return reader, writer
 
-            async with attached(launcher, Worker(greeting=announce())):
+            async with attached(launcher, Worker(script, announce())):
                 await asyncio.wait_for(test(launcher, connect), 30)
 
     asyncio.run(run())
+
+
+async def flood(reader, writer, data):
+    """What comes until the end of the connection, while `data` is sent again and again; and how often it was."""
+    reply = asyncio.create_task(reader.read())
+    sent = 0
+    while not reply.done():
+        writer.write(data)
+        sent += 1
+        await asyncio.wait([reply], timeout=0.01)
+    # A reset tells of bytes that came after the end, and may overtake the answer.
+    return b"" if isinstance(reply.exception(), ConnectionError) else reply.result(), sent
 
 
 async def answered(reader, status=200):
@@ -122,19 +140,159 @@ def test_a_head_that_is_too_large_is_refused_with_its_connection(monkeypatch):
     monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "60")
 
     async def test(launcher, connect):
-        reader, writer = await connect(HEAD + b"X-More: ")
-        reply = asyncio.create_task(reader.read())
-        while not reply.done():
-            writer.write(b"a" * 10_000)
-            await asyncio.wait([reply], timeout=0.01)
-        # A reset tells of bytes that came after the end, and may overtake the answer.
-        assert isinstance(reply.exception(), ConnectionError) or reply.result().startswith(b"HTTP/1.1 431 ")
+        reply, sent = await flood(*await connect(HEAD + b"X-More: "), b"a" * 10_000)
+        assert sent < 100
+        assert not reply or reply.startswith(b"HTTP/1.1 431 ")
         # Others' bytes, of a large body before it, don't count.
         body = BODY + b" " * 500_000
         reader, writer = await connect(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body + GOOD[:-30])
         await answered(reader)
         writer.write(GOOD[-30:])
         await answered(reader)
+
+    rest(test)
+
+
+def test_trailers_are_bounded_as_a_head_is(monkeypatch):
+    monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "60")
+
+    async def test(launcher, connect):
+        for fields in (b"X-More: 1\r\n" * 1000, b"a" * 10_000):
+            reply, sent = await flood(*await connect(CHUNKED + b"0\r\nX-A: "), fields)
+            assert sent < 100
+            assert not reply or reply.startswith(b"HTTP/1.1 431 ")
+            reader, writer = await connect(NOTHING + b"X-A: ")
+            await answered(reader, 404)
+            reply, sent = await flood(reader, writer, fields)
+            assert sent < 100
+            assert not reply
+
+    rest(test)
+
+
+def test_trailers_are_no_headers():
+    async def test(launcher, connect):
+        reader, _ = await connect(CHUNKED + b"0\r\nX-Request-Timeout: none\r\n\r\n")
+        await answered(reader)
+
+    rest(test)
+
+
+def test_the_rest_of_an_answered_body_has_its_time_as_a_whole():
+    async def drips(connect, rest_of_it):
+        reader, writer = await connect(NOTHING)
+        await answered(reader, 404)
+        reply = asyncio.create_task(reader.read())
+        while not reply.done():
+            writer.write(rest_of_it)
+            await asyncio.wait([reply], timeout=0.2)
+
+    async def test(launcher, connect):
+        await asyncio.wait_for(asyncio.gather(drips(connect, b"X-A: 1\r\n"), drips(connect, b"X")), 10)
+
+    rest(test)
+
+
+def test_a_head_whose_beginning_comes_with_another_request_is_not_too_large():
+    async def test(launcher, connect):
+        body = BODY + b" " * 80_000
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+        reader, writer = await connect(head[:20])
+        with pytest.raises(TimeoutError):  # Main reads this first.
+            await asyncio.wait_for(reader.read(1), 0.2)
+        launcher.process.send_signal(signal.SIGSTOP)  # And the following at once.
+        writer.write(head[20:] + body + GOOD[:-30])
+        await writer.drain()
+        launcher.process.send_signal(signal.SIGCONT)
+        await answered(reader)
+        writer.write(GOOD[-30:])
+        await answered(reader)
+
+    rest(test)
+
+
+@pytest.mark.parametrize("second", [HEAD + b"X-More: " + b"a" * 400_000, b"no HTTP\r\n\r\n"])
+def test_a_refusal_is_not_taken_for_the_answer_before_it(second):
+    came = asyncio.Event()
+    release = asyncio.Event()
+    tasks = []
+
+    def later(worker, message, payload):
+        async def answer():
+            await release.wait()
+            echo(worker, message, data)
+
+        if isinstance(message, front.Infer):
+            data = bytes(payload)
+            came.set()
+            tasks.append(asyncio.create_task(answer()))
+
+    async def test(launcher, connect):
+        reader, writer = await connect(GOOD)
+        await came.wait()
+        writer.write(second)
+        other, _ = await connect(GOOD)  # Main has read the second when this one has come.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.3)
+        release.set()
+        await answered(other)
+        with contextlib.suppress(ConnectionError):  # Bytes that nobody read.
+            await answered(reader)
+            assert await reader.read() == b""
+
+    rest(test, later)
+
+
+def test_blanks_around_a_header_are_none_of_it():
+    async def test(launcher, connect):
+        reader, _ = await connect(GOOD.replace(b"Host: x", b"Host: x\r\nX-Request-Timeout: \t30 \t"))
+        await answered(reader)
+
+    rest(test)
+
+
+def test_an_upgrade_is_ignored(capfd):
+    async def test(launcher, connect):
+        for wish in (b"Upgrade, HTTP2-Settings\r\nUpgrade: h2c", b"upgrade\r\nUpgrade: websocket"):
+            whole = GOOD.replace(b"Host: x", b"Host: x\r\nConnection: " + wish)
+            reader, writer = await connect(whole[: -len(BODY)])
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reader.read(1), 0.2)
+            writer.write(BODY)
+            await answered(reader)
+            writer.write(whole * 2 + GOOD)
+            for _ in range(3):
+                await answered(reader)
+
+    rest(test)
+    assert "pgrade" not in capfd.readouterr().err
+
+
+def test_what_is_no_request_is_400_in_json(capfd):
+    async def test(launcher, connect):
+        for bad in (b"no HTTP\r\n\r\n", b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", CHUNKED + b"no\r\n"):
+            reader, _ = await connect(bad)
+            head, body = (await reader.read()).split(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 ")
+            assert list(json.loads(body)) == ["error_msg"]
+
+    rest(test)
+    assert "nvalid" not in capfd.readouterr().err
+
+
+def test_a_client_that_does_not_read_loses_its_connection():
+    async def test(launcher, connect):
+        body = json.dumps({"instances": {"x": [1.5] * 4_000_000}}).encode()
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        readers = [(await connect(HEAD + close + length + body))[0] for close in (b"", b"Connection: close\r\n")]
+        for reader in readers:
+            await reader.readuntil(b"\r\n\r\n")
+        for _ in range(3):  # Each lasts as long as the client may take nothing.
+            silent, _ = await connect()
+            await silent.read()
+        for reader in readers:
+            with contextlib.suppress(ConnectionError):
+                assert len(await reader.read()) < len(body)
 
     rest(test)
 
