@@ -21,6 +21,7 @@ from shardserve.agent.membership import BROKEN, Connection, Membership
 from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
+from shardserve.shards.config import ShardConfig
 from shardserve.shards.program import Program
 from shardserve.shards.state import StateStore
 from shardserve.shards.weights import Weights
@@ -78,6 +79,7 @@ class Agent:
             Program.load(model, config, request.device, weights, state)
             for model, config in zip(request.model_files, request.config_files, strict=True)
         ]
+        check_collectives(request.device, self._programs[0].config)
         if settings.compile == "inductor":
             for program, model, config in zip(self._programs, request.model_files, request.config_files, strict=True):
                 Compilation(program, model, config, request.threads).start()
@@ -216,6 +218,15 @@ class Agent:
             # Nothing more is run in a broken generation: its steps are no longer the same everywhere.
             membership.lifetime.end()
             connection.send(group.Broken(step.generation, f"{type(error).__name__}: {error}"))
+
+
+def check_collectives(device: str, config: ShardConfig) -> None:
+    """StartError where ranks would have to exchange tensors between devices for which there is no collective."""
+    if config.tensor_parallel_size > 1 and not device.startswith("cpu"):
+        raise StartError(
+            f"rank {config.rank}: device {device}: tensor-parallel groups run on CPUs only so far "
+            f"(this one has {config.tensor_parallel_size} ranks); pipeline stages of one rank each run on any device"
+        )
 
 
 def _check_device(request: ForkRequest) -> None:

@@ -9,6 +9,9 @@ import numpy as np
 import psutil
 import pytest
 
+from shardserve.agent.agent import check_collectives
+from shardserve.errors import StartError
+from shardserve.shards.program import Program
 from shardserve.wire.messages import Generation, group
 
 from .scripted import HOST, Host, ScriptedWorker, asynchronous, formed, output, send_step
@@ -229,3 +232,15 @@ async def test_forming_is_ordered_not_guessed(tmp_path, ports):  # noqa: F811
         send_step(agents, generation, 0, X, 2)
         await agents[2].next(group.Output)
         assert np.array_equal(output(agents[2], X.shape), 4 * X + 2)
+
+
+@pytest.mark.parametrize(("device", "tensor_parallel"), [("cpu", 2), ("cpu", 1), ("cuda:0", 1)])
+def test_devices_whose_ranks_can_work_together(tmp_path, device, tensor_parallel):
+    for model in write_shards(tmp_path, tensor_parallel, stages=2):
+        check_collectives(device, Program.load(model).config)
+
+
+def test_tensor_parallel_ranks_on_devices_without_a_collective_are_refused_at_the_start(tmp_path):
+    config = Program.load(write_shards(tmp_path, 2)[1]).config
+    with pytest.raises(StartError, match=r"^rank 1: device cuda:1: tensor-parallel groups run on CPUs only so far"):
+        check_collectives("cuda:1", config)
