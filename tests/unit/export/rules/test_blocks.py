@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models.pairs import Pairs
 from torch import Tensor, nn
 
 from shardserve.export import Plan, export, verify
@@ -77,14 +78,8 @@ def test_squeezed_where_a_rank_has_one(dims: tuple[int, ...], tmp_path: Path) ->
     run(Net(between), PAIR, {"all_reduce": 1}, tmp_path, torch.randn(3, 8))
 
 
-class Summed(nn.Module):
+class Summed(Pairs):
     """Terms that start from something whole: one reduction for all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
-        self.downs = nn.ModuleList(nn.Linear(16, 8) for _ in range(3))
-        self.norm = nn.LayerNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.ones_like(x)
@@ -95,7 +90,7 @@ class Summed(nn.Module):
 
 def test_a_whole_term_joins_a_pending_sum(tmp_path: Path) -> None:
     plan = {"ups.*": "Shard(0)", "downs.*.weight": "Shard(1)"}
-    run(Summed(), plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 8))
+    run(Summed(3), plan, {"all_reduce": 1}, tmp_path, torch.randn(2, 8))
 
 
 class Residual(nn.Module):

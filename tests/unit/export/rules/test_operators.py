@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models.pairs import Pairs
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -330,14 +331,8 @@ def test_ranks_agree_on_a_term_of_parameters_that_are_cut(
     assert verify(net, (x,), None, tmp_path, "m", atol=1e-4, rtol=1e-4).passed
 
 
-class Twice(nn.Module):
+class Twice(Pairs):
     """What joins a pending sum has needed a reduction of its own, and is used nowhere else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
-        self.downs = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
-        self.norm = nn.LayerNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = (down(torch.relu(up(x))) for up, down in zip(self.ups, self.downs, strict=True))
@@ -346,7 +341,7 @@ class Twice(nn.Module):
 
 def test_ranks_agree_on_collectives(tmp_path: Path) -> None:
     plan = {"ups.*": "Shard(0)", "downs.*.weight": "Shard(1)"}
-    check(Twice(), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 2})
+    check(Twice(2), torch.randn(2, 8), plan, tmp_path, {"all_reduce": 2})
 
 
 def piped(model: nn.Module, x: Tensor, plan: Plan, tmp_path: Path, expected: dict[str, int]) -> None:
