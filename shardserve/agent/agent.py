@@ -156,6 +156,8 @@ class Agent:
                         return True
                     case _:
                         raise FrameError(f"{type(message).__name__} came out of turn")
+                # The next one may be long in coming, and while this has a name, its sender can't use the memory again.
+                del order, payload
         except OSError as error:
             logger.warning("rank %d: the Worker is gone: %s", self._request.rank, error)
         finally:
@@ -255,8 +257,8 @@ class OrderReader:
         """Until the connection ends; then the waits end, and None is queued."""
         try:
             while True:
-                message, payload = self._connection.receive()
-                self._take(message, payload)
+                # Without a name here, which would hold the last payload while this waits.
+                self._take(*self._connection.receive())
         except (OSError, EOFError, FrameError) as error:
             logger.info("the Worker's connection ends: %s", error)
         finally:

@@ -84,6 +84,8 @@ class OutgoingLink:
                     logger.warning("the link to the next pipeline stage broke: %r", error)
                     self._on_failure(f"the link to the next pipeline stage broke: {error}")
                 return
+            # The next step may be long in coming, and what is sent may be what came in another process's memory.
+            del item, tensors
 
     def abort(self) -> None:
         self._queue.put(None)
@@ -127,6 +129,8 @@ class IncomingLink:
                 # A generation has a connection of its own: whatever comes on it is of this one.
                 assert isinstance(message, group.Transfer)
                 self._queue.put((message.step, payload, time.monotonic()))
+                # While it has a name here, its sender can't use the memory again.
+                del payload
         except (OSError, EOFError, FrameError) as error:
             self._queue.put(str(error))
 

@@ -44,6 +44,7 @@ class Peer:
             lambda *frame: self.frames.put_nowait(frame),
             lambda _: self.lost.set(),
             on_made=lambda _: worker.arrive(self),
+            share=True,
         )
 
     async def next(self, kind):

@@ -12,7 +12,9 @@ import pytest
 from shardserve.agent.agent import check_collectives
 from shardserve.errors import StartError
 from shardserve.shards.program import Program
+from shardserve.wire import segments
 from shardserve.wire.messages import Generation, group
+from shardserve.wire.shared import SMALLEST
 
 from .scripted import HOST, Host, ScriptedWorker, asynchronous, formed, output, send_step
 from .shards import write_shards
@@ -53,6 +55,23 @@ def test_steps_in_every_layout(tmp_path, ports, tensor_parallel, stages, expecte
                 assert step or np.array_equal(wanted, expected)
 
     run()
+
+
+@asynchronous
+async def test_an_agent_that_waits_holds_nothing_of_the_last_step(tmp_path, ports, monkeypatch):  # noqa: F811
+    # Other tests' connections may have left some.
+    monkeypatch.setattr(segments, "_pool", None)
+    large = np.ones((SMALLEST // 12 + 1, 3), np.float32)
+    async with registered(tmp_path, ports, 1, 1) as (worker, [agent]):
+        generation = await worker.form([agent])
+        # Before it answers the first it has said that it takes shared memory.
+        for step in range(2):
+            send_step([agent], generation, step, large)
+            await agent.next(group.Output)
+        [segment] = segments.pool()._segments
+        async with asyncio.timeout(10):
+            while segment.unread:
+                await asyncio.sleep(0.005)
 
 
 @asynchronous

@@ -3,6 +3,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 
 import numpy as np
 import psutil
@@ -252,6 +253,19 @@ def test_neither_end_waits_for_the_other(free_port):
             outgoing.send(step, [torch.full((500_000,), float(step))])
         for step in range(20):
             assert (floats(incoming.receive(step)) == step).all()
+
+
+def test_a_link_that_waits_holds_nothing_of_the_last_step(free_port):
+    """What comes and goes may lie in memory that another process shares, and would have for nothing else meanwhile."""
+    with Stage(free_port) as stage:
+        outgoing, incoming, _, _ = stage.pair()
+        tensor, sent, given_back = torch.ones(3), threading.Event(), threading.Event()
+        weakref.finalize(tensor, sent.set)
+        outgoing.send(0, [tensor])
+        del tensor
+        weakref.finalize(incoming.receive(0), given_back.set)
+        assert sent.wait(10)
+        assert given_back.wait(10)
 
 
 def test_links_end_with_their_sockets(free_port):
