@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
-.PHONY: help system-packages demo test unit e2e lint format stubs bench bench-zoo bench-peers clean
+.PHONY: help system-packages demo test unit e2e test-gpu lint format stubs bench bench-zoo bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ unit: $(VENV)/.installed-dev ## the tests of single modules
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
 	$(BIN)/python -m pytest tests/e2e $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest tests/chaos
+
+test-gpu: $(VENV)/.installed-dev ## what needs a GPU; fails where there is none
+	$(BIN)/python -m pytest tests/gpu
 
 system-packages: ## what tests of several hosts need of the system (iproute2, openssl), where apt-get and root are there
 	@command -v ip >/dev/null && command -v openssl >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2 openssl; }

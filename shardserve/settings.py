@@ -43,7 +43,7 @@ GREATEST = {
 }
 
 CHOICES = {
-    "collective": ("auto", "shared_memory", "gloo"),
+    "collective": ("auto", "shared_memory", "gloo", "nccl"),
     "compile": ("off", "inductor"),
     "weights": ("read", "mmap"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
@@ -148,7 +148,8 @@ class Settings:
     """Shared memory of one rank for one collective; larger tensors go in several pieces."""
 
     collective: str = "auto"
-    """Of tensor-parallel groups on CPU. auto: shared_memory on one host, else gloo; or one of the two for all."""
+    """Of tensor-parallel groups. auto: on CUDA nccl; on CPU shared_memory on one host, else gloo. Or one for all: gloo
+    on either, the others where auto has them."""
     compile: str = "off"
     """Of a shard's graph, on CPU. inductor: each agent starts eager, compiles its graph beside its steps when the cores
     are idle, and changes over when that is done; needs a C++ compiler on the host."""

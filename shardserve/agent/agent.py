@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed
 
 from shardserve.agent.compilation import Compilation
 from shardserve.agent.forking import ForkRequest, LastWords, LoadingTeller
@@ -71,7 +72,7 @@ class Agent:
         self._request = request
         self._shared_memory = shared_memory
         self._settings = settings
-        _check_device(request)
+        _take_device(request)
         # Subgraphs of the same weights share them, and what they keep between steps.
         state = StateStore()
         weights = Weights(settings.weights == "mmap", told)
@@ -223,16 +224,16 @@ class Agent:
 
 
 def check_collectives(device: str, config: ShardConfig) -> None:
-    """StartError where ranks would have to exchange tensors between devices for which there is no collective."""
-    if config.tensor_parallel_size > 1 and not device.startswith("cpu"):
+    """StartError where ranks would have to exchange tensors between CUDA devices without NCCL."""
+    if config.tensor_parallel_size > 1 and not device.startswith("cpu") and not torch.distributed.is_nccl_available():
         raise StartError(
-            f"rank {config.rank}: device {device}: tensor-parallel groups run on CPUs only so far "
-            f"(this one has {config.tensor_parallel_size} ranks); pipeline stages of one rank each run on any device"
+            f"rank {config.rank}: device {device}: the torch that is installed ({torch.__version__}) has no NCCL, by "
+            f"which the {config.tensor_parallel_size} ranks of a tensor-parallel group on CUDA devices work together"
         )
 
 
-def _check_device(request: ForkRequest) -> None:
-    """StartError, never the CPU instead."""
+def _take_device(request: ForkRequest) -> None:
+    """Makes it the one that this process's threads use. StartError, never the CPU instead."""
     kind, _, number = request.device.partition(":")
     if kind != "cuda":
         return
@@ -241,6 +242,8 @@ def _check_device(request: ForkRequest) -> None:
     count = torch.cuda.device_count()
     if int(number) >= count:
         raise StartError(f"rank {request.rank}: device {request.device}: this host has {count}, counted from 0")
+    # Whatever names no device would otherwise take memory of the first one, in each agent of the host.
+    torch.cuda.set_device(request.device)
 
 
 class OrderReader:

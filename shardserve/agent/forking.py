@@ -28,6 +28,17 @@ ENVIRONMENT = {
     # OpenMP's threads would spin for milliseconds after each operator, on cores that the other agents and the server
     # need: an agent of 2 threads on 2 cores took 2.1 ms of CPU for a step of 0.2 ms.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # torch's watchdog of NCCL is to end neither the process nor a collective: the Worker is told of a death, has limits
+    # of its own, and ends the generation. 0: it doesn't handle errors, which each step looks for.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    # After a CUDA error, too, the request has its error first.
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    # Nor is it to ask our store whether others have errors, or to wait a minute for what it writes about its own.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    # Its flight recorder takes a traceback for each collective.
+    "TORCH_FR_BUFFER_SIZE": "0",
     **HUGE_PAGES,
 }
 """Of the fork server and its agents, read when a process or a library starts; what the user has set stays."""

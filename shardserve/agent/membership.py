@@ -9,11 +9,15 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from shardserve.agent.collectives import Alone, GroupCollective
 from shardserve.agent.collectives.errors import CollectiveBroken
 from shardserve.agent.collectives.gloo import GlooCollective
+from shardserve.agent.collectives.leaving import LeaveInTime
 from shardserve.agent.collectives.memory import slot_size
+from shardserve.agent.collectives.nccl import form_nccl
 from shardserve.agent.collectives.shared_memory import SharedMemoryCollective
 from shardserve.agent.forking import ForkRequest
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
@@ -23,7 +27,6 @@ from shardserve.agent.tensors import Layout, buffers_of
 from shardserve.agent.timeline import Timeline
 from shardserve.errors import MAX_TEXT, described, shortened
 from shardserve.settings import Settings
-from shardserve.shards.collective import Collective, SingleRank
 from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, Payload
@@ -61,6 +64,14 @@ class Membership:
         self.lifetime = lifetime
         self._timeline = timeline
         self._programs = programs
+        self._device = programs[0].device
+        self._on_cuda = self._device.type == "cuda"
+        # On CUDA a step may wait anywhere for the device, and that for a rank that is gone.
+        self._leaving = (
+            LeaveInTime(f"a step on {self._device}", lifetime, settings.abort_timeout)
+            if self._on_cuda
+            else contextlib.nullcontext()
+        )
         self._layouts = [Layout(p.config.receives, p.config.signature, p.device) for p in programs]
         self._connection = connection
         config = programs[0].config
@@ -79,14 +90,16 @@ class Membership:
         if not self._first:
             self._incoming = IncomingLink(listeners, lifetime, timeout, settings, security)
 
-    def _make_collective(self, kind: str, host: str, shared_memory: int | None, settings: Settings) -> Collective:
+    def _make_collective(self, kind: str, host: str, shared_memory: int | None, settings: Settings) -> GroupCollective:
         config = self._programs[0].config
         rank, size = config.coordinate, config.tensor_parallel_size
         if size == 1:
-            return SingleRank()
-        if kind == "gloo":
+            return Alone()
+        if kind in ("gloo", "nccl"):
             timeout = settings.form_timeout
             store = WorkerStore(self._connection.send, self.lifetime, f"stage{config.stage}/", timeout)
+            if kind == "nccl":
+                return form_nccl(store, rank, size, host, self._device, self.lifetime, settings)
             return GlooCollective(store, rank, size, host, self.lifetime, settings)
         if shared_memory is None:
             raise CollectiveBroken("the group's ranks are not all agents of one startup_agents, so share no memory")
@@ -103,9 +116,9 @@ class Membership:
             payload = self._incoming.receive(step.step)
             ready = self._incoming.arrived
         started = time.monotonic()
-        if isinstance(self._collective, SharedMemoryCollective):
-            self._collective.begin(step.step)
-        outputs = self._execute(program, step, payload)
+        self._collective.begin(step.step)
+        with self._leaving:
+            outputs = self._execute(program, step, payload)
         # Before anything is sent: whoever has the answer finds the step here.
         self._timeline.record((step.generation, step.step, received, ready, started, time.monotonic()))
         if self._outgoing is not None:
@@ -120,15 +133,26 @@ class Membership:
             program.reset()
         try:
             inputs = self._layouts[step.subgraph].tensors(payload, step.dims)
-            return program.run(step.dims, inputs, self._collective)
+            return self._finished(program.run(step.dims, inputs, self._collective))
         except (GenerationEnded, *BROKEN):
             raise
         except Exception as error:
+            if self.lifetime.ended:
+                # It may be the fault of what a collective gave that was cut short.
+                raise GenerationEnded from error
             # On the other ranks of the stage it is mostly the same exception again.
             text = shortened(described(error), MAX_STEP_TEXT)
             logger.warning("step %d raised %s", step.step, text, exc_info=config.coordinate == 0)
             self._report(step, text)
-            return program.drain(step.dims, self._collective)
+            return self._finished(program.drain(step.dims, self._collective))
+
+    def _finished(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs once they are there. After an error that CUDA doesn't recover from it raises again when what is
+        drained is waited for: the agent then ends, and is forked anew."""
+        if self._on_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        self._collective.finish()
+        return outputs
 
     def _report(self, step: group.Step, message: str) -> None:
         """Tells the Worker, and waits until it knows: only then may others see this rank's zeros."""

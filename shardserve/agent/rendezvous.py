@@ -5,6 +5,7 @@ Not TCPStore: that listens on every interface and knows no authentication.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,9 @@ dist: Any = torch.distributed
 class WorkerStore(dist.Store):  # type: ignore[misc]
     """What a ProcessGroup is given. prefix: keeps the groups of a generation apart.
 
-    A call raises GenerationEnded when the generation ends meanwhile, TimeoutError after `timeout` seconds.
+    A call raises GenerationEnded when the generation ends meanwhile, TimeoutError after `timeout` seconds. Only the
+    thread that made it may call: the answers of others, of which torch has some to tell errors around, would get mixed
+    up with its own.
     """
 
     def __init__(
@@ -33,8 +36,11 @@ class WorkerStore(dist.Store):  # type: ignore[misc]
         self._prefix = prefix
         self._timeout = timeout
         self._calls = 0
+        self._thread = threading.get_ident()
 
     def _call(self, operation: str, keys: Sequence[str], value: bytes = b"") -> bytes:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(f"{operation} of {', '.join(keys)}: this store is for forming a group")
         self._calls += 1
         full = tuple(self._prefix + key for key in keys)
         self._send(group.StoreCall(self._lifetime.generation, self._calls, operation, full, value))

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from shardserve.errors import JoinRefused
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, group
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # Of form_backoff, while a group can't form: the longest pause is 256 times the first.
 BACKOFF_DOUBLINGS = 8
+
+# By kind of device.
+COLLECTIVES = {"cpu": ("shared_memory", "gloo"), "cuda": ("nccl", "gloo")}
 
 
 class Owner(Protocol):
@@ -106,6 +110,15 @@ class ReplicaGroup:
         """Whether a call that must be alone is under way."""
         return len(self._steps) == 1 and any(call.alone for step in self._steps.values() for call in step.batch.calls)
 
+    def check_device(self, rank: int, device: str) -> None:
+        """JoinRefused where the collective that the settings ask for isn't one of this kind of device."""
+        chosen, kind = self._settings.collective, device.partition(":")[0]
+        if self._per_stage > 1 and chosen not in ("auto", *COLLECTIVES[kind]):
+            raise JoinRefused(
+                f"rank {rank}: runs on {device}; SHARDSERVE_COLLECTIVE={chosen} is for "
+                f"{'CPUs' if kind == 'cuda' else 'CUDA devices'}"
+            )
+
     def add(self, agent: AgentHandle) -> None:
         """A rank that isn't there yet has registered."""
         assert agent.local not in self.agents
@@ -146,7 +159,11 @@ class ReplicaGroup:
     def _collective(self, stage: int) -> str:
         if self._settings.collective != "auto":
             return self._settings.collective
-        hosts = {agent.host for agent in self.agents.values() if agent.stage == stage}
+        ranks = [agent for agent in self.agents.values() if agent.stage == stage]
+        # The registry has seen to it that all are of one kind.
+        if ranks[0].device.startswith("cuda"):
+            return "nccl"
+        hosts = {agent.host for agent in ranks}
         return "shared_memory" if len(hosts) == 1 else "gloo"
 
     def _form_timed_out(self) -> None:

@@ -199,6 +199,7 @@ class Registry:
                 raise ShardError(
                     f"rank {message.rank}{which}: needs the shard device{local}, was given device{config.rank}"
                 )
+        self._groups[0].check_device(message.rank, message.device)
         others = [agent for group in self._groups for agent in group.agents.values()]
         if not others:
             return

@@ -25,7 +25,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from shardserve.agent.collectives import futex
+from shardserve.agent.collectives import GroupCollective, futex
 from shardserve.agent.collectives.errors import CollectiveBroken, check_splits, rows_of_a_part
 from shardserve.agent.collectives.memory import LINE, memory_size
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
@@ -68,7 +68,7 @@ PLACE_BYTES = _PLACE.size
 Views = tuple[Tensor, ...]
 
 
-class SharedMemoryCollective:
+class SharedMemoryCollective(GroupCollective):
     """One rank's part in its group, for one generation; every rank makes its own before any rank uses it."""
 
     def __init__(self, fd: int, rank: int, size: int, slot_bytes: int, lifetime: Lifetime, timeout: float) -> None:

@@ -132,7 +132,8 @@ class Registered(Message, frozen=True):
 
 
 class Form(Message, frozen=True):
-    """collective: shared_memory or gloo. next_address: the agent of the same coordinate in the next pipeline stage."""
+    """collective: shared_memory, gloo or nccl. next_address: the agent of the same coordinate in the next pipeline
+    stage."""
 
     generation: Generation
     collective: str
@@ -191,7 +192,7 @@ class Parked(Message, frozen=True):
 
 
 class StoreCall(Message, frozen=True):
-    """A call of the rendezvous store that gloo uses while a group forms; `call` numbers it on its connection."""
+    """A call of the store that gloo and NCCL use while a group forms; `call` numbers it on its connection."""
 
     generation: Generation
     call: int

@@ -1,8 +1,10 @@
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
 
+from shardserve.errors import JoinRefused
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.batching import Batch
 from shardserve.worker.group import ReplicaGroup
@@ -86,6 +88,35 @@ async def test_a_stage_across_hosts_uses_gloo():
     g.join(*range(4))
     collectives = [each.stream.sent[0].collective for each in g.agents]
     assert collectives == ["shared_memory", "shared_memory", "gloo", "gloo"]
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("auto", "nccl"), ("gloo", "gloo"), ("nccl", "nccl")])
+@asynchronous
+async def test_a_stage_on_cuda_uses_nccl(setting, expected):
+    g = Group(serving=False, hosts=("a", "a", "b", "c"), collective=setting)
+    for rank, each in enumerate(g.agents):
+        each.device = f"cuda:{rank}"
+    g.join(*range(4))
+    assert {each.stream.sent[0].collective for each in g.agents} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "said"),
+    [
+        ("nccl", "cpu", "rank 3: runs on cpu; SHARDSERVE_COLLECTIVE=nccl is for CUDA devices"),
+        ("shared_memory", "cuda:1", "rank 3: runs on cuda:1; SHARDSERVE_COLLECTIVE=shared_memory is for CPUs"),
+        ("gloo", "cuda:1", None),
+        ("gloo", "cpu", None),
+        ("auto", "cuda:1", None),
+    ],
+)
+@asynchronous
+async def test_a_collective_of_another_kind_of_device_is_refused(setting, device, said):
+    replica = Group(serving=False, collective=setting).group
+    with pytest.raises(JoinRefused, match=said) if said else contextlib.nullcontext():
+        replica.check_device(3, device)
+    # Where there is nothing to exchange, none is needed.
+    ReplicaGroup(0, 2, 2, 3, Owner(), quick(collective=setting)).check_device(3, device)
 
 
 @asynchronous

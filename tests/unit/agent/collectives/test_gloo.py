@@ -30,11 +30,11 @@ class Member:
         return GlooCollective(self._store, self.rank, self.size, "127.0.0.1", lifetime, Settings())
 
 
-def live(function, rank, size, folder, pipe):
+def live(function, rank, size, folder, kind, pipe):
     signal.alarm(60)
     torch.set_num_threads(1)
     try:
-        function(Member(rank, size, torch.distributed.FileStore(os.fspath(folder / "store"), size)))
+        function(kind(rank, size, torch.distributed.FileStore(os.fspath(folder / "store"), size)))
         pipe.send("")
     except BaseException:  # noqa: BLE001 - the parent wants to know all
         pipe.send(traceback.format_exc())
@@ -42,11 +42,11 @@ def live(function, rank, size, folder, pipe):
     os._exit(0)
 
 
-def run_gloo(function, size, folder):
+def run_gloo(function, size, folder, kind=Member):
     processes = []
     for rank in range(size):
         read, write = fork.Pipe(duplex=False)
-        process = fork.Process(target=live, args=(function, rank, size, folder, write))
+        process = fork.Process(target=live, args=(function, rank, size, folder, kind, write))
         process.start()
         write.close()
         processes.append((process, read))
