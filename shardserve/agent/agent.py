@@ -19,6 +19,7 @@ from shardserve.agent.compilation import Compilation
 from shardserve.agent.forking import ForkRequest, LastWords, LoadingTeller
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
+from shardserve.agent.tensors import receiving_memory
 from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
 from shardserve.settings import Settings
@@ -117,7 +118,8 @@ class Agent:
             self._registered = False
             try:
                 door = Door(self._security, "Worker", settings.join_timeout, address)
-                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent, share=True)
+                memory = receiving_memory(self._programs[0].device)
+                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent, share=True, allocate=memory)
             except OSError as error:
                 logger.warning("rank %d: %s; trying again", self._request.rank, error)
             else:

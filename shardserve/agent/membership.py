@@ -23,7 +23,7 @@ from shardserve.agent.forking import ForkRequest
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.rendezvous import WorkerStore
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
-from shardserve.agent.tensors import Layout, buffers_of
+from shardserve.agent.tensors import Layout, buffers_of, receiving_memory, to_host
 from shardserve.agent.timeline import Timeline
 from shardserve.errors import MAX_TEXT, described, shortened
 from shardserve.settings import Settings
@@ -88,7 +88,9 @@ class Membership:
             on_failure = partial(_say_broken, connection, lifetime.generation)
             self._outgoing = OutgoingLink(address, request.rank, lifetime, timeout, on_failure, settings, security)
         if not self._first:
-            self._incoming = IncomingLink(listeners, lifetime, timeout, settings, security)
+            self._incoming = IncomingLink(
+                listeners, lifetime, timeout, settings, security, receiving_memory(self._device)
+            )
 
     def _make_collective(self, kind: str, host: str, shared_memory: int | None, settings: Settings) -> GroupCollective:
         config = self._programs[0].config
@@ -147,9 +149,10 @@ class Membership:
             return self._finished(program.drain(step.dims, self._collective))
 
     def _finished(self, outputs: list[Tensor]) -> list[Tensor]:
-        """The outputs once they are there. After an error that CUDA doesn't recover from it raises again when what is
-        drained is waited for: the agent then ends, and is forked anew."""
+        """What of the outputs is sent, once it is there. After an error that CUDA doesn't recover from it raises again
+        when what is drained is waited for: the agent then ends, and is forked anew."""
         if self._on_cuda:
+            outputs = to_host(outputs if self._outgoing is not None or self._answers else ())
             torch.cuda.current_stream(self._device).synchronize()
         self._collective.finish()
         return outputs

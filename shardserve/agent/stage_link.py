@@ -21,7 +21,7 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.tensors import buffers_of
 from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
-from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.frames import Allocate, FrameError, Payload
 from shardserve.wire.messages import group
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance, Security, enter
 from shardserve.wire.sockets import Address, connect, same_user, tune
@@ -93,7 +93,7 @@ class OutgoingLink:
 
 
 class IncomingLink:
-    """From the previous pipeline stage, taken on this agent's listeners."""
+    """From the previous pipeline stage, taken on this agent's listeners. allocate: as in FrameReader."""
 
     def __init__(
         self,
@@ -102,12 +102,13 @@ class IncomingLink:
         timeout: float,
         settings: Settings = DEFAULTS,
         security: Security = OPEN,
+        allocate: Allocate | None = None,
     ) -> None:
         self._lifetime = lifetime
         self._queue: queue.SimpleQueue[tuple[int, Payload, float] | str | None] = queue.SimpleQueue()
         # When what `receive` gave last was here, on CLOCK_MONOTONIC.
         self.arrived = 0.0
-        self._frames = _accept(listeners, lifetime, timeout, settings, security)
+        self._frames = _accept(listeners, lifetime, timeout, settings, security, allocate)
         lifetime.on_end(self.abort)
         threading.Thread(target=self._work, name="stage-receive", daemon=True).start()
 
@@ -140,7 +141,12 @@ class IncomingLink:
 
 
 def _accept(
-    listeners: Sequence[socket.socket], lifetime: Lifetime, timeout: float, settings: Settings, security: Security
+    listeners: Sequence[socket.socket],
+    lifetime: Lifetime,
+    timeout: float,
+    settings: Settings,
+    security: Security,
+    allocate: Allocate | None,
 ) -> Frames:
     """The connection whose hello is of this generation; others are closed, who says nothing keeps nobody out."""
     deadline = time.monotonic() + timeout
@@ -167,7 +173,7 @@ def _accept(
                     assert isinstance(key.fileobj, socket.socket)
                     if len(newcomers) >= settings.max_joining:
                         _dismiss(next(iter(newcomers)), newcomers, selector)
-                    newcomer = Newcomer(key.fileobj.accept()[0], door, settings.peer_timeout)
+                    newcomer = Newcomer(key.fileobj.accept()[0], door, settings.peer_timeout, allocate)
                     newcomers[newcomer] = None
                     selector.register(newcomer.connection, selectors.EVENT_READ, newcomer)
                 elif newcomer in newcomers:
@@ -194,15 +200,18 @@ def _dismiss(newcomer: Newcomer, newcomers: dict[Newcomer, None], selector: sele
 class Newcomer:
     """A connection that hasn't said yet who it is; nobody waits for it. `gone` when it can be closed."""
 
-    def __init__(self, connection: socket.socket, door: Door, peer_timeout: float) -> None:
+    def __init__(
+        self, connection: socket.socket, door: Door, peer_timeout: float, allocate: Allocate | None = None
+    ) -> None:
         self.connection = connection
+        self._allocate = allocate
         self.gone = connection.family == socket.AF_UNIX and not same_user(connection)
         connection.setblocking(False)
         tune(connection, peer_timeout)
         self._entrance = door.entrance(connection)
         self._frames: Frames | None = None
         if self._entrance is None:
-            self._frames = FrameSocket(connection, group.OnStageLink, share=True)
+            self._frames = self._framed(connection)
 
     def progress(self) -> group.StageHello | None:
         """Takes what is there; the hello when it is complete."""
@@ -233,9 +242,10 @@ class Newcomer:
         elif entrance.done:
             self._entrance = None
             tls = entrance.tls
-            self._frames = FrameSocket(
-                self.connection if tls is None else TLSSocket(self.connection, tls), group.OnStageLink, share=True
-            )
+            self._frames = self._framed(self.connection if tls is None else TLSSocket(self.connection, tls))
+
+    def _framed(self, connection: socket.socket | TLSSocket) -> Frames:
+        return FrameSocket(connection, group.OnStageLink, share=True, allocate=self._allocate)
 
     def taken(self) -> Frames:
         assert self._frames is not None

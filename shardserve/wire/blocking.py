@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from shardserve.wire.frames import Buffer, FrameReader, Payload, control, encode
+from shardserve.wire.frames import Allocate, Buffer, FrameReader, Payload, control, encode
 from shardserve.wire.shared import SharedPath
 from shardserve.wire.tls import TLSSocket
 
@@ -26,14 +26,21 @@ MAX_PIECES = 1024
 class FrameSocket(Generic[M]):
     """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the
     end of the connection. `close` may be called by any thread and ends both; the descriptor is closed by the last of
-    the threads inside, so that none of them ever reads or writes what has taken over its number."""
+    the threads inside, so that none of them ever reads or writes what has taken over its number. allocate: as in
+    FrameReader."""
 
-    def __init__(self, connection: socket.socket | TLSSocket, union: Any, share: bool = False) -> None:
+    def __init__(
+        self,
+        connection: socket.socket | TLSSocket,
+        union: Any,
+        share: bool = False,
+        allocate: Allocate | None = None,
+    ) -> None:
         self._socket = connection
         self._shared: SharedPath | None = None
         if share and isinstance(connection, socket.socket) and connection.family == socket.AF_UNIX:
             self._shared = SharedPath(self._send_control)
-        self._reader: FrameReader[M] = FrameReader(union, shared=self._shared)
+        self._reader: FrameReader[M] = FrameReader(union, shared=self._shared, allocate=allocate)
         self._ready: deque[tuple[M, Payload]] = deque()
         self._sending = threading.Lock()
         self._state = threading.Lock()

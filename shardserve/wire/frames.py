@@ -10,7 +10,7 @@ was under way.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -32,6 +32,8 @@ LENGTH = SHARED - 1
 
 Payload = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
+Allocate = Callable[[int], Payload]
+"""Memory of so many bytes for a payload."""
 M = TypeVar("M")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -117,7 +119,8 @@ class FrameReader(Generic[M]):
     """Turns received bytes into (message, payload) pairs; does no input or output itself.
 
     `buffer()` is where the next bytes belong, `advance(n)` says that n came. A payload gets memory of its own, into
-    which whatever is not yet here is received directly.
+    which whatever is not yet here is received directly. allocate: gives that memory, of payloads that aren't empty or
+    in shared memory.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class FrameReader(Generic[M]):
         max_payload: int = MAX_PAYLOAD,
         max_header: int = MAX_HEADER,
         shared: SharedPath | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
         self._max_payload = max_payload
@@ -137,6 +141,7 @@ class FrameReader(Generic[M]):
         self._payload: Payload | None = None
         self._filled = 0
         self._shared = shared
+        self._allocate = allocate
         self._kind = 0
 
     def buffer(self) -> memoryview:
@@ -180,7 +185,10 @@ class FrameReader(Generic[M]):
                 raise FrameError(f"a header that is no message of this connection: {error}") from error
         at += header_size
         here = min(payload_size, self._end - at)
-        self._payload = np.empty(payload_size, np.uint8)
+        if self._allocate is None or self._kind or not payload_size:
+            self._payload = np.empty(payload_size, np.uint8)
+        else:
+            self._payload = self._allocate(payload_size)
         self._payload[:here] = np.frombuffer(self._scratch, np.uint8, here, at)
         self._filled = here
         self._start = at + here

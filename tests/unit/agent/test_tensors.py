@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardserve.agent.tensors import Layout, buffers_of
+from shardserve.agent.tensors import Layout, buffers_of, pinned, receiving_memory, to_host
 from shardserve.shards.config import DTYPES, DimRange, Signature, TensorSpec
 from shardserve.wire.frames import FrameError, padded
 
@@ -77,6 +77,27 @@ def test_tensors_are_views_of_the_payload():
     [tensor] = LAYOUT.tensors(payload, {})
     payload[0] = 7
     assert tensor.tolist() == [7, 0]
+
+
+def test_memory_for_what_is_received():
+    assert receiving_memory(CPU) is None
+    assert receiving_memory(torch.device("cuda", 0)) is pinned
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this host has CUDA devices")
+def test_without_pinned_memory_there_is_other(caplog):
+    assert pinned(10).shape == (10,)
+    assert "no pinned memory for 10 bytes" in caplog.text
+
+
+def test_what_is_brought_to_the_host_is_a_copy():
+    """Of any dtype, shape and strides; here from the CPU itself."""
+    tensors = [torch.arange(12.0).reshape(3, 4).T, torch.tensor(2.5).bfloat16(), torch.empty(0, 3), torch.ones(2) > 0]
+    copies = to_host(tensors)
+    for before, after in zip(tensors, copies, strict=True):
+        assert (after.dtype, after.shape, after.is_contiguous()) == (before.dtype, before.shape, True)
+        assert torch.equal(after, before)
+        assert not after.numel() or after.data_ptr() != before.data_ptr()
 
 
 @pytest.mark.parametrize("size", [0, 128])

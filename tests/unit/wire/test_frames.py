@@ -55,6 +55,25 @@ def test_a_payload_is_the_readers_own_memory():
     assert not np.shares_memory(frames[0][1], frames[1][1])
 
 
+def test_payloads_go_into_the_memory_that_is_given_for_them():
+    given = []
+
+    def allocate(size):
+        given.append(np.empty(size, np.uint8))
+        return given[-1]
+
+    sizes = [4, 0, 100_000]
+    data = b"".join(b"".join(encode(infer(0, [size]), [bytes([size % 251]) * size])) for size in sizes)
+    frames = feed(FrameReader(front.ToWorker, allocate=allocate), data, iter(lambda: 1000, None))
+    # None for the one that is empty.
+    assert [len(memory) for memory in given] == [padded(4), padded(100_000)]
+    assert frames[0][1] is given[0]
+    assert frames[2][1] is given[1]
+    assert [payload[:size].tobytes() for (_, payload), size in zip(frames, sizes, strict=True)] == [
+        bytes([size % 251]) * size for size in sizes
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [

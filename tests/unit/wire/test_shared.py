@@ -308,6 +308,29 @@ def test_a_connection_without_shared_memory_ends_when_it_is_sent_some():
     receiver.close()
 
 
+def test_what_lies_in_shared_memory_needs_no_memory_of_the_reader():
+    given = []
+
+    def allocate(size):
+        given.append(size)
+        return np.empty(size, np.uint8)
+
+    ours, theirs = socket.socketpair()
+    sender, receiver = FrameSocket(ours, Note, share=True), FrameSocket(theirs, Note, share=True, allocate=allocate)
+    sender.send(Note(0), [b"\0" * 64])
+    receiver.receive()
+    # The offer, and its acceptance.
+    sender._shared.ready()
+    sender.send(Note(1))
+    receiver.receive()
+    sender.take_acceptance()
+    sender.send(Note(2), [b"\2" * LARGE])
+    assert holds(receiver.receive()[1], 2)
+    assert given == [64]
+    sender.close()
+    receiver.close()
+
+
 def test_between_processes_of_which_one_is_killed():
     """Nothing has a name, so nothing is left; who lives on reads what it had."""
     ours, theirs = socket.socketpair()
