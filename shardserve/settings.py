@@ -44,7 +44,7 @@ GREATEST = {
 
 CHOICES = {
     "collective": ("auto", "shared_memory", "gloo", "nccl"),
-    "compile": ("off", "inductor"),
+    "compile": ("off", "inductor", "cuda_graphs"),
     "weights": ("read", "mmap"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
 }
@@ -151,8 +151,9 @@ class Settings:
     """Of tensor-parallel groups. auto: on CUDA nccl; on CPU shared_memory on one host, else gloo. Or one for all: gloo
     on either, the others where auto has them."""
     compile: str = "off"
-    """Of a shard's graph, on CPU. inductor: each agent starts eager, compiles its graph beside its steps when the cores
-    are idle, and changes over when that is done; needs a C++ compiler on the host."""
+    """Of a shard's graph. inductor, on CPU: each agent starts eager, compiles its graph beside its steps when the cores
+    are idle, and changes over when that is done; needs a C++ compiler on the host. cuda_graphs, on CUDA: what is
+    between two collectives is captured when a combination of dims comes for the second time."""
     weights: str = "read"
     """How an agent on CPU has its weights. read: in memory of its own. mmap: as a view of the file, so that agents of
     one host that serve the same file share it in the page cache; the file must not change, and on a network disk each

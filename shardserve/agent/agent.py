@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from shardserve.agent.compilation import Compilation
+from shardserve.agent.cuda_graphs import CudaGraphs
 from shardserve.agent.forking import ForkRequest, LastWords, LoadingTeller
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.membership import BROKEN, Connection, Membership
@@ -85,6 +86,9 @@ class Agent:
         if settings.compile == "inductor":
             for program, model, config in zip(self._programs, request.model_files, request.config_files, strict=True):
                 Compilation(program, model, config, request.threads).start()
+        elif settings.compile == "cuda_graphs":
+            for program in self._programs:
+                CudaGraphs(program).start()
         self._security = Security.load(request.security)
         self._stage_address = Address(request.host, request.stage_port)
         self._listeners = self._listen()

@@ -60,6 +60,7 @@ class Program:
         # In the order of graph.state; `run` changes them.
         self._state = [state.tensor(buffer.tensor) for buffer in graph.state] if state is not None else []
         self._held = {tensor.untyped_storage().data_ptr() for tensor in self._state}
+        self._fixed = self._held | {tensor.untyped_storage().data_ptr() for tensor in self.parameters}
         # What the graph calls for each of its collectives.
         self.issued: dict[Callable[..., Any], Node] = {}
         builder = _Builder(self, graph)
@@ -129,6 +130,10 @@ class Program:
     def collective_count(self) -> int:
         """How many collectives each step issues; the same on all coordinates of the stage."""
         return len(self._collectives)
+
+    def is_fixed(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter, a kept buffer or a view of one: they stay where they are."""
+        return tensor.untyped_storage().data_ptr() in self._fixed
 
     def reset(self) -> None:
         """The buffers that it and the programs of the same store keep are as they were when they were loaded."""
