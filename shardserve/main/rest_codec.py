@@ -57,11 +57,11 @@ def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -
         raise InvalidInput(TOO_DEEP) from None
     instances = document["instances"]
     if isinstance(instances, dict):
-        return [_instance(instances, dtypes, "instances")]
+        return [_instance(instances, dtypes, "instances", body)]
     if not isinstance(instances, list):
         raise InvalidInput("instances is neither an object nor an array of objects")
     check_count(len(instances), max_instances)
-    return [_instance(instance, dtypes, f"instances[{index}]") for index, instance in enumerate(instances)]
+    return [_instance(instance, dtypes, f"instances[{index}]", body) for index, instance in enumerate(instances)]
 
 
 def _keys(value: Any, depth: int) -> int:
@@ -88,18 +88,23 @@ def _refuse_duplicates(body: bytes) -> None:
     json.loads(body, object_pairs_hook=check)
 
 
-def _instance(instance: Any, dtypes: Mapping[str, str], path: str) -> Decoded:
+def _instance(instance: Any, dtypes: Mapping[str, str], path: str, body: bytes) -> Decoded:
     if not isinstance(instance, dict):
         return InvalidInput(f"{path} isn't an object")
     try:
-        values = {name: parse_value(value, f"{path}.{name}", dtypes.get(name)) for name, value in instance.items()}
+        values = {
+            name: parse_value(value, f"{path}.{name}", dtypes.get(name), body) for name, value in instance.items()
+        }
         return tensors.encode_instance(values, path)
     except InvalidInput as error:
         return error
 
 
-def parse_value(value: Any, path: str, dtype: str | None = None) -> tensors.Value:
-    """A number, bool, string or base64 object (shape (1,)), or a nested rectangular array of them."""
+def parse_value(value: Any, path: str, dtype: str | None, body: bytes) -> tensors.Value:
+    """A number, bool, string or base64 object (shape (1,)), or a nested rectangular array of them. body: the JSON that
+    it was read from."""
+    if isinstance(value, list) and (array := _plain_numbers(value, dtype, body)) is not None:
+        return array
     shape, leaves, kinds = _flatten(value, path) if isinstance(value, list) else ((1,), [value], {type(value)})
     if kinds == {dict}:
         if not isinstance(value, list):
@@ -115,6 +120,32 @@ def parse_value(value: Any, path: str, dtype: str | None = None) -> tensors.Valu
     if dtype in ("str", "bytes") and kinds:
         raise InvalidInput(f"{path}: a number where {dtype} is expected")
     return _numbers(leaves, kinds, dtype, shape, path)
+
+
+def _plain_numbers(value: list[Any], dtype: str | None, body: bytes) -> npt.NDArray[Any] | None:
+    """What `parse_value` gives for an array of numbers, in half the time; None where it has to look more closely."""
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError):  # Ragged, or too deep.
+        return None
+    target = tensors.DTYPES.get(dtype or ("int32" if array.dtype.kind == "i" else "float32"))
+    if target is None or array.dtype not in (np.int64, np.float64) or not array.size or array.ndim > tensors.MAX_DIMS:
+        return None
+    # numpy takes a bool among numbers for one.
+    if ((array == 1).any() and b"true" in body) or ((array == 0).any() and b"false" in body):
+        return None
+    if target.numpy.kind in "iu":
+        limits = np.iinfo(target.numpy)
+        fits = array.dtype.kind == "i" and limits.min <= array.min() and array.max() <= limits.max
+        return array.astype(target.numpy) if fits else None
+    if target.numpy.kind == "b":
+        return None
+    # numpy takes integers that int64 can't hold for float64, too.
+    if dtype is None and np.abs(array).max() >= 1 << 63:
+        return None
+    with np.errstate(over="ignore"):
+        result = array.astype(np.float64).astype(target.numpy)
+    return result if np.isfinite(result).all() else None
 
 
 def _numbers(
@@ -237,7 +268,7 @@ def _to_json(value: tensors.Value) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype == tensors.DTYPES["bfloat16"].numpy:
             value = value.astype(np.float32)
-        return _to_json(value.tolist())
+        return _to_json(value.tolist()) if value.dtype == object else value.tolist()
     if isinstance(value, list) and value and isinstance(value[0], list | bytes):
         return [_to_json(item) for item in value]
     return value

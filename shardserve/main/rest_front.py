@@ -158,15 +158,25 @@ def _deadline(request: Request) -> float | None:
 
 async def _unless_it_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The outcome of `work`, which is cancelled if the client leaves: ClientDisconnect. For when the body has come."""
-    working = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    def leave(_: asyncio.Future[Any]) -> None:
+        nonlocal left
+        left = True
+        task.cancel()
+
     leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        raise ClientDisconnect from None
     finally:
-        working.cancel()
+        leaving.remove_done_callback(leave)
         leaving.cancel()
 
 

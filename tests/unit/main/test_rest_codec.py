@@ -15,7 +15,7 @@ def b64(data):
 
 
 def parse(value, dtype=None):
-    return rest_codec.parse_value(value, "instances.x", dtype)
+    return rest_codec.parse_value(value, "instances.x", dtype, msgspec.json.encode(value))
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,9 @@ def parse(value, dtype=None):
         (2.5, None, np.array([2.5], np.float32)),
         (True, None, np.array([True])),
         ([1, 2.5], None, np.array([1, 2.5], np.float32)),
+        ([0, 1, 0.5], None, np.array([0, 1, 0.5], np.float32)),
+        ([-(2**63), 2**63 - 1], "int64", np.array([-(2**63), 2**63 - 1])),
+        ([-1, 2**63], "float64", np.array([-1, 2**63], np.float64)),
         ([[1, 2], [3, 4]], None, np.array([[1, 2], [3, 4]], np.int32)),
         ([[[True]], [[False]]], None, np.array([[[True]], [[False]]])),
         ([], None, np.zeros((0,), np.float32)),
@@ -79,6 +82,7 @@ def test_one_base64_string_or_bytes_is_itself():
         (None, None, "instances.x: neither"),
         ([True, 1], None, "instances.x[1]: bools and numbers"),
         ([[1, 2], [3, 2**31]], None, "instances.x[1][1]: a number that int32 can't hold"),
+        ([-1, 2**63], None, "instances.x[1]: a number that int32 can't hold"),
         (-1, "uint8", "instances.x: a number that uint8 can't hold"),
         ([1, 1.5], "int64", "instances.x[1]: a fraction where int64 is expected"),
         ([1, 1e39], None, "instances.x[1]: a number that float32 can't hold"),
