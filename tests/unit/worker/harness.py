@@ -11,6 +11,7 @@ from shardserve.settings import Settings
 from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.frames import padded
 from shardserve.wire.messages import Generation, group
+from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Batching, Call
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.scheduler import Scheduler
@@ -169,7 +170,7 @@ class Cluster(Owner):
 
     def call(self, value, n=1, deadline=None):
         x = np.full(n, value, np.float32)
-        return Call((x,), self.batching.key((x,)), deadline, asyncio.get_running_loop().create_future())
+        return Call((x,), self.batching.key((x,)), deadline, Answer())
 
     def submit(self, value, n=1, deadline=None):
         call = self.call(value, n, deadline)

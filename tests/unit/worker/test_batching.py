@@ -1,5 +1,3 @@
-import asyncio
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,6 +6,7 @@ from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import Model, Servable
 from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.frames import FrameError, padded
+from shardserve.worker.answer import Answer
 from shardserve.worker.batching import UNBOUNDED_BATCH, Batching, Call
 from shardserve.worker.model_calls import model_batchings
 
@@ -33,13 +32,10 @@ def batching(inputs, outputs, conditions=(), model=None, **dims):
 
 @pytest.fixture
 def call():
-    loop = asyncio.new_event_loop()
-
     def make(*arrays):
-        return Call(arrays, (), None, loop.create_future())
+        return Call(arrays, (), None, Answer())
 
-    yield make
-    loop.close()
+    return make
 
 
 def payload(*arrays):

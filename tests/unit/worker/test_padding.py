@@ -1,12 +1,11 @@
 """Instances of different length in one batch."""
 
-import asyncio
-
 import numpy as np
 import pytest
 
 from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import declare_distributed, declaring
+from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
 
 from .test_batching import batching, payload, same
@@ -25,14 +24,11 @@ def padded(inputs=INPUTS, outputs=OUTPUTS, conditions=(), pad=PAD, size=None, **
 
 @pytest.fixture
 def call():
-    loop = asyncio.new_event_loop()
-
     def make(batches, length):
         arrays = (np.arange(length), np.ones(length, np.float32))
-        return Call(arrays, batches.key(arrays), None, loop.create_future(), lengths=batches.lengths(arrays))
+        return Call(arrays, batches.key(arrays), None, Answer(), lengths=batches.lengths(arrays))
 
-    yield make
-    loop.close()
+    return make
 
 
 def test_a_batch_has_the_greatest_length_and_each_output_its_own(call):
