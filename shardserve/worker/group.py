@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -307,14 +307,13 @@ class ReplicaGroup:
             step.failed = True
             self._owner.failed(step.batch, text)
 
-    def close(self) -> Iterable[Batch]:
-        """Stops for good; what was under way."""
+    def close(self) -> None:
+        """Stops for good. Main has ended before, so nobody waits for what is under way."""
         self._cancel_timer()
-        steps, self._steps = list(self._steps.values()), {}
-        for step in steps:
+        for step in self._steps.values():
             step.timer.cancel()
+        self._steps.clear()
         self.state = "waiting"
-        return [step.batch for step in steps if not step.failed]
 
     def _start_timer(self, seconds: float, action: Callable[[], None]) -> None:
         self._cancel_timer()
