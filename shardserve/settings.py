@@ -89,7 +89,8 @@ class Settings:
     config_timeout: float = 120.0
     """For a servable_config.py to run, with all that it imports; then its Worker is ended, and its start an error."""
     start_timeout: float = 60.0
-    """For Main, a Worker or a fork server to answer its first order, and for a process of Python stages to be ready."""
+    """For Main or a Worker to answer its first order, for a fork server to fork an agent, and for a process of Python
+    stages to be ready."""
     heartbeat_timeout: float = 20.0
     """For Main or a Worker to answer its launcher's ping, four of which are sent in that time; then it is taken for
     frozen, killed and respawned. A Worker that still runs its servable_config.py isn't asked."""

@@ -155,7 +155,8 @@ class AgentProcess:
 
 
 class ForkServer:
-    """A running `python -m shardserve.agent.fork_server`. Its end ends all agents that it forked."""
+    """A running `python -m shardserve.agent.fork_server`. Its end ends all agents that it forked. ending:
+    how it ended, for logs; "" as long as it is of use."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -173,7 +174,7 @@ class ForkServer:
         self._turn = asyncio.Lock()
         self.pidfd = os.pidfd_open(self._process.pid)
         self.has_forked = False
-        self._closed = False
+        self.ending = ""
         self._readable: asyncio.Future[None] | None = None
 
     @property
@@ -181,18 +182,19 @@ class ForkServer:
         return self._process.pid
 
     async def fork(self, request: ForkRequest, shared_memory: int | None, timeout: float) -> AgentProcess:
-        """A new agent. ConnectionError if the fork server ended, StartError if it can't fork or is silent for `timeout`
-        seconds.
+        """A new agent; StartError if it can't be forked. ConnectionError if the fork server ended, as it does
+        when it is silent for `timeout` seconds: a later answer would be taken for that to the next request.
         """
         async with self._turn:
             try:
                 return await asyncio.wait_for(self._fork(request, shared_memory), timeout)
             except asyncio.TimeoutError:
-                raise StartError(f"the fork server (pid {self.pid}) forked no agent within {timeout} s") from None
+                self._end(f"forked no agent within {timeout:g} s (start_timeout) and was killed")
+                raise self._ended_error() from None
 
     async def _fork(self, request: ForkRequest, shared_memory: int | None) -> AgentProcess:
-        if self._closed:
-            raise ConnectionResetError("the fork server ended")
+        if self.ending:
+            raise self._ended_error()
         loop = asyncio.get_running_loop()
         fds = [] if shared_memory is None else [shared_memory]
         socket.send_fds(self._socket, [msgspec.msgpack.encode(request)], fds)
@@ -201,15 +203,15 @@ class ForkServer:
         try:
             await readable
         finally:
-            if not self._closed:
+            if not self.ending:
                 loop.remove_reader(self._socket)
                 self._readable = None
         # It may have been closed between the event and this line.
-        if self._closed:
-            raise ConnectionResetError("the fork server ended")
+        if self.ending:
+            raise self._ended_error()
         data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, 2)
         if not data:
-            raise ConnectionResetError("the fork server ended")
+            raise self._ended_error()
         reply = msgspec.msgpack.decode(data, type=ForkReply)
         if reply.error:
             raise StartError(f"the fork server (pid {self.pid}) could not fork: {reply.error}")
@@ -218,15 +220,21 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends the fork server, and with it whatever agent is left; a fork under way fails with ConnectionError."""
-        if self._closed:
+        self._end("died")
+        os.close(self.pidfd)
+
+    def _end(self, ending: str) -> None:
+        if self.ending:
             return
-        self._closed = True
+        self.ending = ending
         if self._readable is not None:
             # Before its number is free for another socket, which the loop would then take for this one.
             self._readable.get_loop().remove_reader(self._socket)
             if not self._readable.done():
-                self._readable.set_exception(ConnectionResetError("the fork server ended"))
+                self._readable.set_exception(self._ended_error())
         self._socket.close()
         self._process.kill()
         self._process.wait()
-        os.close(self.pidfd)
+
+    def _ended_error(self) -> ConnectionError:
+        return ConnectionResetError(f"the fork server (pid {self.pid}) {self.ending or 'died'}")

@@ -283,12 +283,13 @@ class Supervisor:
         if self._stopping.is_set():
             return
         if self._ready is not None and not server.has_forked:
-            self._fail(StartError(f"the fork server (pid {server.pid}) could not start; its output says why"))
+            why = f"could not start: it {server.ending}; its output says why"
+            self._fail(StartError(f"the fork server (pid {server.pid}) {why}"))
             return
         if not self._fork_server_restarts.spend():
             self._fail(StartError(f"the fork server died {self._fork_server_restarts}"))
             return
-        logger.error("the fork server (pid %d) died; starting another", server.pid)
+        logger.error("the fork server (pid %d) %s; starting another", server.pid, server.ending)
         try:
             self._start_fork_server()
         except OSError as error:

@@ -10,7 +10,6 @@ import psutil
 import pytest
 
 from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords, Loading, LoadingTeller
-from shardserve.errors import StartError
 
 from .shards import write_shards
 
@@ -131,11 +130,15 @@ def test_close_ends_all(tmp_path, free_port):
     assert not alive(server.pid)
 
 
-def test_a_server_that_is_silent(server, free_port, tmp_path):
+def test_a_server_that_is_silent_is_ended(server, free_port, tmp_path):
+    """What it says too late is nobody's: whoever asks next would get the other rank's process."""
     os.kill(server.pid, signal.SIGSTOP)
-    said = rf"the fork server \(pid {server.pid}\) forked no agent within 0.2 s"
-    with pytest.raises(StartError, match=said):
+    said = rf"the fork server \(pid {server.pid}\) forked no agent within 0.2 s \(start_timeout\) and was killed"
+    with pytest.raises(ConnectionError, match=said):
         fork(server, request(free_port, tmp_path), timeout=0.2)
+    assert not alive(server.pid)
+    with pytest.raises(ConnectionError, match=said):
+        fork(server, request(free_port, tmp_path, rank=1))
 
 
 PARENT = """

@@ -99,6 +99,25 @@ async def test_another_fork_server_is_started_when_one_dies(tmp_path, ports, cap
 
 
 @asynchronous
+async def test_another_fork_server_is_started_when_one_freezes(tmp_path, ports, caplog):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        server = psutil.Process(agents[1].register.pid).parent()
+        server.suspend()
+        # So that the test doesn't wait for the 60 s, which a new one may need.
+        fork = host.supervisor._fork_server.fork
+        host.supervisor._fork_server.fork = lambda *request: fork(*request[:-1], 0.2)
+        os.kill(agents[1].register.pid, signal.SIGKILL)
+        again = await worker.agents(2)
+        assert [agent.register.rank for agent in again] == [0, 1]
+        assert not {agent.register.pid for agent in agents} & {agent.register.pid for agent in again}
+        said = f"the fork server (pid {server.pid}) forked no agent within 0.2 s (start_timeout) and was killed"
+        assert f"{said}; starting another" in caplog.text
+
+
+@asynchronous
 async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1], max_restarts=2) as host:
