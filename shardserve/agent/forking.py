@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -148,6 +149,11 @@ class AgentProcess:
         # All of it is there: its end of the pipe went with it.
         self.read()
         return self._last_words
+
+    def kill(self) -> None:
+        # The fork server may have reaped it already, although nobody here has looked at its pidfd yet.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         os.close(self.pidfd)

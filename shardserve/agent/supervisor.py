@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import threading
 import uuid
@@ -311,7 +310,7 @@ class Supervisor:
         self._loop.add_reader(process.pidfd, self._died, slot, process)
         self._loop.add_reader(process.words, self._says, process)
         if self._stopping.is_set():
-            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+            process.kill()
 
     def _says(self, process: AgentProcess) -> None:
         """How far an agent's loading is, or its last words, which are wanted when it has ended."""
@@ -368,7 +367,7 @@ class Supervisor:
         for slot in self._slots:
             if slot.request.rank == rank and slot.process is not None and slot.process.pid == pid:
                 logger.warning("rank %d (pid %d) is killed: it %s", rank, pid, reason)
-                signal.pidfd_send_signal(slot.process.pidfd, signal.SIGKILL)
+                slot.process.kill()
 
     async def _end_agents(self) -> None:
         """Agents that the Worker told to leave get exit_timeout; the fork server's end ends the rest."""

@@ -55,6 +55,8 @@ class Registry:
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
         self._given_up: dict[int, str] = {}
+        # Said again to a supervisor that comes back: it may have lost its connection before it read it.
+        self._kills: dict[int, group.Kill] = {}
         # Of the agents that are there, or were last: the names of their supervisors.
         self._keepers: dict[int, str] = {}
 
@@ -123,6 +125,9 @@ class Registry:
                 self._model_files,
             )
         )
+        for rank in ranks:
+            if rank in self._kills and self._keepers[rank] == host.name:
+                host.stream.send(self._kills[rank])
         self.tell_ready()
 
     def _forget(self, host: HostHandle) -> None:
@@ -167,6 +172,7 @@ class Registry:
             stream=stream,
         )
         self._given_up.pop(message.rank, None)
+        self._kills.pop(message.rank, None)
         self._keepers[message.rank] = message.supervisor
         stream.send(group.Registered(incarnation))
         self._groups[replica].add(agent)
@@ -276,9 +282,10 @@ class Registry:
     def kill(self, agent: AgentHandle, reason: str) -> None:
         """Has the agent's supervisor end it; its connection ends at once, so that nobody waits for it."""
         logger.warning("rank %d (pid %d) is ended: it %s", agent.rank, agent.pid, reason)
+        order = self._kills[agent.rank] = group.Kill(agent.rank, agent.pid, reason)
         for host in self.hosts:
             if agent.rank in host.ranks:
-                host.stream.send(group.Kill(agent.rank, agent.pid, reason))
+                host.stream.send(order)
         agent.stream.abort()
 
 

@@ -80,6 +80,21 @@ async def test_a_stopped_process_is_killed_all_the_same(tmp_path, ports):
 
 
 @asynchronous
+async def test_a_process_that_is_gone_already_may_be_killed(tmp_path, ports):
+    models = write_shards(tmp_path, 1)
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0)
+        [agent] = await worker.agents(1)
+        process = psutil.Process(agent.register.pid)
+        process.kill()
+        # The loop, which is this thread's, hears of the death only when it is over.
+        while psutil.pid_exists(process.pid):
+            process.wait(10)
+        host.supervisor._frame(group.Kill(0, process.pid, "is silent"), None)
+        await worker.agents(1)
+
+
+@asynchronous
 async def test_another_fork_server_is_started_when_one_dies(tmp_path, ports, caplog):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]):

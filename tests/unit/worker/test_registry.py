@@ -317,6 +317,22 @@ async def test_kill_goes_to_the_ranks_supervisor():
 
 
 @asynchronous
+async def test_kill_is_said_again_to_a_supervisor_that_comes_back():
+    """It may have lost its connection before it read the first; an agent that hangs would stay for ever."""
+    s = Setting()
+    _, (_, agent) = s.register(1, by="of 50")
+    s.register(0, by="of 50")
+    s.registry.kill(agent, "did not leave")
+    another, _ = s.enlist(("b",), pid=51)
+    assert another.take(group.Kill) == []
+    stream, _ = s.enlist(("a",))
+    assert stream.take(group.Kill) == [group.Kill(1, 101, "did not leave")]
+    s.register(1, pid=102, by="of 50")
+    stream, _ = s.enlist(("a",))
+    assert stream.take(group.Kill) == []
+
+
+@asynchronous
 async def test_the_ranks_have_the_same_subgraphs():
     s = Setting()
 
