@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +50,7 @@ class StagePool:
         self._loop = asyncio.get_running_loop()
         self._hosts: list[StageHost] = []
         self._load_deaths: deque[float] = deque()
-        self._queue: deque[StageCall] = deque()
+        self._queue: OrderedDict[StageCall, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._was_ready = False
         self._closed = ""
@@ -85,8 +85,9 @@ class StagePool:
             for call in host.close():
                 call.fail(Unavailable(reason))
         self._hosts.clear()
-        while self._queue:
-            self._queue.popleft().fail(Unavailable(reason))
+        for call in self._queue:
+            call.fail(Unavailable(reason))
+        self._queue.clear()
 
     async def run(
         self,
@@ -103,7 +104,9 @@ class StagePool:
         if len(self._queue) >= self._settings.queue_limit:
             raise Overloaded(f"{len(self._queue)} instances wait for a Python stage already (queue_limit)")
         call = StageCall(method, number, stage, values, deadline, session, self._loop.create_future())
-        self._queue.append(call)
+        self._queue[call] = None
+        # A call whose client has left must not hold memory, nor a place, until its turn.
+        call.answer.add_done_callback(lambda _: self._queue.pop(call, None))
         self._pump()
         return await call.answer
 
@@ -114,21 +117,17 @@ class StagePool:
 
     def _take(self) -> list[StageCall]:
         """The first call and those behind it that may share its run."""
-        while self._queue:
-            first = self._queue.popleft()
-            if _is_over(first):
+        taken: list[StageCall] = []
+        for call in self._queue:
+            if _is_over(call):
                 continue
-            limit = self._limit(first)
-            calls, others = [first], deque[StageCall]()
-            while len(calls) < limit and self._queue:
-                call = self._queue.popleft()
-                if not _may_share(call, first):
-                    others.append(call)
-                elif not _is_over(call):
-                    calls.append(call)
-            self._queue.extendleft(reversed(others))
-            return calls
-        return []
+            if not taken or _may_share(call, taken[0]):
+                taken.append(call)
+            if len(taken) == self._limit(taken[0]):
+                break
+        for call in taken:
+            del self._queue[call]
+        return taken
 
     def _limit(self, call: StageCall) -> int:
         if call.alone or call.session is not None or call.stage.batch_size is None:
@@ -177,8 +176,10 @@ class StagePool:
 
     def _queue_alone(self, calls: list[StageCall]) -> None:
         for call in reversed(calls):
-            call.alone = True
-            self._queue.appendleft(call)
+            if not call.answer.done():
+                call.alone = True
+                self._queue[call] = None
+                self._queue.move_to_end(call, last=False)
 
     async def call_model(
         self, message: stages.ModelCall, instances: list[tuple[Any, ...]], calls: Sequence[StageCall]

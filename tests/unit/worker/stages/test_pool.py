@@ -1,8 +1,10 @@
 """Python stages in real processes, under a pool whose model is scripted."""
 
 import asyncio
+import gc
 import os
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -445,6 +447,30 @@ async def test_bounds(tmp_path):
             await slow
         with pytest.raises(Unavailable, match="stopped"):
             await s.run("one", 1)
+
+
+@asynchronous
+async def test_a_call_whose_client_left_holds_no_place_and_no_memory(tmp_path):
+    async with Setting(tmp_path, queue_limit=2) as s:
+        await s.said.get()
+        running = s.begin("sleeps", 1000)
+        await asyncio.sleep(0)
+        stage = s.servable.methods["one"].stages[0]
+        for _ in range(3):
+            value = np.ones(1)
+            seen = weakref.ref(value)
+            left = [asyncio.ensure_future(s.pool.run("one", 1, stage, (value,), None, None)) for _ in range(2)]
+            del value
+            await asyncio.sleep(0)
+            for call in left:
+                call.cancel()
+            await asyncio.wait(left)
+            assert all(call.cancelled() for call in left)
+            del left, call
+            gc.collect()
+            assert seen() is None
+        running.cancel()
+        assert (await s.run("one", 1))[0].tolist() == [2]
 
 
 @asynchronous
