@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -86,20 +87,25 @@ class Running:
 
 
 class StageHost:
-    """Made by `start`. state: loading, idle, running or ended. A run that hangs ends it."""
+    """Made by `start`. state: loading, idle, running or ended. A run that hangs ends it. OSError if it can't be had."""
 
     def __init__(self, owner: Owner, settings: Settings) -> None:
         self._owner = owner
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "shardserve.worker.stages", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-            )
-        self._pidfd = os.pidfd_open(self._process.pid)
+        with contextlib.ExitStack() as undo:
+            self._ours, theirs = socket.socketpair()
+            undo.callback(self._ours.close)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "shardserve.worker.stages", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                )
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            undo.pop_all()
         self._stream: FrameStream[stages.ToWorker] = FrameStream(stages.ToWorker, self._frame, self._lost)
         self._running: Running | None = None
         self._runs = 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardserve.errors import DeadlineExceeded, MessageTooLarge, Overloaded, ShardserveError, StageError, Unavailable
+from shardserve.restarts import RestartBudget
 from shardserve.servable import PythonStage, Servable
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError
@@ -49,7 +50,8 @@ class StagePool:
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._hosts: list[StageHost] = []
-        self._load_deaths: deque[float] = deque()
+        self._restarts = RestartBudget(settings)
+        self._pause: asyncio.TimerHandle | None = None
         self._queue: OrderedDict[StageCall, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._was_ready = False
@@ -70,9 +72,13 @@ class StagePool:
         return [host.pid for host in self._hosts]
 
     def start(self) -> None:
-        """Starts the processes that are missing."""
-        while len(self._hosts) < self._size and not self._closed:
-            host = StageHost(self, self._settings)
+        """Starts the processes that are missing; in the pause after a start that failed, when it is over."""
+        while len(self._hosts) < self._size and not self._closed and self._pause is None:
+            try:
+                host = StageHost(self, self._settings)
+            except OSError as error:
+                self._start_failed(f"a process can't be started: {error}")
+                return
             self._hosts.append(host)
             task = self._loop.create_task(host.start(self._load))
             self._tasks.add(task)
@@ -144,14 +150,19 @@ class StagePool:
 
     def load_failed(self, host: StageHost, message: str) -> None:
         self._hosts.remove(host)
-        self._load_deaths.append(time.monotonic())
-        while self._load_deaths[0] < time.monotonic() - self._settings.restart_window:
-            self._load_deaths.popleft()
-        if not self._was_ready or len(self._load_deaths) > self._settings.max_restarts:
-            self.close(f"Python stages can't run: {message}")
+        self._start_failed(message)
+
+    def _start_failed(self, reason: str) -> None:
+        if not self._was_ready or not self._restarts.spend():
+            self.close(f"Python stages can't run: {reason}")
             self._failed(self._closed)
             return
-        logger.error("Python stages: %s; another process is started", message)
+        logger.error("Python stages: %s; it is tried again", reason)
+        if self._pause is None:
+            self._pause = self._loop.call_later(self._restarts.pause, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self._pause = None
         self.start()
 
     def finished(self, host: StageHost) -> None:

@@ -1,12 +1,17 @@
 """Python stages in real processes, under a pool whose model is scripted."""
 
 import asyncio
+import contextlib
+import errno
 import gc
 import os
+import resource
+import signal
 import time
 import weakref
 
 import numpy as np
+import psutil
 import pytest
 import uvloop
 
@@ -160,6 +165,17 @@ class Models:
         if int(values[0][0]) in self.errors:
             raise self.errors[int(values[0][0])]
         return (values[0] + 100 * subgraph,)
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """None can be had beside those that are open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Setting:
@@ -471,6 +487,52 @@ async def test_a_call_whose_client_left_holds_no_place_and_no_memory(tmp_path):
             assert seen() is None
         running.cancel()
         assert (await s.run("one", 1))[0].tolist() == [2]
+
+
+async def kill(s):
+    """Returns when the pool has seen it, and has tried to start another."""
+    running = s.begin("sleeps", 1000)
+    os.kill(s.pool.pids[0], signal.SIGKILL)
+    with pytest.raises(StageError, match="ended with code -9"):
+        await running
+
+
+@asynchronous
+async def test_a_process_that_could_not_be_started_is_tried_again(tmp_path):
+    async with Setting(tmp_path) as s:
+        await s.said.get()
+        with no_descriptors():
+            await kill(s)
+            assert s.pool.pids == []
+        assert (await s.run("one", 1))[0].tolist() == [2]
+
+
+@asynchronous
+async def test_a_process_that_can_not_be_started_any_more(tmp_path):
+    async with Setting(tmp_path, max_restarts=2) as s:
+        await s.said.get()
+        with no_descriptors():
+            await kill(s)
+            waiting = s.begin("one", 1)
+            reason = await s.said.get()
+            assert reason.startswith("Python stages can't run: a process can't be started: [Errno 24] Too many open f")
+            with pytest.raises(Unavailable, match="Too many open files"):
+                await waiting
+
+
+@asynchronous
+async def test_a_start_that_fails_leaves_no_process(tmp_path, monkeypatch):
+    started = []
+
+    def refuse(pid):
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    s = Setting(tmp_path)
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    s.pool.start()
+    assert await s.said.get() == "Python stages can't run: a process can't be started: [Errno 24] Too many open files"
+    assert not psutil.pid_exists(started[0])
 
 
 @asynchronous
