@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -46,6 +46,7 @@ class Owner(Protocol):
     def failed(self, batch: Batch, message: str) -> None: ...
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None: ...
     def kill(self, agent: AgentHandle, reason: str) -> None: ...
+    def forgive(self, rank: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -64,10 +65,13 @@ class AgentHandle:
 
 @dataclass(eq=False)
 class StepInFlight:
+    """raised: the ranks, of the replica, that said that the model raised."""
+
     batch: Batch
     failed: bool
     timer: asyncio.TimerHandle
     sent: float
+    raised: set[int] = field(default_factory=set)
 
 
 class ReplicaGroup:
@@ -131,6 +135,9 @@ class ReplicaGroup:
         if self.agents.get(agent.local) is not agent:
             return
         del self.agents[agent.local]
+        if any(agent.local in step.raised for step in self._steps.values()):
+            # The request has the error. A CUDA device that has asserted is of no more use to its process.
+            self._owner.forgive(agent.rank)
         if self.state in ("forming", "serving"):
             self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone", agent.rank)
         elif self.state == "ending":
@@ -303,7 +310,10 @@ class ReplicaGroup:
         agent.stream.send(group.FailureNoted(self.generation, number))
         step = self._steps.get(number)
         # Absent: the rank raised after its last collective, and the leader's answer (right) came first.
-        if step is not None and not step.failed:
+        if step is None:
+            return
+        step.raised.add(agent.local)
+        if not step.failed:
             step.failed = True
             self._owner.failed(step.batch, text)
 

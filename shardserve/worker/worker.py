@@ -49,7 +49,7 @@ class Worker:
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
-        self._scheduler = Scheduler(self._groups, settings, lambda rank: self._registry.forgive(rank))
+        self._scheduler = Scheduler(self._groups, settings, self.forgive)
         self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
         self.inquiries = Inquiries(self._groups, settings)
         self._signatures: Sequence[Signature] = ()
@@ -145,6 +145,9 @@ class Worker:
 
     def kill(self, agent: AgentHandle, reason: str) -> None:
         self._registry.kill(agent, reason)
+
+    def forgive(self, rank: int) -> None:
+        self._registry.forgive(rank)
 
     def step_ended(self) -> None:
         self._scheduler.pump()

@@ -254,6 +254,21 @@ async def test_forming_is_ordered_not_guessed(tmp_path, ports):  # noqa: F811
         assert np.array_equal(output(agents[2], X.shape), 4 * X + 2)
 
 
+def test_cuda_graphs_on_a_cpu_leave_steps_eager(tmp_path, ports, monkeypatch, capfd):  # noqa: F811
+    monkeypatch.setenv("SHARDSERVE_COMPILE", "cuda_graphs")
+
+    @asynchronous
+    async def run():
+        async with registered(tmp_path, ports, 2, 1) as (worker, agents):
+            generation = await worker.form(agents)
+            send_step(agents, generation, 0, X)
+            await agents[0].next(group.Output)
+            assert np.array_equal(output(agents[0], X.shape), 2 * X)
+
+    run()
+    assert capfd.readouterr().err.count("steps stay eager: compile=cuda_graphs is for CUDA, this rank is on cpu") == 2
+
+
 @pytest.mark.parametrize(("device", "tensor_parallel"), [("cpu", 2), ("cpu", 1), ("cuda:0", 1)])
 def test_devices_whose_ranks_can_work_together(tmp_path, device, tensor_parallel):
     for model in write_shards(tmp_path, tensor_parallel, stages=2):

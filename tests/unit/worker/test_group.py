@@ -167,6 +167,26 @@ async def test_a_failed_step_is_noted_first_and_its_output_ignored():
 
 
 @asynchronous
+async def test_the_death_of_a_rank_that_has_said_that_the_model_raised_is_forgiven():
+    g = Group()
+    poison = batch()
+    g.group.send_step(poison)
+    g.say(group.StepFailed, 1, step=0, message="CUDA error: device-side assert triggered")
+    g.lose(1)
+    assert g.owner.take("forgive") == [(1,)]
+    assert g.owner.take("failed") == [(poison, "CUDA error: device-side assert triggered")]
+    assert g.owner.take("interrupted") == [([],)]
+    # One of another rank isn't, and none of the next generation.
+    g.lose(2)
+    g.say(group.Parked, 0, 3)
+    g.join(1, 2)
+    g.say(group.Formed, 0, 1, 2, 3)
+    g.group.send_step(batch())
+    g.lose(1)
+    assert g.owner.take("forgive") == [(1,)]
+
+
+@asynchronous
 async def test_failure_after_the_answer_only_releases_the_rank():
     g = Group()
     g.group.send_step(batch())
