@@ -14,7 +14,7 @@ from shardserve.wire.messages import front
 from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
 from shardserve.worker.model_calls import ModelCalls
-from shardserve.worker.replies import Stream, decode_inputs, errors_answered, reply
+from shardserve.worker.replies import Stream, decode_inputs, errors_answered, refuse, reply
 
 UNANSWERED = InternalError("an instance without an answer")
 
@@ -53,7 +53,7 @@ class DirectRequest:
         self._ended = ended
 
     def start(self, models: ModelCalls, payload: Payload) -> None:
-        """Submits a call for each instance; replies at once if none of them can run."""
+        """Submits a call for each instance; replies at once if none of them can run, or one is refused."""
         instances = self._message.instances
         started = False
         with errors_answered(self._stream, self._message):
@@ -83,6 +83,8 @@ class DirectRequest:
                 raise InvalidInput(f"{where}: {error}") from error
             models.enqueue(call)
         except ShardserveError as error:
+            if not error.in_reply:
+                raise
             self._results[i] = error
         else:
             self._calls[i] = call
@@ -100,6 +102,11 @@ class DirectRequest:
         except StepError as error:
             self._results[i] = model_raised(f"instance {self._places[i]}", self._method, self._stage, error)
         except ShardserveError as error:
+            if not error.in_reply:
+                # The whole request has failed with it.
+                self.cancel()
+                refuse(self._stream, self._message, error)
+                return
             self._results[i] = error
         if not self._calls:
             self._reply()

@@ -29,13 +29,12 @@ def decode_inputs(method: Method, metas: front.Instance, parts: list[Payload], w
 
 
 def reply(stream: Stream, message: front.Infer, results: Sequence[dict[str, Any] | ShardserveError]) -> None:
-    """Sends the instances' outcomes; raises an error that is of the whole request."""
+    """Sends the instances' outcomes; an error among them is its instance's own (`in_reply`)."""
     outcomes: list[front.InstanceOutputs | front.InstanceError] = []
     buffers: list[Buffer] = []
     for i, result in enumerate(results):
         if isinstance(result, ShardserveError):
-            if not result.in_reply:
-                raise result
+            assert result.in_reply
             outcomes.append(front.InstanceError(type(result).__name__, str(result)))
         else:
             metas, parts = encode_instance(result, f"instance {i}")
@@ -44,14 +43,18 @@ def reply(stream: Stream, message: front.Infer, results: Sequence[dict[str, Any]
     stream.send(front.Reply(message.request, outcomes), buffers)
 
 
+def refuse(stream: Stream, message: front.Infer, error: ShardserveError) -> None:
+    """The answer to the whole request."""
+    stream.send(front.Failed(message.request, type(error).__name__, str(error)))
+
+
 @contextlib.contextmanager
 def errors_answered(stream: Stream, message: front.Infer) -> Iterator[None]:
     """An error within it is the answer to the whole request; a bug is logged, and not told."""
     try:
         yield
     except ShardserveError as error:
-        stream.send(front.Failed(message.request, type(error).__name__, str(error)))
+        refuse(stream, message, error)
     except Exception:
         logger.exception("request of method %r failed", message.method)
-        text = "an internal error; the server's log has more"
-        stream.send(front.Failed(message.request, InternalError.__name__, text))
+        refuse(stream, message, InternalError("an internal error; the server's log has more"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from itertools import islice
 from typing import Any
 
@@ -15,6 +16,9 @@ from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.replies import Stream, decode_inputs, errors_answered, reply
 from shardserve.worker.sessions import Session
 from shardserve.worker.stages.pool import StagePool
+
+Outcome = dict[str, Any] | ShardserveError
+"""An instance's outputs, or what is wrong with it alone."""
 
 
 class Requests:
@@ -69,15 +73,17 @@ class Requests:
                 for i, instance in zip(places, message.instances, strict=True)
             ]
             # One instance needs no task of its own.
-            results = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
-            reply(stream, message, results)
+            reply(stream, message, [await runs[0]] if len(runs) == 1 else await _all(runs))
 
     async def _outcome(
         self, method: Method, metas: front.Instance, parts: list[Payload], where: str, deadline: float | None
-    ) -> dict[str, Any] | ShardserveError:
+    ) -> Outcome:
+        """Raises an error that is of the whole request."""
         try:
             return await self._run(method, metas, parts, where, deadline)
         except ShardserveError as error:
+            if not error.in_reply:
+                raise
             return error
 
     async def _run(
@@ -123,3 +129,13 @@ class Requests:
             raise StageError(f"method {method.name!r}, stage {gave}: {error}") from error
         except StepError as error:
             raise model_raised(where, method, stage, error) from error
+
+
+async def _all(runs: list[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
+    """Their outcomes; with the first that raises the others are over, too."""
+    tasks = [asyncio.ensure_future(run) for run in runs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

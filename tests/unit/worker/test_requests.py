@@ -1,4 +1,5 @@
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -38,19 +39,29 @@ class Setting:
         pool = StagePool(declared, "", 1, models, Settings(), lambda: None, lambda reason: None)
         self.requests = Requests(declared, models, pool)
 
-    def infer(self, number, *values, method="twice", places=None):
+    def infer(self, number, *values, method="twice", places=None, deadline=None):
         arrays = [np.array([value], np.float32) for value in values]
         metas = [{"x": TensorMeta("float32", (1,), 4)} for _ in arrays]
         payload = np.zeros(64 * len(arrays), np.uint8)
         for i, array in enumerate(arrays):
             payload[64 * i : 64 * i + 4] = array.view(np.uint8)
-        self.requests.infer(self.main, front.Infer(number, method, metas, None, places), payload)
+        self.requests.infer(self.main, front.Infer(number, method, metas, deadline, places), payload)
 
     async def steps(self):
         """What the group is sent next."""
         while not (steps := self.cluster.steps()):
             await asyncio.sleep(0)
         return steps
+
+    async def nothing_more_of_it_runs(self, method):
+        """Of a request that has failed. What its tasks gave to the scheduler in this turn may be a step already."""
+        for number, values in self.cluster.steps():
+            assert method == "twice"
+            await asyncio.sleep(0)
+            self.cluster.output(number, [0] * len(values))
+        self.infer(99, 9, method=method)
+        assert [values for _, values in await self.steps()] == [[9]]
+        assert self.main.sent == []
 
     async def answer(self):
         while not self.main.sent:
@@ -117,20 +128,42 @@ async def test_errors_name_the_instance_of_the_clients_request():
     assert reply.results[0].message.startswith("instance 7: ")
 
 
+@pytest.mark.parametrize("method", ["echo", "twice"])
 @asynchronous
-async def test_what_is_of_the_server_fails_the_whole_request():
+async def test_a_request_of_which_an_instance_is_refused_fails_at_once(method):
     s = Setting(window=1, settings=quick(queue_limit=2))
-    s.infer(1, 1, 2, 3, method="echo")
-    assert await s.steps() == [(0, [1, 2])]
-    s.cluster.output(0, [1, 2])
+    s.infer(1, 1, 2, 3, method=method)
     message, _ = await s.answer()
     assert message == front.Failed(1, "Overloaded", "2 instances wait already (queue_limit)")
-    s.infer(2, 1, 2, 3)
-    for number in range(1, 3):
-        assert await s.steps() == [(number, [1, 2])]
-        s.cluster.output(number, [1, 2])
+    await s.nothing_more_of_it_runs(method)
+
+
+@pytest.mark.parametrize("method", ["echo", "twice"])
+@asynchronous
+async def test_an_error_of_the_server_ends_the_whole_request_and_what_of_it_waits(method):
+    s = Setting(window=1, batch=1)
+    s.infer(1, 1, 2, 3, method=method)
+    assert await s.steps() == [(0, [1])]
+    # The first instance is given up with the second generation; the others, and their errors, are nobody's any more.
+    s.cluster.lose()
+    s.cluster.lose()
     message, _ = await s.answer()
-    assert message == front.Failed(2, "Overloaded", "2 instances wait already (queue_limit)")
+    assert message == front.Failed(1, "Aborted", "2 generations of the group ended while this request ran")
+    await s.nothing_more_of_it_runs(method)
+
+
+@asynchronous
+async def test_a_deadline_that_passes_ends_its_whole_request():
+    s = Setting(window=1, batch=1)
+    s.infer(1, 0, method="echo")
+    assert await s.steps() == [(0, [0])]
+    s.infer(2, 1, 2, 3, method="echo", deadline=time.monotonic() - 1)
+    s.infer(3, 4, method="echo")
+    s.cluster.output(0, [0])
+    answers = {message.request: message for message in s.main.sent}
+    assert sorted(answers) == [1, 2]
+    assert answers[2].error == "DeadlineExceeded"
+    assert s.cluster.steps() == [(1, [4])]
 
 
 @pytest.mark.parametrize("method", ["echo", "twice"])
