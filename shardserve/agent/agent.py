@@ -101,11 +101,11 @@ class Agent:
         if self._programs[0].config.stage == 0:
             return ()
         twin = listen_abstract(twin_name(self._stage_address))
-        guarded = self._security.guards or self._request.security.insecure
-        if not guarded and not is_loopback(self._request.host):
+        if self._security.local_only and not is_loopback(self._request.host):
             # The Worker is on loopback, so all agents are on this host, whatever address the table has for it.
             return (twin,)
         what = f"rank {self._request.rank}: agent_start_port gives it"
+        # Where nobody may come by TCP, the port is held all the same: whoever else wants it is told so.
         return (listen_tcp(self._stage_address, what), twin)
 
     def serve(self) -> None:
@@ -115,7 +115,12 @@ class Agent:
         while True:
             address = parse_address(self._request.worker_address, "distributed_address")
             connected = connect_within(
-                address, settings.reconnect_timeout, settings.connect_retry_interval, never, settings.peer_timeout
+                address,
+                settings.reconnect_timeout,
+                settings.connect_retry_interval,
+                never,
+                settings.peer_timeout,
+                local_only=self._security.local_only,
             )
             if connected is None:
                 raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")

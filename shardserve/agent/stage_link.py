@@ -54,7 +54,7 @@ class OutgoingLink:
     ) -> None:
         self._lifetime = lifetime
         self._on_failure = on_failure
-        connection = connect(address, timeout, settings.peer_timeout)
+        connection = connect(address, timeout, settings.peer_timeout, security.local_only)
         # So that the end of the generation ends this, too; the connection itself may not stand yet.
         lifetime.on_end(lambda: shut(connection))
         try:

@@ -75,7 +75,7 @@ class Supervisor:
         self._progress = progress
         # What this host waits for, once the Worker has said it.
         self._waits_for = ""
-        self._unknown = ""
+        self._hindrance = ""
         self._reminder: asyncio.Future[None] | None = None
         self._forked_at = 0.0
         self.loaded: Loaded | None = None
@@ -85,7 +85,7 @@ class Supervisor:
             server = f"the server at {self._address}"
             notice = remind(
                 self._settings.waiting_notice,
-                lambda: f"this host waits for {self._waits_for or server + self._unknown}",
+                lambda: f"this host waits for {self._waits_for or server + self._hindrance}",
             )
             self._reminder = asyncio.ensure_future(notice)
         try:
@@ -146,7 +146,7 @@ class Supervisor:
         if connected is None:
             if not self._stopping.is_set():
                 self._fail(
-                    StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout){self._unknown}")
+                    StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout){self._hindrance}")
                 )
             return
         stream: FrameStream[group.ToSupervisor] = FrameStream(
@@ -177,9 +177,9 @@ class Supervisor:
 
         def work() -> None:
             interval = self._settings.connect_retry_interval
-            peer_timeout = self._settings.peer_timeout
+            peer_timeout, local_only = self._settings.peer_timeout, self._options.security.local_only
             connected = connect_within(
-                self._address, seconds, interval, self._stopping, peer_timeout, self._set_unknown
+                self._address, seconds, interval, self._stopping, peer_timeout, self._set_hindrance, local_only
             )
             # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
             with contextlib.suppress(RuntimeError):
@@ -191,9 +191,14 @@ class Supervisor:
         threading.Thread(target=work, name="connect", daemon=True).start()
         return await done
 
-    def _set_unknown(self, error: OSError) -> None:
-        known = not isinstance(error, socket.gaierror)
-        self._unknown = "" if known else f", a name that isn't known yet: {error.strerror}"
+    def _set_hindrance(self, error: OSError) -> None:
+        match error:
+            case socket.gaierror():
+                self._hindrance = f", a name that isn't known yet: {error.strerror}"
+            case PermissionError():
+                self._hindrance = f": {error.strerror}"
+            case _:
+                self._hindrance = ""
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None

@@ -8,8 +8,9 @@ What is sent before any other frame, if either is set (the steps 2 and 3 only wi
 4. listening side   `Admitted(HMAC-SHA256(secret, label, "listens", purpose, both nonces))`, or `Refuse`
 
 The side that connects proves itself first: whoever can reach a port gets nothing from it to guess the secret by. TLS is
-for TCP alone; the secret is asked for on local sockets as well, so that one rule holds whichever way a peer came. Until
-a peer is admitted it can make us hold no more than JOIN_LIMIT bytes of frames, and has `join_timeout`.
+for TCP alone; the secret is asked for on local sockets as well, so that one rule holds whichever way a peer came. With
+neither, nor `insecure`, who comes by TCP is refused: it may be anybody of this host. Until a peer is admitted it can
+make us hold no more than JOIN_LIMIT bytes of frames, and has `join_timeout`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def is_loopback(host: str) -> bool:
 
 def check_guarded(host: str, files: SecurityFiles, what: str) -> None:
     """ConfigError if `host`, of the argument `what`, is beyond loopback and nothing says who may join."""
-    if files.join_secret_file is None and files.tls is None and not files.insecure and not is_loopback(host):
+    if files.local_only and not is_loopback(host):
         raise ConfigError(
             f"{what} {host} can be reached from other hosts: give join_secret_file or ssl_config, or insecure=True if "
             "whoever reaches it may join"
@@ -88,23 +89,26 @@ def read_secret(path: str) -> bytes:
 
 @dataclass(frozen=True)
 class Security:
-    """What the files of a process say; nothing of it: whoever connects is taken."""
+    """What the files of a process say; nothing of it: local processes of the same user are taken, and with `insecure`
+    whoever connects."""
 
     secret: bytes | None = None
     listening: ssl.SSLContext | None = None
     connecting: ssl.SSLContext | None = None
+    insecure: bool = False
 
     @property
-    def guards(self) -> bool:
-        return self.secret is not None or self.listening is not None
+    def local_only(self) -> bool:
+        """As of the files."""
+        return self.secret is None and self.listening is None and not self.insecure
 
     @classmethod
     def load(cls, files: SecurityFiles) -> Security:
         """ConfigError or StartError names the file that is wrong."""
         secret = read_secret(files.join_secret_file) if files.join_secret_file is not None else None
         if files.tls is None:
-            return cls(secret)
-        return cls(secret, listening_context(files.tls), connecting_context(files.tls))
+            return cls(secret, insecure=files.insecure)
+        return cls(secret, listening_context(files.tls), connecting_context(files.tls), files.insecure)
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,11 @@ class Door:
         tls = None
         if context is not None and connection.family != socket.AF_UNIX:
             tls = TLSSession(context, self.address.host if self.address is not None else None)
-        if tls is None and security.secret is None:
+        closed = security.local_only and self.address is None and connection.family != socket.AF_UNIX
+        if tls is None and security.secret is None and not closed:
             return None
-        return Entrance(
-            tls, Joining(security.secret, self.purpose, listens=self.address is None), self._peer(connection)
-        )
+        joining = Joining(security.secret, self.purpose, listens=self.address is None)
+        return Entrance(tls, joining, self._peer(connection), closed)
 
     def _peer(self, connection: socket.socket) -> str:
         """How errors call the other side."""
@@ -229,15 +233,17 @@ class Entrance:
     """TLS, if there is any, and the exchange inside it; between received bytes and bytes to send.
 
     `refused` says why the other side isn't admitted (or doesn't admit this one): then send what is left and close.
+    closed: whatever it says.
     """
 
-    def __init__(self, tls: TLSSession | None, joining: Joining, peer: str) -> None:
+    def __init__(self, tls: TLSSession | None, joining: Joining, peer: str, closed: bool = False) -> None:
         self.tls = tls
         self.refused: JoinRefused | None = None
         self._joining = joining
         self._listens = joining.listens
         self.peer = peer
         self._silent = True
+        self._closed = closed
 
     @property
     def done(self) -> bool:
@@ -252,6 +258,8 @@ class Entrance:
     def received(self, data: memoryview) -> bytes:
         """What to send now."""
         try:
+            if self._closed:
+                return self._refuse("came by TCP, where only a secret or TLS can tell who it is: give join_secret_file")
             if self.tls is None:
                 return self._joining.received(data)
             if self._silent and self._listens and data[0] != TLS_HANDSHAKE:

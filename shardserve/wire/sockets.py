@@ -1,7 +1,8 @@
 """Addresses, listeners and blocking connections. Nothing here listens wider than the address that it was given.
 
 Each TCP listener of ours has a twin on the same host: an abstract Unix socket named after the address, which spares
-local peers TCP, has no file to leave behind, and checks that both sides run as the same user.
+local peers TCP, has no file to leave behind, and checks that both sides run as the same user. Where nothing else says
+who may join (wire/security.py) it is the only way in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shardserve.errors import ConfigError, StartError
@@ -116,18 +117,36 @@ def tune(connection: socket.socket, peer_timeout: float = Settings.peer_timeout)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(peer_timeout * 1000))
 
 
-def connect(address: Address, timeout: float, peer_timeout: float = Settings.peer_timeout) -> socket.socket:
-    """A blocking connection: through the local twin if there is one, else TCP. OSError if nobody listens."""
-    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with contextlib.suppress(ConnectionRefusedError):
-        local.connect("\0" + twin_name(address))
-        if same_user(local):
-            return local
-    local.close()
+def connect(
+    address: Address, timeout: float, peer_timeout: float = Settings.peer_timeout, local_only: bool = True
+) -> socket.socket:
+    """A blocking connection: through the local twin if there is one of this user, else TCP. OSError if nobody listens;
+    with `local_only` PermissionError if whoever does is there by TCP alone, or as another user."""
+    for name in _twins(address):
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.suppress(ConnectionRefusedError):
+            local.connect("\0" + name)
+            if same_user(local):
+                return local
+        local.close()
     connection = socket.create_connection(address, timeout)
+    if local_only:
+        connection.close()
+        raise PermissionError(
+            errno.EACCES,
+            f"whoever listens at {address} is no local process of this user or root, so has to prove itself: "
+            "give both sides join_secret_file",
+        )
     connection.settimeout(None)
     tune(connection, peer_timeout)
     return connection
+
+
+def _twins(address: Address) -> Iterator[str]:
+    """As the other side may have called the address: by the same text, or by what a name like localhost stands for."""
+    yield twin_name(address)
+    for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        yield twin_name(Address(str(found[4][0]), address.port))
 
 
 def connect_within(
@@ -137,6 +156,7 @@ def connect_within(
     stopped: threading.Event,
     peer_timeout: float = Settings.peer_timeout,
     failed: Callable[[OSError], object] = lambda error: None,
+    local_only: bool = True,
 ) -> socket.socket | None:
     """Tries to connect until somebody listens; None after `seconds` (infinity: never) or when `stopped` is set. A name
     that isn't known may be so later. `failed` is told why a try was one.
@@ -146,7 +166,7 @@ def connect_within(
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)), peer_timeout)
+            return connect(address, max(interval, min(deadline - time.monotonic(), 10.0)), peer_timeout, local_only)
         except OSError as error:
             failed(error)
             if time.monotonic() + interval > deadline or stopped.wait(interval):

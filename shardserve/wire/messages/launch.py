@@ -36,6 +36,11 @@ class SecurityFiles(msgspec.Struct, frozen=True, array_like=True):
     tls: TLSFiles | None = None
     insecure: bool = False
 
+    @property
+    def local_only(self) -> bool:
+        """Whether nothing says who may join: then only local processes of the same user may, whom the kernel names."""
+        return self.join_secret_file is None and self.tls is None and not self.insecure
+
 
 UNGUARDED = SecurityFiles()
 

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import queue
+import socket
 import threading
 import time
 import weakref
@@ -12,8 +13,10 @@ import torch
 
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
+from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import Generation, group
+from shardserve.wire.security import Security
 from shardserve.wire.sockets import Address, connect, listen_abstract, listen_tcp, twin_name
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -26,6 +29,8 @@ class Stage:
     def __init__(self, port, twin=True):
         self.address = Address("127.0.0.1", port)
         self.listeners = [listen_tcp(self.address, "test")]
+        # By TCP nobody is taken unless it is said that anybody may.
+        self.security = Security(insecure=not twin)
         if twin:
             self.listeners.append(listen_abstract(twin_name(self.address)))
         self.ending = contextlib.ExitStack()
@@ -44,11 +49,11 @@ class Stage:
         return lifetime
 
     def accept(self, lifetime, timeout=20.0):
-        return Running(IncomingLink, self.listeners, lifetime, timeout)
+        return Running(IncomingLink, self.listeners, lifetime, timeout, Settings(), self.security)
 
     def pair(self, on_failure=print):
         sender, receiver = self.lifetime(), self.lifetime()
-        outgoing = OutgoingLink(self.address, 1, sender, 20.0, on_failure)
+        outgoing = OutgoingLink(self.address, 1, sender, 20.0, on_failure, Settings(), self.security)
         return outgoing, self.accept(receiver).result(), sender, receiver
 
     def stranger(self, *frames):
@@ -196,6 +201,18 @@ def test_only_the_hello_of_this_generation_is_taken(free_port):
         right = stage.stranger(group.StageHello(NOW, 1), group.Transfer(NOW, 0))
         assert len(accepting.result().receive(0)) == 0
         right.close()
+
+
+def test_who_comes_by_tcp_is_taken_only_where_anybody_may(free_port, caplog):
+    with Stage(free_port) as stage:
+        accepting = stage.accept(stage.lifetime())
+        with contextlib.closing(FrameSocket(socket.create_connection(stage.address), group.ToAgent)) as stranger:
+            stranger.send(group.StageHello(NOW, 1))
+            text = "came by TCP, where only a secret or TLS can tell who it is: give join_secret_file"
+            assert stranger.receive()[0] == group.Refuse("JoinRefused", text)
+        OutgoingLink(stage.address, 1, stage.lifetime(), 20.0, print).send(0, [])
+        assert len(accepting.result().receive(0)) == 0
+    assert f": {text}" in caplog.text
 
 
 def test_who_connects_and_is_silent_keeps_nobody_out(free_port):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 G = Generation(1, 1)
 SECRET = Security(b"a long and random secret")
 OTHER = Security(b"another secret")
-OPEN = Security()
+OPEN = Security(insecure=True)
 
 
 @pytest.fixture(scope="module")

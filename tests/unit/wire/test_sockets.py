@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from strangers import stranger
 
 from shardserve.errors import ConfigError, StartError
 from shardserve.wire.sockets import (
@@ -78,14 +79,47 @@ def test_local_peers_take_the_twin(free_port):
             tcp.accept()
 
 
+def test_the_twin_of_an_address_is_found_by_its_name(free_port):
+    address = Address("localhost", free_port)
+    with (
+        listen_tcp(address, "test") as tcp,
+        listen_abstract(twin_name(Address(*tcp.getsockname()))),
+        connect(address, 5) as ours,
+    ):
+        assert ours.family == socket.AF_UNIX
+
+
 def test_without_a_twin_it_is_tcp(free_port):
     address = Address("127.0.0.1", free_port)
-    with listen_tcp(address, "test") as tcp, connect(address, 5) as ours, tcp.accept()[0] as theirs:
+    with listen_tcp(address, "test") as tcp, connect(address, 5, local_only=False) as ours, tcp.accept()[0] as theirs:
         assert ours.family == socket.AF_INET
         assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert ours.gettimeout() is None
         ours.sendall(b"x")
         assert theirs.recv(1) == b"x"
+
+
+def test_local_only_is_never_tcp(free_port):
+    address = Address("127.0.0.1", free_port)
+    said = f"whoever listens at {address} is no local process of this user or root, .* give both sides join_secret_file"
+    with listen_tcp(address, "test"), pytest.raises(PermissionError, match=said):
+        connect(address, 5)
+
+
+def test_the_twin_of_another_user_is_none(free_port):
+    address = Address("127.0.0.1", free_port)
+    script = f"""
+address = Address("127.0.0.1", {free_port})
+with listen_tcp(address, "test"), listen_abstract(twin_name(address)):
+    print(flush=True)
+    os.read(0, 1)
+"""
+    with stranger(script) as process:
+        assert process.stdout.readline()
+        with pytest.raises(PermissionError):
+            connect(address, 5)
+        with connect(address, 5, local_only=False) as connection:
+            assert connection.family == socket.AF_INET
 
 
 def test_nobody_listens(free_port):
@@ -133,7 +167,7 @@ def test_a_listener_that_comes_later_is_found(free_port):
         target=lambda: found.append(connect_within(address, float("inf"), 0.02, threading.Event())), daemon=True
     )
     thread.start()
-    with listen_tcp(address, "test") as listener:
+    with listen_abstract(twin_name(address)) as listener:
         listener.accept()[0].close()
         thread.join(10)
     found[0].close()
@@ -163,7 +197,7 @@ def test_a_name_that_nobody_has_is_not_local():
 
 def test_a_host_that_vanishes_is_noticed_within_the_peer_timeout(free_port):
     address = Address("127.0.0.1", free_port)
-    with listen_tcp(address, "test") as listener, connect(address, 5, peer_timeout=12) as ours, listener.accept()[0]:
+    with listen_tcp(address, "test") as listener, connect(address, 5, 12, False) as ours, listener.accept()[0]:
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
         idle, interval, count = (

@@ -55,7 +55,16 @@ class Scene:
     """A Worker in this process, on real listeners."""
 
     def __init__(
-        self, directory, port, replicas=1, wait=0.0, incarnation=100, servable=SERVABLE, secret=None, **settings
+        self,
+        directory,
+        port,
+        replicas=1,
+        wait=0.0,
+        incarnation=100,
+        servable=SERVABLE,
+        secret=None,
+        insecure=False,
+        **settings,
     ):
         (directory / "net").mkdir(exist_ok=True)
         (directory / "net" / "servable_config.py").write_text(servable)
@@ -63,7 +72,7 @@ class Scene:
         table = {"server_count": "1", "server_list": [{"server_id": "127.0.0.1", "device": devices}]}
         (directory / "ranks.json").write_text(json.dumps(table))
         self.launcher = Stream()
-        guard = launch.SecurityFiles(secret)
+        guard = launch.SecurityFiles(secret, insecure=insecure)
         serve = launch.Serve(1, str(directory), "net", 3, str(directory / "ranks.json"), incarnation, wait, guard)
         self.address = Address("127.0.0.1", port)
         self.worker = Worker(serve, quick(**settings), self.launcher)
@@ -92,8 +101,18 @@ class Scene:
         return peer
 
     async def agent(self, rank, shard=None, incarnation=0, device="cpu", pid=None):
-        """Registers and forms whatever it is told to form."""
         agent = await self.peer(group.ToAgent, twin_name(self.address))
+        return self.register(agent, rank, shard, incarnation, device, pid)
+
+    async def agent_by_tcp(self, rank):
+        """As from another host."""
+        agent = Peer(group.ToAgent)
+        await asyncio.get_running_loop().create_connection(lambda: agent.stream, *self.address)
+        self.peers.append(agent)
+        return self.register(agent, rank)
+
+    @staticmethod
+    def register(agent, rank, shard=None, incarnation=0, device="cpu", pid=None):
         shards = [shard or config(rank % 2)]
         pid, address = pid or 1000 + rank, f"127.0.0.1:{7000 + rank}"
         agent.send(group.Register(rank, pid, f"of {pid}", device, incarnation, address, shards))

@@ -9,9 +9,8 @@ from shardserve.wire.messages import front, group
 from shardserve.wire.messages.times import RankTimes, StepNames
 
 from .harness import Cluster, asynchronous
-from .scene import Peer, Scene
+from .scene import Scene
 from .test_group import Group, batch
-from .test_registry import config
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 NOTHING = RankTimes(StepNames([], [], []), [], [], [], [])
@@ -82,20 +81,11 @@ async def test_agents_are_asked_and_main_is_told(tmp_path, free_port):
         assert (end.request, end.capacity, end.missing) == (9, 4096, ())
 
 
-async def agent_by_tcp(scene):
-    """Rank 0, as from another host."""
-    agent = Peer(group.ToAgent)
-    await asyncio.get_running_loop().create_connection(lambda: agent.stream, *scene.address)
-    scene.peers.append(agent)
-    agent.send(group.Register(0, 1000, "of 1000", "cpu", 0, "127.0.0.1:7000", [config(0)]))
-    return agent
-
-
 @asynchronous
 async def test_the_clock_of_another_host(tmp_path, free_port):
-    async with Scene(tmp_path, free_port) as scene:
+    async with Scene(tmp_path, free_port, insecure=True) as scene:
         loop = asyncio.get_running_loop()
-        agents = [await agent_by_tcp(scene), await scene.agent(1)]
+        agents = [await scene.agent_by_tcp(0), await scene.agent(1)]
         for agent in agents:
             agent.send(group.Formed((await agent.next(group.Form)).generation))
         main = await scene.main()

@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-import socket
 
 import pytest
+from strangers import stranger
 
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.security import Door, Security
-from shardserve.wire.sockets import twin_name
+from shardserve.wire.sockets import connect, twin_name
 
 from .harness import asynchronous
 from .scene import Scene
@@ -77,7 +77,7 @@ async def test_what_comes_out_of_turn_ends_the_connection(tmp_path, free_port, c
 @asynchronous
 async def test_junk_on_the_distributed_address_ends_its_connection_alone(tmp_path, free_port):
     async with Scene(tmp_path, free_port) as scene:
-        reader, writer = await asyncio.open_connection(*scene.address)
+        reader, writer = await asyncio.open_unix_connection("\0" + twin_name(scene.address))
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await reader.read() == b""
         writer.close()
@@ -89,7 +89,7 @@ def test_peer_may_be_a_blocking_socket(tmp_path, free_port):
     """As the agents are."""
 
     def ask(address):
-        with contextlib.closing(FrameSocket(socket.create_connection(address, 10), group.ToAgent)) as frames:
+        with contextlib.closing(FrameSocket(connect(address, 10), group.ToAgent)) as frames:
             frames.send(group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [config(0)]))
             return frames.receive()[0]
 
@@ -98,6 +98,45 @@ def test_peer_may_be_a_blocking_socket(tmp_path, free_port):
             assert await asyncio.to_thread(ask, scene.address) == group.Registered(100)
 
     asyncio.run(body())
+
+
+BY_TCP = "came by TCP, where only a secret or TLS can tell who it is: give join_secret_file"
+STRANGER = """
+def ask(connection, union, message):
+    frames = FrameSocket(connection, union)
+    try:
+        frames.send(message)
+        print(frames.receive()[0], flush=True)
+    except (OSError, EOFError):
+        print("nothing", flush=True)
+
+for message in (group.Introduce(1, "stranger"), group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [])):
+    for family, where in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_UNIX, "\\0" + {twin!r})):
+        connection = socket.socket(family)
+        connection.connect(where)
+        ask(connection, group.ToAgent, message)
+"""
+
+
+@asynchronous
+async def test_another_user_of_this_host_reaches_nothing(tmp_path, free_port, caplog):
+    async with Scene(tmp_path, free_port) as scene:
+        with stranger(STRANGER.format(port=free_port, twin=twin_name(scene.address))) as process:
+            said = (await asyncio.to_thread(process.stdout.read)).splitlines()
+        assert said == [str(group.Refuse("JoinRefused", BY_TCP)), "nothing"] * 2
+        assert f": {BY_TCP}" in caplog.text
+        assert "refused a local connection of another user" in caplog.text
+        # Nobody has taken its place.
+        supervisor = await scene.supervisor()
+        assert (await supervisor.next(group.Enlisted)).ranks == (0, 1)
+        await (await scene.agent(0)).next(group.Registered)
+
+
+@asynchronous
+async def test_who_comes_by_tcp_is_taken_where_anybody_may(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, insecure=True) as scene:
+        agent = await scene.agent_by_tcp(0)
+        await agent.next(group.Registered)
 
 
 @asynchronous
