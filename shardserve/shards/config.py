@@ -107,6 +107,21 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
 
         Raises InvalidInput, naming the input, the axis, what was expected and what came.
         """
+        dims = self.measure(shapes, dtypes)
+        if (refusal := self.refusal(dims)) is not None:
+            raise InvalidInput(refusal)
+        return dims
+
+    def refusal(self, dims: Mapping[str, int]) -> str | None:
+        """Which condition doesn't hold for these sizes, and for which; None if all do."""
+        for condition in self.conditions:
+            if not holds(condition, dims):
+                sizes = ", ".join(f"{dim} = {size}" for dim, size in dims.items())
+                return f"the inputs' sizes must satisfy {condition}, got {sizes}"
+        return None
+
+    def measure(self, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> dict[str, int]:
+        """As `bind`, whatever the conditions say."""
         self._check_names(shapes)
         derived: list[tuple[str, int, str, int]] = []
         dims: dict[str, int] = {}
@@ -133,10 +148,6 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tr
                     )
         for name, axis, text, size in derived:
             self._bind_derived(name, axis, text, size, dims)
-        for condition in self.conditions:
-            if not _holds(condition, dims):
-                sizes = ", ".join(f"{dim} = {size}" for dim, size in dims.items())
-                raise InvalidInput(f"the inputs' sizes must satisfy {condition}, got {sizes}")
         return dims
 
     def resolve(self, spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
@@ -313,7 +324,8 @@ def describe(shape: Sequence[int | str]) -> str:
     return f"[{', '.join(str(size) for size in shape)}]"
 
 
-def _holds(condition: str, dims: Mapping[str, int]) -> bool:
+def holds(condition: str, dims: Mapping[str, int]) -> bool:
+    """Whether these sizes satisfy the condition."""
     try:
         return bool(parse_condition(condition).evaluate(dims))
     except ExpressionError:  # a division by zero: the condition speaks of larger sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ import numpy.typing as npt
 
 from shardserve.errors import ConfigError, InvalidInput, ShardserveError
 from shardserve.servable import Model
-from shardserve.shards.config import Signature, TensorSpec, describe
-from shardserve.shards.expressions import parse
+from shardserve.shards.config import Signature, TensorSpec, describe, holds
+from shardserve.shards.expressions import parse, parse_condition
 from shardserve.wire.frames import Payload, split
 from shardserve.worker.answer import Answer
 from shardserve.worker.padding import Lengths, Padding, Shapes
@@ -124,6 +123,9 @@ class Batching:
         self._divided = [bool(spec.shape) and spec.shape[0] == front_of_outputs for spec in signature.outputs]
         self._dtypes = tuple(spec.dtype for spec in signature.inputs)
         self._output_dtypes = [dtype_of(spec) for spec in signature.outputs]
+        # Whether they hold depends on the batch's size; whether the others do doesn't.
+        self._conditions_of_size = [text for text in signature.conditions if self._dim in parse_condition(text).names]
+        self._other_conditions = [text for text in signature.conditions if text not in self._conditions_of_size]
         # The same shapes come again and again, and working out what they mean takes longer than the rest.
         self._shapes_key = lru_cache(FORMS)(self._find_shapes_key)
         self._fit = lru_cache(FORMS)(self._find_fit)
@@ -205,7 +207,7 @@ class Batching:
             given = dict(zip(inputs, shapes, strict=True))
             self._instance.bind(given, dict(zip(inputs, names, strict=True)))
         padded = self._padded_shapes(shapes, [self._own_lengths(shapes)])
-        self._fit(padded, names, self._smallest)
+        self._fit_of(padded, names, self._smallest)
         # Under conditions only what is padded to the same size is known to be taken together.
         if self._padding is None or self._signature.conditions:
             return padded
@@ -236,17 +238,24 @@ class Batching:
 
     def largest(self, call: Call) -> int:
         """How many calls of this one's key a batch has at most: under conditions, not every size can be had."""
-        if not self._signature.conditions:
+        if not self._conditions_of_size:
             return self.max_size
         shapes = self._padded_shapes(tuple([a.shape for a in call.arrays]), [call.lengths])
         return self._largest_of(shapes)
 
     def _find_largest(self, shapes: Shapes) -> int:
-        for size in range(self.max_size, 1, -1):
-            with contextlib.suppress(InvalidInput):
-                self._fit(shapes, self._dtypes, max(size, self._smallest))
+        least, dims = self._fit_of(shapes, self._dtypes, self._smallest)
+        found = self._first_taken(dims, range(self.exported_size, least, -1))
+        return min(found or least, self.max_size)
+
+    def _first_taken(self, dims: dict[str, int], sizes: range) -> int | None:
+        """The first of these sizes of a batch that the conditions accept."""
+        assert self._dim is not None
+        for size in sizes:
+            changed = {**dims, self._dim: size}
+            if all(holds(condition, changed) for condition in self._conditions_of_size):
                 return size
-        return 1
+        return None
 
     def choose(self, calls: Sequence[Call]) -> list[Call]:
         """A batch out of calls that have the same key: the first and, up to `largest`, those that follow; or, where
@@ -268,31 +277,39 @@ class Batching:
             chosen.append(call)
         return chosen
 
-    def _find_fit(self, shapes: Shapes, dtypes: tuple[str, ...], count: int) -> tuple[int, dict[str, int]]:
+    def _fit_of(self, shapes: Shapes, dtypes: tuple[str, ...], count: int) -> tuple[int, dict[str, int]]:
         """The smallest batch size of at least `count` that the export takes, and the dims with it. shapes: of each
-        instance's inputs."""
+        instance's inputs. InvalidInput if it takes none."""
+        fit = self._fit(shapes, dtypes, count)
+        if isinstance(fit, str):
+            raise InvalidInput(fit)
+        return fit
+
+    def _find_fit(self, shapes: Shapes, dtypes: tuple[str, ...], count: int) -> tuple[int, dict[str, int]] | str:
+        # A refusal is returned, so that it is remembered, too.
         specs = self._signature.inputs
-        names = {spec.name: dtype for spec, dtype in zip(specs, dtypes, strict=True)}
-        refused: InvalidInput | None = None
-        for size in range(count, max(self.exported_size, count) + 1):
-            sizes = {
-                spec.name: (size, *shape) if batched else shape
-                for spec, shape, batched in zip(specs, shapes, self._batched, strict=True)
-            }
-            try:
-                return size, self._signature.bind(sizes, names)
-            except InvalidInput as error:
-                refused = refused or error
-                if not self._signature.conditions:
-                    break
-        assert refused is not None
-        raise refused
+        sizes = {
+            spec.name: (count, *shape) if batched else shape
+            for spec, shape, batched in zip(specs, shapes, self._batched, strict=True)
+        }
+        try:
+            dims = self._signature.measure(sizes, {spec.name: dtype for spec, dtype in zip(specs, dtypes, strict=True)})
+        except InvalidInput as error:
+            return str(error)
+        refusal = self._signature.refusal(dims)
+        if refusal is None:
+            return count, dims
+        if self._dim is not None and all(holds(condition, dims) for condition in self._other_conditions):
+            size = self._first_taken(dims, range(count + 1, self.exported_size + 1))
+            if size is not None:
+                return size, {**dims, self._dim: size}
+        return refusal
 
     def make_batch(self, calls: Sequence[Call]) -> Batch:
         """One batch of calls that have the same key, at most `max_size` of them."""
         first = calls[0].arrays
         shapes = self._padded_shapes(tuple([a.shape for a in first]), [call.lengths for call in calls])
-        size, dims = self._fit(shapes, self._dtypes, max(len(calls), self._smallest))
+        size, dims = self._fit_of(shapes, self._dtypes, max(len(calls), self._smallest))
         arrays = []
         for i, batched in enumerate(self._batched):
             if batched:

@@ -5,6 +5,7 @@ import pytest
 from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import Model, Servable
 from shardserve.shards.config import DimRange, Signature, TensorSpec
+from shardserve.shards.expressions import Expression
 from shardserve.wire.frames import FrameError, padded
 from shardserve.worker.answer import Answer
 from shardserve.worker.batching import UNBOUNDED_BATCH, Batching, Call
@@ -171,6 +172,61 @@ def test_no_batch_that_the_conditions_accept():
     batches.key([np.zeros(4, np.float32)])
     with pytest.raises(InvalidInput, match=r"the inputs' sizes must satisfy n % 2 == 0, got batch = 1, n = 3"):
         batches.key([np.zeros(3, np.float32)])
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The conditions that have been evaluated so far."""
+    texts, evaluate = [], Expression.evaluate
+
+    def counted(expression, dims):
+        texts.append(expression.text)
+        return evaluate(expression, dims)
+
+    monkeypatch.setattr(Expression, "evaluate", counted)
+    return texts
+
+
+def refused(batches, length):
+    with pytest.raises(InvalidInput) as caught:
+        batches.key([np.zeros(length, np.float32)])
+    return str(caught.value)
+
+
+def test_only_conditions_that_name_the_batch_dim_are_tried_with_other_sizes(evaluated):
+    conditions = ["n % 2 == 0", "(batch * n) % 12 == 0"]
+    dims = {"batch": (1, 60_000), "n": (1, 60_000)}
+    batches = batching(["x float32 batch n"], ["y float32 batch"], conditions, **dims)
+    assert "must satisfy n % 2 == 0, got batch = 1, n = 3" in refused(batches, 3)
+    assert len(evaluated) <= 2
+    evaluated.clear()
+    batches.key([np.zeros(8, np.float32)])
+    # Of 1, 2 and 3 instances.
+    assert len(evaluated) <= 6
+
+
+def test_what_is_refused_is_remembered(evaluated):
+    batches = batching(["x float32 batch n"], ["y float32 batch"], ["batch * n <= 8"], batch=(2, 100), n=(1, 20))
+    first = refused(batches, 5)
+    assert first == "the inputs' sizes must satisfy batch * n <= 8, got batch = 2, n = 5"
+    evaluated.clear()
+    assert refused(batches, 5) == first
+    assert evaluated == []
+
+
+def test_the_largest_batch_is_found_in_one_pass(call, evaluated):
+    batches = batching(["x float32 batch n"], ["y float32 batch"], ["batch * n <= 8"], batch=(1, 1000), n=(1, 20))
+    calls = [call(np.zeros(2, np.float32)) for _ in range(9)]
+    assert batches.choose(calls) == calls[:4]
+    assert len(evaluated) <= 1000
+
+
+def test_a_padded_batch_may_be_larger_than_the_model_s_own_limit(call):
+    conditions, limit = ("batch % 4 == 0",), {"max_batch_size": 3}
+    batches = batching(["x float32 batch"], ["y float32 batch"], conditions, limit, batch=(2, 7))
+    calls = [call(np.float32(i).reshape(())) for i in range(9)]
+    assert batches.choose(calls) == calls[:3]
+    assert batches.make_batch(calls[:3]).dims == {"batch": 4}
 
 
 def test_inputs_without_batch_dim(call):
