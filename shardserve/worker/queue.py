@@ -75,7 +75,7 @@ class CallQueue:
             return [call]
         for kind in sorted(self._kinds, key=lambda kind: self._kinds[kind][0].urgency):
             batching = batchings[kind[0]]
-            self._drop_late(self._kinds[kind], now)
+            self._drop_late(self._kinds.get(kind, []), now)
             while kind in self._kinds and self._is_ready(self._kinds[kind], batching, now):
                 # A client may have left so lately that the call is here still.
                 calls = [call for call in self._choose(kind, batching) if not call.answer.done()]

@@ -124,6 +124,21 @@ async def test_whose_deadline_has_passed_is_answered_and_not_run():
 
 
 @asynchronous
+async def test_a_call_that_is_dropped_may_take_others_along():
+    """As the calls of one request do: with the first deadline the whole request is over."""
+    cluster = Cluster(window=1)
+    cluster.submit(0)
+    late = [cluster.submit(n, n, in_seconds(-1)) for n in (1, 2, 3)]
+    cluster.submit(4, 4)
+    for call in late:
+        call.answer.add_done_callback(lambda _: [other.answer.cancel() for other in late])
+    cluster.steps()
+    cluster.output(0, [0])
+    assert cluster.steps() == [(1, [4])]
+    assert [call.answer.cancelled() for call in late] == [False, True, True]
+
+
+@asynchronous
 async def test_the_bound_counts_all_kinds():
     cluster = Cluster(window=1, settings=Settings(queue_limit=2))
     cluster.submit(0)
