@@ -1,4 +1,5 @@
-"""How often something that died is started again: one policy for Main, Workers, fork servers and agents."""
+"""How often something that died is started again: one policy for Main and its JSON process, Workers and their
+processes of Python stages, fork servers and agents."""
 
 from __future__ import annotations
 

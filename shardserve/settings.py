@@ -114,7 +114,8 @@ class Settings:
     """For the process that reads and writes large JSON bodies, for one of them; then it is killed and replaced, and the
     request gets DeadlineExceeded."""
     max_calls: int = 8192
-    """gRPC calls under way at one address, those that watch the health included; over it, RESOURCE_EXHAUSTED."""
+    """gRPC calls under way at one address, those that watch the health included; over it, RESOURCE_EXHAUSTED. Times
+    max_msg_mb_size it is all that bounds the bytes of messages that come: gRPC's Python half takes no memory quota."""
     max_unsent_bytes: int = 1 << 30
     """Frames of Main to one Worker that its connection hasn't taken yet, without what is in shared memory; over it,
     Overloaded."""

@@ -1,7 +1,7 @@
 """numpy arrays, numbers, str and bytes ↔ `TensorMeta` and raw bytes: what client, Main and Worker share.
 
-Arrays that come out are views of the buffer given, without a copy: writable if the buffer is. A frame's payload belongs
-to its message alone, so what a Worker reads is writable; the client copies once, for protobuf's bytes are immutable.
+Arrays that come out are views of the buffer given, without a copy: writable if the buffer is. A frame's payload is,
+unless it came in shared memory; the client copies once, for protobuf's bytes are immutable.
 """
 
 from __future__ import annotations

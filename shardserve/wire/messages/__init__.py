@@ -1,5 +1,6 @@
 """The messages of each link, one file a link: `front` (Main, Worker), `group` (Worker, agents, supervisors; agent to
-agent), `launch` (launcher, Main, Worker), `stages` (Worker and its processes for Python stages)."""
+agent), `launch` (launcher, Main, Worker), `stages` (Worker and its processes for Python stages), `bodies` (Main and its
+process for large JSON bodies). `times` is what several of them say of recorded steps."""
 
 from __future__ import annotations
 
