@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shardserve.wire.messages import Generation, group
 
-Answer = group.FailureNoted | group.StoreReply
+WorkerReply = group.FailureNoted | group.StoreReply
 
 
 class GenerationEnded(Exception):
@@ -23,7 +23,7 @@ class Lifetime:
         self._lock = threading.Lock()
         self._ended = False
         self._actions: list[Callable[[], None]] = []
-        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[WorkerReply | None] = queue.SimpleQueue()
 
     @property
     def ended(self) -> bool:
@@ -45,11 +45,11 @@ class Lifetime:
         for action in actions:
             action()
 
-    def answer(self, message: Answer) -> None:
+    def answer(self, message: WorkerReply) -> None:
         """From the thread that reads the Worker's connection."""
         self._answers.put(message)
 
-    def await_answer(self, timeout: float | None = None) -> Answer:
+    def await_answer(self, timeout: float | None = None) -> WorkerReply:
         """The answer to the one question that is open. GenerationEnded when the generation ends meanwhile,
         TimeoutError after `timeout` seconds.
         """

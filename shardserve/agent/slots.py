@@ -49,7 +49,7 @@ class AgentSlot:
     given_up: str | None = None
 
 
-class Loaded(NamedTuple):
+class LoadedWeights(NamedTuple):
     """What this host's agents had loaded when all were ready: bytes of weights, and seconds from the first's fork."""
 
     size: int

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 
 from shardserve.agent.forking import AgentProcess, ForkServer
-from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, Loaded, plan_slots
+from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
 from shardserve.errors import (
     CLASSES,
     ConfigError,
@@ -78,7 +78,7 @@ class Supervisor:
         self._hindrance = ""
         self._reminder: asyncio.Future[None] | None = None
         self._forked_at = 0.0
-        self.loaded: Loaded | None = None
+        self.loaded: LoadedWeights | None = None
 
     async def run(self) -> None:
         if not self._options.with_server:
@@ -328,7 +328,7 @@ class Supervisor:
         if done < total or len(known) < len(self._slots):
             self._progress("loading weights, MB", done // MEGABYTE, total // MEGABYTE)
         else:
-            self.loaded = Loaded(total, self._loop.time() - self._forked_at)
+            self.loaded = LoadedWeights(total, self._loop.time() - self._forked_at)
 
     def _died(self, slot: AgentSlot, process: AgentProcess) -> None:
         self._loop.remove_reader(process.pidfd)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from shardserve.errors import DeadlineExceeded, ShardserveError, Unavailable, from_wire
 from shardserve.main import rest_codec
-from shardserve.main.json_link import Answer, JsonLink
+from shardserve.main.json_link import JsonLink, Reply
 from shardserve.main.router import Decoded
 from shardserve.main.servable import Result
 from shardserve.restarts import RestartBudget
@@ -100,7 +100,7 @@ class JsonBodies:
         async with self._turn:  # After all that wait for it.
             await asyncio.gather(*self._tasks)
 
-    async def _ask(self, message: bodies.ToProcess, buffers: list[Buffer], what: str, deadline: float | None) -> Answer:
+    async def _ask(self, message: bodies.ToProcess, buffers: list[Buffer], what: str, deadline: float | None) -> Reply:
         began = time.monotonic()
         asking = self._ask_in_turn(message, buffers, what)
         try:
@@ -111,7 +111,7 @@ class JsonBodies:
             raise from_wire(answer.error, answer.message)
         return answer, payload
 
-    async def _ask_in_turn(self, message: bodies.ToProcess, buffers: list[Buffer], what: str) -> Answer:
+    async def _ask_in_turn(self, message: bodies.ToProcess, buffers: list[Buffer], what: str) -> Reply:
         await self._turn.acquire()
         try:
             link = await self._living()

@@ -13,7 +13,7 @@ from shardserve.wire.frames import Buffer, FrameError, Payload
 from shardserve.wire.messages import bodies
 from shardserve.wire.stream import FrameStream
 
-Answer = tuple[bodies.ToMain, Payload]
+Reply = tuple[bodies.ToMain, Payload]
 
 
 class JsonLink:
@@ -37,7 +37,7 @@ class JsonLink:
             theirs.close()
         self._stream: FrameStream[bodies.ToMain] = FrameStream(bodies.ToMain, self._on_frame, self._on_lost)
         self._number = 0
-        self._answered: asyncio.Future[Answer] | None = None
+        self._answered: asyncio.Future[Reply] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -51,9 +51,7 @@ class JsonLink:
     async def connect(self) -> None:
         await asyncio.get_running_loop().create_unix_connection(lambda: self._stream, sock=self._socket)
 
-    def ask(
-        self, message: bodies.ToProcess, buffers: list[Buffer], what: str, timeout: float
-    ) -> asyncio.Future[Answer]:
+    def ask(self, message: bodies.ToProcess, buffers: list[Buffer], what: str, timeout: float) -> asyncio.Future[Reply]:
         """The answer to come. After `timeout` seconds it is a DeadlineExceeded that says what was waited for, and the
         process is killed; Unavailable if it ends before."""
         assert self._answered is None, "one at a time"
@@ -85,7 +83,7 @@ class JsonLink:
         lost(self, reason)
         self._settle(error)
 
-    def _settle(self, outcome: Answer | ShardserveError) -> None:
+    def _settle(self, outcome: Reply | ShardserveError) -> None:
         answered, self._answered = self._answered, None
         if self._timer is not None:
             self._timer.cancel()

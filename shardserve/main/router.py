@@ -15,7 +15,7 @@ from shardserve.errors import (
     StartError,
     Unavailable,
 )
-from shardserve.main.servable import Result, Servable
+from shardserve.main.servable import Result, ServableVersion
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer
 from shardserve.wire.messages import front
@@ -67,11 +67,11 @@ class Router:
         self.settings = settings or Settings.from_environment()
         self.intake = Intake(self.settings.max_receiving_bytes)
         self.listeners: list[Callable[[], None]] = []
-        self._versions: dict[str, dict[int, Servable]] = {}
+        self._versions: dict[str, dict[int, ServableVersion]] = {}
         self._stopping = False
 
     @property
-    def servables(self) -> list[Servable]:
+    def servables(self) -> list[ServableVersion]:
         return [versions[version] for _, versions in sorted(self._versions.items()) for version in sorted(versions)]
 
     @property
@@ -90,7 +90,7 @@ class Router:
         versions = self._versions.setdefault(name, {})
         servable = versions.get(version)
         if servable is None:
-            servable = versions[version] = Servable(name, version, self.settings, self._changed)
+            servable = versions[version] = ServableVersion(name, version, self.settings, self._changed)
         try:
             await servable.attach(address)
         finally:
@@ -107,7 +107,7 @@ class Router:
         servable.fail_all(Unavailable(f"{servable} was not started"))
         self._changed()
 
-    def resolve(self, name: str, version: int, method: str) -> tuple[Servable, front.MethodInfo]:
+    def resolve(self, name: str, version: int, method: str) -> tuple[ServableVersion, front.MethodInfo]:
         """Who answers, and what the method takes. version 0: the latest that was ready, or the latest.
 
         NotFound says what there is instead; Unavailable if it can't answer now.
@@ -122,7 +122,7 @@ class Router:
             raise NotFound(f"{servable} has no method {method!r}; it has: {there}")
         return servable, info
 
-    def find(self, name: str, version: int) -> Servable:
+    def find(self, name: str, version: int) -> ServableVersion:
         """version 0: the latest that was ready, or the latest. NotFound says what there is instead; Unavailable if
         there is nothing so far."""
         if not self._versions:
@@ -160,7 +160,7 @@ class Router:
 
 
 async def infer(
-    servable: Servable, method: str, info: front.MethodInfo, instances: Sequence[Decoded], deadline: float | None
+    servable: ServableVersion, method: str, info: front.MethodInfo, instances: Sequence[Decoded], deadline: float | None
 ) -> list[Result]:
     """One result per instance: bad ones get their error in their place, the others run.
 

@@ -25,7 +25,7 @@ from shardserve.errors import (
     Unavailable,
     from_wire,
 )
-from shardserve.main.timeline import Inquiries
+from shardserve.main.timeline import WorkerInquiries
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, Payload, split
 from shardserve.wire.messages import front
@@ -63,7 +63,7 @@ class Counters:
 
 
 @dataclass(slots=True, eq=False)
-class Servable:
+class ServableVersion:
     """A servable version; `changed` is called whenever what `state` or `announce` say may be different."""
 
     name: str
@@ -82,7 +82,7 @@ class Servable:
     _submitted: dict[int, _Waiting] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _inquiries: Inquiries = field(default_factory=Inquiries)
+    _inquiries: WorkerInquiries = field(default_factory=WorkerInquiries)
 
     def __str__(self) -> str:
         return f"servable {self.name!r} version {self.version}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardserve.main.router import Router
-from shardserve.main.servable import Servable
+from shardserve.main.servable import ServableVersion
 from shardserve.wire.messages import front
 from shardserve.wire.stubs import shardserve_pb2 as pb
 
@@ -12,7 +12,7 @@ def report(router: Router) -> pb.StatusReply:
     return pb.StatusReply(servables=[_servable(servable) for servable in router.servables])
 
 
-def _servable(servable: Servable) -> pb.ServableStatus:
+def _servable(servable: ServableVersion) -> pb.ServableStatus:
     reply = pb.ServableStatus(
         name=servable.name,
         version=servable.version,

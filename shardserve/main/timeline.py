@@ -18,7 +18,7 @@ from shardserve.wire.stubs import shardserve_pb2 as pb
 
 if TYPE_CHECKING:
     from shardserve.main.router import Router
-    from shardserve.main.servable import Servable
+    from shardserve.main.servable import ServableVersion
 
 Part = front.ReplicaTimeline | front.RankTimeline | front.TimelineEnd
 
@@ -31,7 +31,7 @@ class _Inquiry:
     )
 
 
-class Inquiries:
+class WorkerInquiries:
     """Those of one Worker that are under way. A part of an answer is put into the reply as it comes: all of them at
     once would hold up the requests that are served meanwhile."""
 
@@ -132,7 +132,7 @@ async def report(router: Router, name: str, version: int, left: float | None) ->
     return pb.TimelineReply(servables=await asyncio.gather(*asked))
 
 
-async def _timeline_or_reason(servable: Servable, timeout: float) -> pb.ServableTimeline:
+async def _timeline_or_reason(servable: ServableVersion, timeout: float) -> pb.ServableTimeline:
     try:
         return await servable.timeline(timeout)
     except ShardserveError as error:

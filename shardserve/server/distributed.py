@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from shardserve.agent.slots import HostOptions, Loaded
+from shardserve.agent.slots import HostOptions, LoadedWeights
 from shardserve.agent.supervisor import Supervisor
 from shardserve.errors import ConfigError
 from shardserve.progress import Progress, quietly
@@ -154,7 +154,7 @@ def begin_agents(
     vital: bool = False,
     with_server: bool = False,
     progress: Progress = quietly,
-) -> Future[Loaded | None]:
+) -> Future[LoadedWeights | None]:
     """As `startup_agents`, but returns at once; the future is done when all agents are registered, and has what they
     loaded, if that is known.
 
@@ -189,7 +189,7 @@ def begin_agents(
         if not os.path.isfile(path):
             raise ConfigError(f"model_files: there is no file {path}")
     settings = Settings.from_environment()
-    ready: Future[Loaded | None] = Future()
+    ready: Future[LoadedWeights | None] = Future()
     made: list[Supervisor] = []
 
     def make() -> Supervisor:

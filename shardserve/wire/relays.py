@@ -22,7 +22,7 @@ from shardserve.wire.segments import LENT, LOST, PAGE, RECEIVERS, RELAYS, TOKEN,
 Buffer = bytes | bytearray | memoryview
 
 
-class Path(Protocol):
+class RelayingPath(Protocol):
     """A connection on which something is relayed."""
 
     def forget_relayed(self, token: bytes) -> None: ...
@@ -36,7 +36,7 @@ class Mapped:
     token: bytes
     words: Words
     memory: Bytes
-    told: weakref.WeakSet[Path] = field(default_factory=weakref.WeakSet)
+    told: weakref.WeakSet[RelayingPath] = field(default_factory=weakref.WeakSet)
     _fd: int | None = None
 
     def descriptor(self) -> int | None:

@@ -69,7 +69,7 @@ def words_of(first_page: Bytes) -> Words:
     return first_page[: PAGE - TOKEN].view(np.uint64)
 
 
-class Path(Protocol):
+class SendingPath(Protocol):
     """A connection on which segments are sent."""
 
     closed: bool
@@ -88,8 +88,8 @@ class Segment:
         self.held = False
         self._lost = False
         # Who may look at it, one a word, None for those that are gone; and who was ever told of it.
-        self.readers: list[Path | None] = []
-        self.told: set[Path] = set()
+        self.readers: list[SendingPath | None] = []
+        self.told: set[SendingPath] = set()
         self.fd = os.memfd_create("shardserve-payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, PAGE + capacity)
@@ -123,7 +123,7 @@ class Segment:
     def _lent(self) -> bool:
         return bool((self._relays == (LENT | np.uint64(self.use))).any())
 
-    def leave(self, path: Path) -> None:
+    def leave(self, path: SendingPath) -> None:
         for word, reader in enumerate(self.readers):
             if reader is path:
                 # What it relayed it can't take back either.
@@ -146,12 +146,12 @@ class Pool:
         self._idle = idle
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
-        self._paths: set[Path] = set()
+        self._paths: set[SendingPath] = set()
         self._probe = -1
         self._trimming: threading.Timer | None = None
         self.token = secrets.token_bytes(TOKEN)
 
-    def join(self, path: Path) -> int | None:
+    def join(self, path: SendingPath) -> int | None:
         """For a connection on which segments may be sent: the descriptor of what proves that they can be opened. None
         if it has ended. OSError if there are no descriptors left."""
         with self._lock:
@@ -231,7 +231,7 @@ class Pool:
         with self._lock:
             segment.held = False
 
-    def enter(self, segment: Segment, path: Path) -> int | None:
+    def enter(self, segment: Segment, path: SendingPath) -> int | None:
         """The word of one more receiver; None if there is none left, or its connection has ended."""
         with self._lock:
             if path.closed or len(segment.readers) == RECEIVERS:
@@ -240,7 +240,7 @@ class Pool:
             segment.told.add(path)
             return len(segment.readers) - 1
 
-    def leave(self, path: Path) -> None:
+    def leave(self, path: SendingPath) -> None:
         """The connection ended: what its receiver may still look at is not used again. With the last one all ends."""
         with self._lock:
             self._paths.discard(path)

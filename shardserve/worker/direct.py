@@ -14,7 +14,7 @@ from shardserve.wire.messages import front
 from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
 from shardserve.worker.model_calls import ModelCalls
-from shardserve.worker.replies import Stream, decode_inputs, errors_answered, refuse, reply
+from shardserve.worker.replies import MainStream, decode_inputs, errors_answered, refuse, reply
 
 UNANSWERED = InternalError("an instance without an answer")
 
@@ -35,7 +35,7 @@ class DirectRequest:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: MainStream,
         message: front.Infer,
         method: Method,
         stage: ModelStage,

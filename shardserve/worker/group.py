@@ -36,7 +36,7 @@ BACKOFF_DOUBLINGS = 8
 COLLECTIVES = {"cpu": ("shared_memory", "gloo"), "cuda": ("nccl", "gloo")}
 
 
-class Owner(Protocol):
+class GroupOwner(Protocol):
     """What a group needs of the Worker around it."""
 
     def next_generation(self) -> Generation: ...
@@ -78,7 +78,7 @@ class ReplicaGroup:
     """replica: its number. dropped: frames that came from an agent in another generation. timeline: its last steps."""
 
     def __init__(
-        self, replica: int, rank_size: int, stage_size: int, window: int, owner: Owner, settings: Settings
+        self, replica: int, rank_size: int, stage_size: int, window: int, owner: GroupOwner, settings: Settings
     ) -> None:
         self.replica = replica
         self.window = window

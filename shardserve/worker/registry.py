@@ -17,7 +17,7 @@ from shardserve.worker.rank_table import RankTable
 
 logger = logging.getLogger(__name__)
 
-Stream = FrameStream[group.FromGroup]
+GroupStream = FrameStream[group.FromGroup]
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class HostHandle:
 
     pid: int
     name: str
-    stream: Stream
+    stream: GroupStream
     ranks: tuple[int, ...] = ()
     ready: bool = False
 
@@ -69,7 +69,7 @@ class Registry:
         """Ranks of the table that no agent has registered for."""
         return [entry.rank for entry in self._table.entries if self.agent(entry.rank) is None]
 
-    def introduce(self, stream: Stream, message: group.Introduce) -> HostHandle:
+    def introduce(self, stream: GroupStream, message: group.Introduce) -> HostHandle:
         host = HostHandle(message.pid, message.supervisor, stream)
         self.hosts.append(host)
         stream.send(group.Roster(self._table.hosts))
@@ -135,7 +135,9 @@ class Registry:
         host.stream.abort()
         host.ranks = ()
 
-    def register(self, stream: Stream, message: group.Register, incarnation: int) -> tuple[ReplicaGroup, AgentHandle]:
+    def register(
+        self, stream: GroupStream, message: group.Register, incarnation: int
+    ) -> tuple[ReplicaGroup, AgentHandle]:
         """JoinRefused, ShardError or ConfigError says what doesn't fit, Unavailable that it may come again; else the
         agent is in its group."""
         if not 0 <= message.rank < len(self._table.entries):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from shardserve.wire.frames import FrameError
 from shardserve.wire.messages import group
 
-Answer = Callable[[bytes], None]
+Respond = Callable[[bytes], None]
 
 
 class Rendezvous:
@@ -19,9 +19,9 @@ class Rendezvous:
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
-        self._waiting: list[tuple[tuple[str, ...], Answer, bool]] = []
+        self._waiting: list[tuple[tuple[str, ...], Respond, bool]] = []
 
-    def call(self, message: group.StoreCall, answer: Answer) -> None:
+    def call(self, message: group.StoreCall, answer: Respond) -> None:
         """Answers now or, for `get` and `wait`, when the keys are there. FrameError for an operation that isn't one."""
         key = message.keys[0] if message.keys else ""
         match message.operation:
@@ -46,7 +46,7 @@ class Rendezvous:
     def _has(self, keys: tuple[str, ...]) -> bool:
         return all(key in self._values for key in keys)
 
-    def _await(self, keys: tuple[str, ...], answer: Answer, gives_value: bool) -> None:
+    def _await(self, keys: tuple[str, ...], answer: Respond, gives_value: bool) -> None:
         if self._has(keys):
             answer(self._values[keys[0]] if gives_value else b"")
         else:

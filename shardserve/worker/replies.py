@@ -16,7 +16,7 @@ from shardserve.wire.tensors import decode_instance, encode_instance
 
 logger = logging.getLogger(__name__)
 
-Stream = FrameStream[front.ToWorker]
+MainStream = FrameStream[front.ToWorker]
 
 
 def decode_inputs(method: Method, metas: front.Instance, parts: list[Payload], where: str) -> list[Any]:
@@ -28,7 +28,7 @@ def decode_inputs(method: Method, metas: front.Instance, parts: list[Payload], w
     return [given[name] for name in method.inputs]
 
 
-def reply(stream: Stream, message: front.Infer, results: Sequence[dict[str, Any] | ShardserveError]) -> None:
+def reply(stream: MainStream, message: front.Infer, results: Sequence[dict[str, Any] | ShardserveError]) -> None:
     """Sends the instances' outcomes; an error among them is its instance's own (`in_reply`)."""
     outcomes: list[front.InstanceOutputs | front.InstanceError] = []
     buffers: list[Buffer] = []
@@ -43,13 +43,13 @@ def reply(stream: Stream, message: front.Infer, results: Sequence[dict[str, Any]
     stream.send(front.Reply(message.request, outcomes), buffers)
 
 
-def refuse(stream: Stream, message: front.Infer, error: ShardserveError) -> None:
+def refuse(stream: MainStream, message: front.Infer, error: ShardserveError) -> None:
     """The answer to the whole request."""
     stream.send(front.Failed(message.request, type(error).__name__, str(error)))
 
 
 @contextlib.contextmanager
-def errors_answered(stream: Stream, message: front.Infer) -> Iterator[None]:
+def errors_answered(stream: MainStream, message: front.Infer) -> Iterator[None]:
     """An error within it is the answer to the whole request; a bug is logged, and not told."""
     try:
         yield

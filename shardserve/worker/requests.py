@@ -13,7 +13,7 @@ from shardserve.wire.frames import Payload, split
 from shardserve.wire.messages import front
 from shardserve.worker.direct import DirectRequest, model_raised, only_model
 from shardserve.worker.model_calls import ModelCalls
-from shardserve.worker.replies import Stream, decode_inputs, errors_answered, reply
+from shardserve.worker.replies import MainStream, decode_inputs, errors_answered, reply
 from shardserve.worker.sessions import Session
 from shardserve.worker.stages.pool import StagePool
 
@@ -32,7 +32,7 @@ class Requests:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._direct: dict[int, DirectRequest] = {}
 
-    def infer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
+    def infer(self, stream: MainStream, message: front.Infer, payload: Payload) -> None:
         method = self._servable.methods.get(message.method)
         if method is not None and self._models.known and (stage := only_model(method)) is not None:
             request = DirectRequest(stream, message, method, stage, self._forget)
@@ -61,7 +61,7 @@ class Requests:
     def _forget(self, request: int) -> None:
         self._direct.pop(request, None)
 
-    async def _answer(self, stream: Stream, message: front.Infer, payload: Payload) -> None:
+    async def _answer(self, stream: MainStream, message: front.Infer, payload: Payload) -> None:
         with errors_answered(stream, message):
             method = self._servable.methods.get(message.method)
             if method is None:

@@ -74,7 +74,7 @@ class Inquiry:
     timer: asyncio.TimerHandle | None = None
 
 
-class Inquiries:
+class AgentInquiries:
     """Asks all agents; each answer goes on to Main as it comes. Who is gone, or says nothing for half of
     the time until the deadline, is named as missing."""
 

@@ -25,7 +25,7 @@ from shardserve.worker.registry import HostHandle, Registry
 from shardserve.worker.requests import Requests
 from shardserve.worker.scheduler import Scheduler
 from shardserve.worker.stages.pool import StagePool
-from shardserve.worker.timeline import Inquiries
+from shardserve.worker.timeline import AgentInquiries
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Worker:
         ]
         self._scheduler = Scheduler(self._groups, settings, self.forgive)
         self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
-        self.inquiries = Inquiries(self._groups, settings)
+        self.inquiries = AgentInquiries(self._groups, settings)
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
         self._python_stages = StagePool(

@@ -59,7 +59,7 @@ class StageCall:
             self.answer.set_exception(error)
 
 
-class Owner(Protocol):
+class HostOwner(Protocol):
     """What a host needs of the pool around it."""
 
     def loaded(self, host: StageHost) -> None: ...
@@ -89,7 +89,7 @@ class Running:
 class StageHost:
     """Made by `start`. state: loading, idle, running or ended. A run that hangs ends it. OSError if it can't be had."""
 
-    def __init__(self, owner: Owner, settings: Settings) -> None:
+    def __init__(self, owner: HostOwner, settings: Settings) -> None:
         self._owner = owner
         self._settings = settings
         self._loop = asyncio.get_running_loop()
