@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Serves one servable version until it is stopped. ConfigError or RankTableError if that can't work."""
+    """Serves one servable version until it is stopped. ConfigError, RankTableError or, for a certificate, StartError if
+    that can't work."""
 
     def __init__(self, serve: launch.Serve, settings: Settings, launcher: FrameStream[launch.ToWorker]) -> None:
         self._serve = serve
@@ -68,6 +69,8 @@ class Worker:
         self._reason = ""
         self._mains: list[FrameStream[front.ToWorker]] = []
         self._servers: list[asyncio.Server] = []
+        # Read by each Worker anew: certificates are renewed while a server runs.
+        self.door = Door(Security.load(serve.security), "Worker", settings.join_timeout)
         self._connections: set[FrameStream[group.FromGroup]] = set()
         self._joining: dict[FrameStream[group.FromGroup], None] = {}
         self._all_left = asyncio.Event()
@@ -78,8 +81,6 @@ class Worker:
     async def start(self, distributed: socket.socket, local: socket.socket, front_listener: socket.socket) -> None:
         """Takes agents on the first two listeners (TCP and its local twin), Main on the third."""
         loop = asyncio.get_running_loop()
-        # Read by each Worker anew: certificates are renewed while a server runs.
-        self.door = Door(Security.load(self._serve.security), "Worker", self._settings.join_timeout)
         for listener in (distributed, local):
             self._servers.append(await loop.create_server(lambda: GroupConnection(self).stream, sock=listener))
         self._servers.append(await loop.create_server(lambda: FrontConnection(self).stream, sock=front_listener))
