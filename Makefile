@@ -3,7 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Compiling every file takes longer than the rest of an installation; Python compiles those that are imported, once.
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
 .PHONY: help system-packages demo test unit e2e test-gpu lint format stubs bench bench-zoo bench-peers clean
@@ -73,7 +74,7 @@ bench-zoo: $(VENV)/.installed-dev ## models of many families in each layout: exp
 	$(BIN)/python -m benchmarks.zoo --docs
 
 bench-peers: $(VENV)/.installed-dev ## beside a running Triton: make bench-peers TRITON="ADDRESS MODEL"
-	$(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt 'tritonclient[grpc]'
+	$(PIP) 'tritonclient[grpc]'
 	$(BIN)/python -m benchmarks.peers --triton $(TRITON)
 
 clean: ## remove what make made
