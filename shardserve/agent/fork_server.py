@@ -16,7 +16,7 @@ import msgspec
 from shardserve.agent.agent import run_agent
 from shardserve.agent.forking import MESSAGE_LIMIT, ForkReply, ForkRequest
 from shardserve.log import configure_logging
-from shardserve.wire.process import die_with_parent
+from shardserve.wire.process import die_with_parent, raise_descriptor_limit
 
 
 def serve(control: socket.socket) -> None:
@@ -48,21 +48,23 @@ def fork(control: socket.socket, request: ForkRequest, shared_memory: int | None
     with contextlib.ExitStack() as stack:
         if shared_memory is not None:
             stack.callback(os.close, shared_memory)
+        pid = 0
         try:
             words_read, words_write = os.pipe()
             stack.callback(os.close, words_read)
             stack.callback(os.close, words_write)
             pid = os.fork()
+            if pid == 0:
+                # Leaves by os._exit: the stack's callbacks are the fork server's.
+                live(parent, control, request, shared_memory, words_write, (*own, words_read))
+            # Nobody reaps the child before this loop turns again, so the pid is still its own.
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            socket.send_fds(control, [msgspec.msgpack.encode(ForkReply(pid))], [pidfd, words_read])
         except OSError as error:
+            if pid:
+                os.kill(pid, signal.SIGKILL)
             control.send(msgspec.msgpack.encode(ForkReply(0, str(error))))
-            return
-        if pid == 0:
-            # Leaves by os._exit: the stack's callbacks are the fork server's.
-            live(parent, control, request, shared_memory, words_write, (*own, words_read))
-        # Nobody reaps the child before this loop turns again, so the pid is still its own.
-        pidfd = os.pidfd_open(pid)
-        stack.callback(os.close, pidfd)
-        socket.send_fds(control, [msgspec.msgpack.encode(ForkReply(pid))], [pidfd, words_read])
 
 
 def live(
@@ -104,6 +106,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("agent")
+    raise_descriptor_limit()
     control = socket.socket(fileno=int(sys.argv[1]))
     # Objects of the parent that the collector never touches again stay shared with the children.
     gc.collect()

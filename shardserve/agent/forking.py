@@ -11,15 +11,13 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 from typing import Any
 
 import msgspec
 
 from shardserve.errors import StartError
 from shardserve.wire.messages.launch import SecurityFiles
-from shardserve.wire.process import HUGE_PAGES
+from shardserve.wire.process import HUGE_PAGES, spawn
 
 MESSAGE_LIMIT = 1 << 20
 
@@ -71,6 +69,8 @@ class ForkReply(msgspec.Struct, frozen=True):
     pid: int
     error: str = ""
 
+
+ATTACHED = 2
 
 # A pipe holds 64 KiB that nobody may have read before the death, so longer ones would keep the agent alive.
 LAST_WORDS_LENGTH = 4000
@@ -165,20 +165,11 @@ class ForkServer:
     how it ended, for logs; "" as long as it is of use."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "shardserve.agent.fork_server", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env={**ENVIRONMENT, **os.environ},
-                # A terminal's Ctrl-C is for the supervisor, which ends its agents in order.
-                start_new_session=True,
-            )
-        ours.setblocking(False)
-        self._socket = ours
+        self._process, self.pidfd, self._socket = spawn(
+            "shardserve.agent.fork_server", kind=socket.SOCK_SEQPACKET, environment=ENVIRONMENT
+        )
+        self._socket.setblocking(False)
         self._turn = asyncio.Lock()
-        self.pidfd = os.pidfd_open(self._process.pid)
         self.has_forked = False
         self.ending = ""
         self._readable: asyncio.Future[None] | None = None
@@ -215,13 +206,20 @@ class ForkServer:
         # It may have been closed between the event and this line.
         if self.ending:
             raise self._ended_error()
-        data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, 2)
+        data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, ATTACHED)
         if not data:
             raise self._ended_error()
         reply = msgspec.msgpack.decode(data, type=ForkReply)
         if reply.error:
             raise StartError(f"the fork server (pid {self.pid}) could not fork: {reply.error}")
         self.has_forked = True
+        if len(fds) < ATTACHED:
+            # Nobody could watch it.
+            for fd in fds:
+                os.close(fd)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(reply.pid, signal.SIGKILL)
+            raise StartError(f"this process (pid {os.getpid()}) has no descriptors left for an agent")
         return AgentProcess(reply.pid, *fds)
 
     def close(self) -> None:

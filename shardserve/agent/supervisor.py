@@ -272,13 +272,13 @@ class Supervisor:
 
     # The agents.
 
-    def _start_fork_server(self) -> None:
-        server = ForkServer()
-        self._fork_server = server
+    def _start_fork_server(self) -> ForkServer:
+        server = self._fork_server = ForkServer()
         self._loop.add_reader(server.pidfd, self._fork_server_died, server)
+        return server
 
     def _fork_server_died(self, server: ForkServer) -> None:
-        """Its agents die with it; their pidfds say so, and they are forked anew by the next one."""
+        """Its agents die with it; their pidfds say so, and the first that is forked anew starts the next one."""
         if self._fork_server is not server:
             return
         self._loop.remove_reader(server.pidfd)
@@ -294,19 +294,16 @@ class Supervisor:
             self._fail(StartError(f"the fork server died {self._fork_server_restarts}"))
             return
         logger.error("the fork server (pid %d) %s; starting another", server.pid, server.ending)
-        try:
-            self._start_fork_server()
-        except OSError as error:
-            self._fail(_named(error))
 
     async def _fork(self, slot: AgentSlot) -> None:
-        while (server := self._fork_server) is not None:
+        while not (self._stopping.is_set() or self._ended.is_set()):
             try:
+                server = self._fork_server or self._start_fork_server()
                 process = await server.fork(slot.request, slot.shared_memory, self._settings.start_timeout)
                 break
             except ConnectionError:
                 self._fork_server_died(server)
-            except StartError as error:
+            except (StartError, OSError) as error:
                 self._restart(slot, str(error))
                 return
         else:

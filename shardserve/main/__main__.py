@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import socket
 import sys
@@ -11,7 +10,7 @@ import uvloop
 
 from shardserve.log import configure_logging
 from shardserve.main.app import Main
-from shardserve.wire.process import die_with_parent
+from shardserve.wire.process import die_with_parent, raise_descriptor_limit
 from shardserve.wire.sockets import peer_of
 
 
@@ -20,9 +19,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("main")
-    # Every connection is a descriptor; the soft limit, often 1024, is for programs that use select().
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     launcher = socket.socket(fileno=fd)
     launcher.setblocking(False)
     die_with_parent(peer_of(launcher).pid)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -14,7 +11,7 @@ import msgspec
 from shardserve.errors import StartError, from_wire
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
-from shardserve.wire.process import HUGE_PAGES
+from shardserve.wire.process import spawn
 from shardserve.wire.stream import FrameStream
 
 # Of heartbeat_timeout: the pause between an answered ping and the next.
@@ -44,19 +41,8 @@ class Child:
         self._orders: dict[int, asyncio.Future[None]] = {}
         self._next_order = 0
         self._loop = asyncio.get_running_loop()
-        self._control, theirs = socket.socketpair()
-        with theirs:
-            inherited = (theirs.fileno(), *fds)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, inherited)],
-                pass_fds=inherited,
-                stdin=subprocess.DEVNULL,
-                env={**HUGE_PAGES, **os.environ},
-                # A terminal's Ctrl-C is for the launcher, which ends its children in order.
-                start_new_session=True,
-            )
+        self._process, self._pidfd, self._control = spawn(module, fds)
         self._module = module
-        self._pidfd = os.pidfd_open(self._process.pid)
         self._stream: FrameStream[launch.ToLauncher] = FrameStream(launch.ToLauncher, self._frame, lambda _: None)
         self.ended = asyncio.Event()
         self._ending = False

@@ -1,10 +1,20 @@
-"""What our processes have in common: they don't outlive their parent, and they keep large tensors in huge pages."""
+"""What our processes have in common: how they are started, that they don't outlive their parent, their limit of
+descriptors, and that they keep large tensors in huge pages."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from shardserve.errors import StartError
 
 PR_SET_PDEATHSIG = 1
 
@@ -25,3 +35,47 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # It died before the kernel was told.
         os._exit(1)
+
+
+class Spawned(NamedTuple):
+    """control: our end of the socketpair with it."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    control: socket.socket
+
+
+def spawn(
+    module: str, fds: Sequence[int] = (), kind: int = socket.SOCK_STREAM, environment: Mapping[str, str] = HUGE_PAGES
+) -> Spawned:
+    """`python -m MODULE CONTROL FDS…`, CONTROL being its end of a socketpair. The user's variables go before those of
+    `environment`. StartError if this host has no descriptors, memory or processes left for it; then nothing is left.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            control, theirs = socket.socketpair(socket.AF_UNIX, kind)
+            undo.callback(control.close)
+            with theirs:
+                inherited = (theirs.fileno(), *fds)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", module, *map(str, inherited)],
+                    pass_fds=inherited,
+                    stdin=subprocess.DEVNULL,
+                    env={**environment, **os.environ},
+                    # A terminal's Ctrl-C is for the parent, which ends its children in order.
+                    start_new_session=True,
+                )
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+            pidfd = os.pidfd_open(process.pid)
+        except OSError as error:
+            raise StartError(f"{module} can't be started: {error}") from error
+        undo.pop_all()
+    return Spawned(process, pidfd, control)
+
+
+def raise_descriptor_limit() -> None:
+    """To the hard one: every connection is a descriptor, and every piece of shared memory under way. The soft limit,
+    often 1024, is for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

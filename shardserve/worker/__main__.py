@@ -20,7 +20,7 @@ from shardserve.log import configure_logging
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
-from shardserve.wire.process import die_with_parent
+from shardserve.wire.process import die_with_parent, raise_descriptor_limit
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.worker import Worker
 
@@ -76,8 +76,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("worker")
+    raise_descriptor_limit()
     control, *listeners = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:])
     uvloop.run(run(control, listeners))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -29,4 +29,5 @@ def main() -> None:
         StageProcess(connection).serve()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,10 @@
 """A Worker by script: the real addresses and frames, decisions by the test."""
 
 import asyncio
+import contextlib
 import functools
+import logging
+import resource
 
 import numpy as np
 
@@ -30,6 +33,34 @@ def asynchronous(test):
         asyncio.run(body())
 
     return run
+
+
+@contextlib.contextmanager
+def no_descriptors_left():
+    """This process can open nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def logged(text):
+    """An event that is set when a message of ours with this text is logged, in the event loop's thread."""
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if text in record.getMessage():
+                event.set()
+
+    event, listener = asyncio.Event(), Listener()
+    logging.getLogger("shardserve").addHandler(listener)
+    try:
+        yield event
+    finally:
+        logging.getLogger("shardserve").removeHandler(listener)
 
 
 class Peer:

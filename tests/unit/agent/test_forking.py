@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import psutil
 import pytest
 
 from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords, Loading, LoadingTeller
+from shardserve.errors import StartError
 
+from .scripted import no_descriptors_left
 from .shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -92,10 +95,13 @@ def test_what_is_told_of_a_load_fits_into_a_pipe():
 
 
 def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_port):
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     [model] = write_shards(tmp_path, 1)
     agents = fork(server, *[request(free_port, model, rank=rank) for rank in range(3)])
     process = psutil.Process(server.pid)
     assert process.num_threads() == 1
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard
     assert {child.pid for child in process.children()} == {agent.pid for agent in agents}
     for agent in agents:
         signal.pidfd_send_signal(agent.pidfd, signal.SIGKILL)
@@ -139,6 +145,60 @@ def test_a_server_that_is_silent_is_ended(server, free_port, tmp_path):
     assert not alive(server.pid)
     with pytest.raises(ConnectionError, match=said):
         fork(server, request(free_port, tmp_path, rank=1))
+
+
+def links(pid):
+    """What its descriptors are, by their numbers."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_a_server_that_has_no_descriptors_left_lives_on(server, tmp_path, free_port, spare):
+    """With 2 it has forked already when it sees that it can't watch the child."""
+    [model] = write_shards(tmp_path, 1)
+    [agent] = fork(server, request(free_port, model))
+    words = os.readlink(f"/proc/self/fd/{agent.words}")
+    while words in links(server.pid).values():
+        pass  # It closes its own of an agent just after it has given them away.
+    free = [number for number in range(64) if number not in links(server.pid)]
+    limits = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+    said = rf"the fork server \(pid {server.pid}\) could not fork: \[Errno 24\] Too many open files"
+    with pytest.raises(StartError, match=said):
+        fork(server, request(free_port, model, rank=1))
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
+    [another] = fork(server, request(free_port, model, rank=2))
+    _, left = psutil.wait_procs(
+        [child for child in psutil.Process(server.pid).children() if child.pid not in (agent.pid, another.pid)], 10
+    )
+    assert not left
+    for each in (agent, another):
+        each.kill()
+        assert ended(each) is None
+
+
+def test_an_agent_that_this_process_has_no_descriptors_for_is_none(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+
+    async def body():
+        with no_descriptors_left(), pytest.raises(StartError, match=rf"{os.getpid()}\) has no descriptors left for an"):
+            await server.fork(request(free_port, model), None, 60)
+
+    asyncio.run(body())
+    _, left = psutil.wait_procs(psutil.Process(server.pid).children(), 10)
+    assert not left
+
+
+def test_no_descriptors_left_for_a_server():
+    before = links(os.getpid())
+    said = r"shardserve.agent.fork_server can't be started: \[Errno 24\] Too many open files"
+    with no_descriptors_left(), pytest.raises(StartError, match=said):
+        ForkServer()
+    assert links(os.getpid()).keys() == before.keys()
 
 
 PARENT = """

@@ -13,7 +13,7 @@ import pytest
 from shardserve.errors import ConfigError, JoinRefused, ShardError, StartError, Unavailable
 from shardserve.wire.messages import group
 
-from .scripted import HOST, Host, ScriptedWorker, asynchronous, output, send_step
+from .scripted import HOST, Host, ScriptedWorker, asynchronous, logged, no_descriptors_left, output, send_step
 from .shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -130,6 +130,22 @@ async def test_another_fork_server_is_started_when_one_freezes(tmp_path, ports, 
         assert not {agent.register.pid for agent in agents} & {agent.register.pid for agent in again}
         said = f"the fork server (pid {server.pid}) forked no agent within 0.2 s (start_timeout) and was killed"
         assert f"{said}; starting another" in caplog.text
+
+
+@asynchronous
+async def test_another_fork_server_that_can_not_be_started_is_tried_again(tmp_path, ports):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        server = psutil.Process(agents[1].register.pid).ppid()
+        said = "rank 1 is forked anew: shardserve.agent.fork_server can't be started: [Errno 24] Too many open files"
+        with no_descriptors_left(), logged(said) as tried:
+            os.kill(server, signal.SIGKILL)
+            await tried.wait()
+        again = await worker.agents(2)
+        assert [agent.register.rank for agent in again] == [0, 1]
+        assert not host.life.done()
 
 
 @asynchronous
