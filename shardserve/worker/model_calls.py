@@ -46,8 +46,12 @@ class ModelCalls:
         self._scheduler = scheduler
 
     def session(self) -> Session | None:
-        """For one method call of a stateful servable; `end` it."""
+        """For one method call of a stateful servable; `hold` its group before anything else, and `end` it."""
         return Session() if any(model.stateful for model in self._servable.models) else None
+
+    async def hold(self, session: Session) -> None:
+        """Returns when it has a group; Overloaded or Unavailable if it gets none."""
+        await self._scheduler.hold(session)
 
     def end(self, session: Session) -> None:
         self._scheduler.release(session)

@@ -93,6 +93,8 @@ class Requests:
         values: dict[Source, Any] = {Source(0, i): value for i, value in enumerate(given)}
         session = self._models.session()
         try:
+            if session is not None:
+                await self._models.hold(session)
             for number, stage in enumerate(method.stages, start=1):
                 inputs = tuple(values[source] for source in stage.inputs)
                 if isinstance(stage, PythonStage):

@@ -161,6 +161,12 @@ class Scheduler:
             return
         group.send_step(batch)
 
+    async def hold(self, session: Session) -> None:
+        """Returns when the session has a group; Overloaded or Unavailable if it gets none."""
+        if self._closed is not None:
+            raise Unavailable(self._closed)
+        await self._sessions.hold(session)
+
     def release(self, session: Session) -> None:
         """The method call has ended; the next one may have its group."""
         self._sessions.release(session)

@@ -1,8 +1,9 @@
 """Stateful servables: which method call holds which group.
 
-A session is one method call. From its first step to its end it has a group for itself, unbatched; others wait in the
-order in which they came. Its first step resets what the agents keep. When the group's generation ends, or a step
-raises, that is lost: the session has no further step.
+A session is one method call. From its beginning to its end it has a group for itself, unbatched; others wait in the
+order in which they came, before their first stage: whoever waits for a process of the Python stages has a group
+already, so nobody who has such a process waits for a group. Its first step resets what the agents keep. When the
+group's generation ends after that, or a step raises, that is lost: the session has no further step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, ShardserveError
 from shardserve.wire.messages import Generation
+from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
 from shardserve.worker.group import ReplicaGroup
 
@@ -22,9 +24,11 @@ NO_GENERATION = Generation(0, 0)
 
 @dataclass(eq=False)
 class Session:
-    """One method call. group: what it holds, as long as it does. begun: whether it had a step. void: why its state is
-    lost. spoiled: why it has no further step, whatever it makes of those that it had."""
+    """One method call. turn: done when it is given a group, or told why not. group: what it holds, or held last. begun:
+    whether it had a step. void: why its state is lost. spoiled: why it has no further step, whatever it makes of those
+    that it had."""
 
+    turn: Answer[None] = field(default_factory=Answer)
     group: ReplicaGroup | None = None
     generation: Generation = NO_GENERATION
     calls: deque[Call] = field(default_factory=deque)
@@ -43,7 +47,9 @@ class Session:
         self.refuse(Aborted(self.spoiled))
 
     def refuse(self, error: ShardserveError) -> None:
-        """Answers all its waiting calls."""
+        """Answers all that it waits for."""
+        if not self.turn.done():
+            self.turn.set_exception(error)
         while self.calls:
             self.calls.popleft().fail(error)
 
@@ -58,15 +64,24 @@ class Sessions:
         self._holding: list[Session] = []
         self._waiting: list[Session] = []
 
+    async def hold(self, session: Session) -> None:
+        """Returns when the session has a group, the first thing that it needs. Overloaded if too many wait for one."""
+        if len(self._waiting) >= self._limit:
+            raise Overloaded(f"{len(self._waiting)} method calls wait for a group already (queue_limit)")
+        self._waiting.append(session)
+        self.pump()
+        await session.turn
+
     def submit(self, session: Session, call: Call) -> None:
-        """Aborted if the session's state is lost, Overloaded if too many wait."""
+        """Of a session that had its turn. Aborted if its state is lost."""
         session.check()
         if session.spoiled:
             raise Aborted(session.spoiled)
-        if session not in self._holding and session not in self._waiting:
-            if len(self._waiting) >= self._limit:
-                raise Overloaded(f"{len(self._waiting)} method calls wait for a group already (queue_limit)")
-            self._waiting.append(session)
+        if session.group is None and session not in self._waiting:
+            # It may have a process that those wait for who have a group, or will have one.
+            if self._holding and not self._free_groups():
+                raise Aborted("a generation of the group ended before this method call's first step; no other is free")
+            self._waiting.insert(0, session)
         session.calls.append(call)
 
     def pump(self) -> None:
@@ -76,27 +91,33 @@ class Sessions:
         for session in list(self._holding):
             self._check_generation(session)
             self._next(session)
-        held = [session.group for session in self._holding]
-        free = [group for group in self._groups if group.state == "serving" and not group.in_flight]
-        free = [group for group in free if group not in held]
+        free = self._free_groups()
         while self._waiting and free:
-            session = self._waiting.pop(0)
-            self._drop_answered(session)
-            if session.calls:
-                group = free.pop()
-                session.group, session.generation = group, group.generation
-                self._holding.append(session)
-                self._next(session)
+            session, group = self._waiting.pop(0), free.pop()
+            session.group, session.generation = group, group.generation
+            self._holding.append(session)
+            if not session.turn.done():
+                session.turn.set_result(None)
+            self._next(session)
+
+    def _free_groups(self) -> list[ReplicaGroup]:
+        held = [session.group for session in self._holding]
+        return [
+            group for group in self._groups if group.state == "serving" and not group.in_flight and group not in held
+        ]
 
     def _check_generation(self, session: Session) -> None:
         group = session.group
         assert group is not None
-        if group.state != "serving" or group.generation != session.generation:
-            session.void = (
-                f"generation {session.generation} of the group ended, and with it the state of this method call"
-            )
-            session.refuse(Aborted(session.void))
-            self._holding.remove(session)
+        if group.state == "serving" and group.generation == session.generation:
+            return
+        self._holding.remove(session)
+        if not session.begun:
+            # Nothing is lost yet: another group, or the next generation, is as good.
+            session.group = None
+            return
+        session.void = f"generation {session.generation} of the group ended, and with it the state of this method call"
+        session.refuse(Aborted(session.void))
 
     def _next(self, session: Session) -> None:
         self._drop_answered(session)

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.servable import add_stage, declare_distributed, declaring, load_servable, register_method
 from shardserve.settings import Settings
 from shardserve.wire.messages import TensorMeta, front
 from shardserve.worker.model_calls import ModelCalls
@@ -226,3 +226,66 @@ async def test_cancelled_requests_take_no_further_step(everything, method):
     s.infer(4, 9, method=method)
     assert await s.steps() == [(1, [9])]
     assert s.main.sent == []
+
+
+STATEFUL = """
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=1, stage_size=1, stateful=True)
+
+
+def generate(x):
+    return model.call(model.call(x))
+
+
+def post(x):
+    return x * 2
+
+
+@register.register_method(output_names=["y"])
+def predict(x):
+    return register.add_stage(post, register.add_stage(generate, x, outputs_count=1), outputs_count=1)
+
+
+@register.register_method(output_names=["y"])
+def model_first(x):
+    return register.add_stage(post, register.add_stage(model, x, outputs_count=1), outputs_count=1)
+"""
+
+
+async def answer_steps(cluster, value):
+    while True:
+        while steps := cluster.steps():
+            for step, _ in steps:
+                cluster.output(step, [value])
+        await cluster.sent()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.usefixtures("nothing_left")
+@asynchronous
+async def test_method_calls_never_wait_for_each_others_group_and_process(tmp_path, processes):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "servable_config.py").write_text(STATEFUL)
+    declared = load_servable(str(tmp_path), "net")
+    cluster, ready = Cluster(), asyncio.Event()
+    models = ModelCalls(declared, cluster.scheduler)
+    # They are answered in milliseconds, or would be by this.
+    settings = quick(stage_timeout=5.0)
+    pool = StagePool(declared, str(tmp_path), processes, models, settings, ready.set, lambda reason: None)
+    pool.start()
+    await ready.wait()
+    main = Stream()
+    requests = Requests(declared, models, pool)
+    meta = {"x": TensorMeta("float32", (1,), 4)}
+    for number, method in enumerate(["predict", "model_first", "predict", "model_first"]):
+        requests.infer(main, front.Infer(number, method, [meta] * 2, None), np.zeros(128, np.uint8))
+    answering = asyncio.ensure_future(answer_steps(cluster, 21))
+    while len(main.sent) < 4:
+        main.said.clear()
+        await main.said.wait()
+    answering.cancel()
+    pool.close("the test is over")
+    assert [type(reply) for reply in main.sent] == [front.Reply] * 4
+    assert {type(result) for reply in main.sent for result in reply.results} == {front.InstanceOutputs}
+    assert {float(y) for payload in main.payloads for y in np.frombuffer(payload, np.float32) if y} == {42}

@@ -24,17 +24,29 @@ def servable():
 
 
 class Setting(Cluster):
-    """A stateful servable's method calls; a session's calls are made one after the other, as a function makes them."""
+    """A stateful servable's method calls, with their steps."""
 
     def __init__(self, **options):
         super().__init__(**options)
         declared = servable()
         self.models = ModelCalls(declared, self.scheduler)
         self.model = declared.model
+        self.turns = {}
+
+    def hold(self, session):
+        """As a request does before its first stage."""
+        self.turns[session] = asyncio.ensure_future(self.models.hold(session))
 
     def begin(self, session, value, deadline=None):
-        x = np.array([value], np.float32)
-        return asyncio.ensure_future(self.models.run(self.model, 0, (x,), deadline, session))
+        """A step; before the first one, its session has its turn."""
+        if session not in self.turns:
+            self.hold(session)
+
+        async def step():
+            await asyncio.shield(self.turns[session])
+            return await self.models.run(self.model, 0, (np.array([value], np.float32),), deadline, session)
+
+        return asyncio.ensure_future(step())
 
 
 async def turn():
@@ -60,6 +72,7 @@ async def test_a_method_call_holds_its_group_unbatched_until_its_end():
     s.output(1, [30])
     assert (await again)[0].tolist() == [30]
     s.models.end(first)
+    await turn()
     assert s.steps() == [(2, [2])]
     s.output(2, [20])
     assert (await other)[0].tolist() == [20]
@@ -116,6 +129,7 @@ async def test_instances_of_one_call_take_a_step_each():
     await turn()
     assert s.steps() == [(0, [1])]
     s.output(0, [1])
+    await turn()
     assert s.steps() == [(1, [2])]
     s.output(1, [2])
     assert [outputs[0].tolist() for outputs in await asyncio.gather(*calls)] == [[1], [2]]
@@ -142,6 +156,7 @@ async def test_the_end_of_a_generation_voids_the_state_of_its_holder_alone():
     s.lose()
     with pytest.raises(Aborted, match="and with it the state of this method call"):
         await running
+    await turn()
     assert s.steps()[-1] == (0, [2])
     with pytest.raises(Aborted):
         await s.begin(first, 3)
@@ -166,6 +181,54 @@ async def test_a_generation_that_ended_between_two_steps_voids_it_too():
 
 
 @asynchronous
+async def test_the_end_of_a_generation_before_the_first_step_is_nothing_lost():
+    s = Setting()
+    first, second = s.models.session(), s.models.session()
+    s.hold(first)
+    other = s.begin(second, 2)
+    await turn()
+    s.groups[0].lost(s.agents[0])
+    one = s.begin(first, 1)
+    await turn()
+    s.join()
+    # It may have a process for which others would wait with the group, so it comes before them.
+    assert s.steps() == [(0, [1])]
+    s.output(0, [10])
+    assert (await one)[0].tolist() == [10]
+    s.models.end(first)
+    await turn()
+    assert s.steps() == [(1, [2])]
+    s.output(1, [20])
+    await other
+
+
+@asynchronous
+async def test_whoever_lost_its_group_before_the_first_step_waits_for_no_other_holder():
+    """That one may wait for the process of this one's Python stage."""
+    s = Setting(replicas=2)
+    first, second, third = (s.models.session() for _ in range(3))
+    for session in (first, second):
+        s.hold(session)
+    await turn()
+    s.groups[1].lost(s.agents[1])
+    [loser] = [session for session in (first, second) if session.group is None]
+    with pytest.raises(Aborted, match="a generation of the group ended before this method call's first step; no other"):
+        await s.begin(loser, 1)
+    # Where another is free, that one will do.
+    s.models.end(second if loser is first else first)
+    again = s.begin(loser, 1)
+    await turn()
+    assert s.steps(0) == [(0, [1])]
+    s.output(0, [10])
+    await again
+    s.hold(third)
+    s.join(1)
+    assert third.group is None
+    await turn()
+    assert third.group is s.groups[1]
+
+
+@asynchronous
 async def test_a_holder_that_leaves_during_its_step_frees_the_group_when_the_step_has_ended():
     s = Setting()
     first, second = s.models.session(), s.models.session()
@@ -176,6 +239,7 @@ async def test_a_holder_that_leaves_during_its_step_frees_the_group_when_the_ste
     await turn()
     assert s.steps() == [(0, [1])]
     s.output(0, [1])
+    await turn()
     assert s.steps() == [(1, [2])]
 
 
