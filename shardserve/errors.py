@@ -18,7 +18,7 @@ ShardserveError
     ├── Unavailable                 the servable isn't ready, or the server is stopping
     ├── Overloaded                  a bounded queue is full
     ├── DeadlineExceeded            the deadline passed: says what was waited for, where, how long
-    ├── Aborted                     the request was under way in two generations that ended
+    ├── Aborted                     generations ended each time that the request ran, or it held state that was lost
     └── InternalError               a bug in shardserve
 
 A class has one gRPC status, one HTTP status and one MindSpore Serving error code. `in_reply` says which channel

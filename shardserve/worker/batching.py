@@ -50,9 +50,9 @@ class Call:
 
     deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
     of a stateful servable that it belongs to. begins: it is that one's first step. endings: generations that ended
-    while it was in one of their steps. alone: shares neither its batch nor its group's window with any other call.
-    lengths: its sizes of the dims that are padded. urgency: the smallest goes first. held_until: when it no longer
-    waits for others to share its batch.
+    while it was in one of their steps; with any it is a suspect. unit: calls that run again share their batch only with
+    those of the same number. lengths: its sizes of the dims that are padded. urgency: the smallest goes first.
+    held_until: when it no longer waits for others to share its batch.
     """
 
     arrays: tuple[Array, ...]
@@ -64,7 +64,7 @@ class Call:
     begins: bool = False
     endings: int = 0
     casualties: list[int] = field(default_factory=list)
-    alone: bool = False
+    unit: int = 0
     lengths: Lengths = ()
     arrived: float = field(default_factory=time.monotonic)
     urgency: tuple[float, int] = field(init=False)
@@ -82,13 +82,15 @@ class Call:
 @dataclass(frozen=True)
 class Batch:
     """arrays: the model's inputs, C-contiguous. dims: the sizes of the signature's dynamic dims in this step. subgraph:
-    that of all its calls. reset: the agents' state is first as it was when they loaded it."""
+    that of all its calls. reset: the agents' state is first as it was when they loaded it. suspect: a generation ended
+    under its calls."""
 
     calls: tuple[Call, ...]
     arrays: tuple[Array, ...]
     dims: dict[str, int]
     subgraph: int = 0
     reset: bool = False
+    suspect: bool = False
 
 
 class Batching:
@@ -318,7 +320,8 @@ class Batching:
                 arrays.append(self._stack(i, rows, shapes[i]))
             else:
                 arrays.append(np.ascontiguousarray(first[i]).reshape(first[i].shape))
-        return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph, calls[0].begins)
+        suspect = calls[0].endings > 0
+        return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph, calls[0].begins, suspect)
 
     def _stack(self, number: int, rows: list[Array], shape: tuple[int, ...]) -> Array:
         if self._padding is not None and any(row.shape != shape for row in rows):

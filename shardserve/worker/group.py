@@ -111,8 +111,8 @@ class ReplicaGroup:
 
     @property
     def exclusive(self) -> bool:
-        """Whether a call that must be alone is under way."""
-        return len(self._steps) == 1 and any(call.alone for step in self._steps.values() for call in step.batch.calls)
+        """Whether a suspect is under way: nothing may join it."""
+        return any(step.batch.suspect for step in self._steps.values())
 
     def check_device(self, rank: int, device: str) -> None:
         """JoinRefused where the collective that the settings ask for isn't one of this kind of device."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 
 from shardserve.errors import (
     Aborted,
@@ -20,21 +21,24 @@ from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.worker.batching import Array, Batch, Batching, Call
 from shardserve.worker.group import ReplicaGroup
-from shardserve.worker.queue import CallQueue
+from shardserve.worker.queue import CallQueue, Urgency
 from shardserve.worker.sessions import Session, Sessions
 
 logger = logging.getLogger(__name__)
 
-# A call under which so many generations ended is taken for their cause (DESIGN rule 4).
+# A call under which more generations ended is taken for their cause, if the last one had no other call in its window.
 ENDINGS_ALLOWED = 1
+
+_units = count(1)
 
 
 class Scheduler:
     """One queue in front of all groups.
 
     While a group has room, it gets the most urgent call and those that may share its batch; while none has, they
-    collect. A call that was under way when a generation ended is a suspect: it goes back to the front and runs alone in
-    its group.
+    collect. What was under way when a generation ended is suspect: each batch runs again as it was, in a group whose
+    window it has for itself, one at a time in all groups. A call under which a second one ends, and which was alone
+    then, is given up; a batch of several is taken apart.
     `forgive(rank)` is told of deaths that were a request's fault.
     Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
@@ -50,6 +54,7 @@ class Scheduler:
         self._queue = CallQueue()
         self._delay_over: asyncio.TimerHandle | None = None
         self._pumping = False
+        self._others_turn = False
         self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
         self._closed: str | None = None
 
@@ -59,7 +64,7 @@ class Scheduler:
         """
         self._batchings = batchings
         self._models_known.set()
-        for call in reversed(self._queue.drain()):
+        for call in self._queue.drain():
             if self._still_fits(call):
                 self._queue.add(call)
         self._sessions.keep(self._still_fits)
@@ -127,15 +132,44 @@ class Scheduler:
     def pump(self) -> None:
         """Sends what can be sent."""
         self._sessions.pump()
+        kept = self._replay()
+        self._serve(kept)
+
+    def _serve(self, kept: ReplicaGroup | None = None, before: Urgency | None = None) -> None:
+        """Sends what is no suspect to groups with room other than `kept`; before: only what is more urgent."""
         while self._queue:
-            group = self._free_group()
+            group = self._free_group(kept)
             if group is None:
                 return
-            calls = self._queue.take(self._batchings or (), idle=not group.in_flight)
+            calls = self._queue.take(self._batchings or (), before)
             if not calls:
-                self._pump_at(self._queue.ready_at)
+                if before is None:
+                    self._pump_at(self._queue.ready_at)
                 return
             self._send(group, calls)
+
+    def _replay(self) -> ReplicaGroup | None:
+        """Sends the next suspects to a group with nothing else under way, or gives the one to keep free until it has.
+
+        One batch of them at a time: a request that ends generations ends those of one group after the other, and the
+        others go on. Before each batch what is more urgent has a turn, in which it may fill the windows: where only one
+        group serves, neither has to wait until nothing of the other is left.
+        """
+        while (urgency := self._queue.next_suspect) is not None:
+            if any(group.exclusive for group in self._groups):
+                return None
+            if self._others_turn:
+                self._others_turn = False
+                self._serve(before=urgency)
+            group = self._free_group()
+            if group is None or group.in_flight:
+                return group
+            calls = self._queue.take_suspects(self._batchings or ())
+            if not calls:
+                return None
+            self._send(group, calls)
+            self._others_turn = True
+        return None
 
     def _pump_at(self, when: float | None) -> None:
         """Again when a delay is over; what waits for room is sent by whoever ends a step."""
@@ -172,8 +206,8 @@ class Scheduler:
         self._sessions.release(session)
         self._sessions.pump()
 
-    def _free_group(self) -> ReplicaGroup | None:
-        free = [group for group in self._groups if group.has_room and not group.exclusive]
+    def _free_group(self, kept: ReplicaGroup | None = None) -> ReplicaGroup | None:
+        free = [group for group in self._groups if group.has_room and not group.exclusive and group is not kept]
         return min(free, key=lambda group: group.in_flight, default=None)
 
     def answered(self, batch: Batch, payload: Payload) -> Callable[[], None]:
@@ -191,42 +225,46 @@ class Scheduler:
                 call.answer.set_result(outputs)
 
     def failed(self, batch: Batch, message: str) -> None:
-        """The model raised. Of several calls, each runs again alone, so that only the one at fault fails."""
+        """The model raised. Of several calls, each runs again in a step of its own: only the one at fault fails."""
         if len(batch.calls) == 1:
             (call,) = batch.calls
             call.fail(StepError(message))
             if call.session is not None:
                 call.session.spoil(StepError(message))
             return
-        for call in reversed(batch.calls):
-            call.alone = True
-            self._put_back(call)
+        for call in batch.calls:
+            self._put_back(call, next(_units))
 
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
-        """A generation ended under these batches: their calls are replayed, alone, in their old order. casualty: the
-        rank whose death has ended it.
-        """
-        for batch in reversed(batches):
-            for call in reversed(batch.calls):
+        """A generation ended under these batches. casualty: the rank whose death has ended it."""
+        for batch in batches:
+            unit, several = next(_units), len(batch.calls) > 1
+            for call in batch.calls:
                 if call.session is not None:
                     call.fail(Aborted("a generation of the group ended, and with it the state of this method call"))
                     continue
                 call.endings += 1
-                call.alone = True
                 if casualty is not None:
                     call.casualties.append(casualty)
-                if call.endings > ENDINGS_ALLOWED:
-                    logger.error("a request is given up: %d generations ended while it ran", call.endings)
-                    call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
-                    for rank in call.casualties:
-                        self._forgive(rank)
+                if call.endings <= ENDINGS_ALLOWED:
+                    self._put_back(call, unit)
+                elif several:
+                    self._put_back(call, next(_units))
                 else:
-                    self._put_back(call)
+                    self._give_up(call)
 
-    def _put_back(self, call: Call) -> None:
+    def _give_up(self, call: Call) -> None:
+        logger.error("a request is given up: %d generations ended while it ran", call.endings)
+        call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
+        for rank in call.casualties:
+            self._forgive(rank)
+
+    def _put_back(self, call: Call, unit: int) -> None:
         if call.answer.done():
             return
         if self._closed is None:
+            # It has waited for others once.
+            call.unit, call.held_until = unit, call.arrived
             self._queue.add(call)
         else:
             call.fail(Unavailable(self._closed))
