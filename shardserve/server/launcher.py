@@ -130,27 +130,42 @@ class Launcher:
         """Starts its Worker; returns when all agents are ready, raises what the Worker was refused with."""
         service.progress = progress
         try:
-            await self._spawn_worker(service)
+            worker = self._new_worker(service)
+            await self._serve(service, worker)
         except BaseException:
-            key = service.options.servable_name, service.options.version_number
-            del self._services[key]
-            if self._main is not None:
-                await self._main.order(launch.Detach(self._main.number(), *key), self._settings.start_timeout)
-            await self._end(service)
+            await self._withdraw(service)
             raise
         service.ready = True
         service.progress = quietly
+        if worker.ended.is_set():
+            # Between its answer and this task's turn, when a death was still the start's.
+            self._respawn_worker(service, worker.end_in_words)
 
-    async def _spawn_worker(self, service: Service) -> None:
-        fds = [listener.fileno() for listener in service.listeners]
-        worker = Child(
+    async def _withdraw(self, service: Service) -> None:
+        """Ends a servable whose start failed; raises nothing that would hide why."""
+        key = service.options.servable_name, service.options.version_number
+        del self._services[key]
+        try:
+            if self._main is not None:
+                await self._main.order(launch.Detach(self._main.number(), *key), self._settings.start_timeout)
+        except ShardserveError as error:
+            logger.warning("servable %r could not be started, and Main could not be told of it: %s", key[0], error)
+        finally:
+            await self._end(service)
+
+    def _new_worker(self, service: Service) -> Child:
+        """StartError if this host can't start one more process."""
+        service.worker = Child(
             "shardserve.worker",
-            fds,
+            [listener.fileno() for listener in service.listeners],
             self._settings.heartbeat_timeout,
             lambda child: self._worker_died(service, child),
             lambda incarnation: setattr(service, "incarnation", incarnation),
         )
-        service.worker = worker
+        return service.worker
+
+    async def _serve(self, service: Service, worker: Child) -> None:
+        """Returns when all agents are ready, raises what the Worker was refused with."""
         await worker.connect()
         options = service.options
         order = launch.Serve(
@@ -195,30 +210,36 @@ class Launcher:
 
     def _worker_died(self, service: Service, child: Child) -> None:
         service.worker = None
+        # Before it was ready, whoever starts it hears of its death by the order's error.
+        if service.ready:
+            self._respawn_worker(service, child.end_in_words)
+
+    def _respawn_worker(self, service: Service, ending: str) -> None:
         if service.stopping or self._stop.is_set():
             return
-        key = service.options.servable_name, service.options.version_number
-        # Before it was ready, whoever starts it hears of its death by the order's error.
-        if self._services.get(key) is not service or not service.ready:
-            return
+        name = service.options.servable_name
         if not service.restarts.spend():
-            self._fail(f"the Worker of {key[0]!r} ended {service.restarts}: stopping")
+            self._fail(f"the Worker of {name!r} ended {service.restarts}: stopping")
             return
-        logger.error("the Worker of %r %s; it is respawned", key[0], child.end_in_words)
+        logger.error("the Worker of %r %s; it is respawned", name, ending)
         service.incarnation += 1
         # Agents that stay away are waited for as long as it takes: they were all there before.
         service.options = replace(service.options, wait_agents_time_in_seconds=0)
-        self._in_background(self._respawn_worker(service))
+        self._in_background(self._restore_worker(service))
 
-    async def _respawn_worker(self, service: Service) -> None:
+    async def _restore_worker(self, service: Service) -> None:
         await asyncio.sleep(service.restarts.pause)
         try:
-            await self._spawn_worker(service)
+            worker = self._new_worker(service)
+        except StartError as error:
+            self._respawn_worker(service, f"did not start ({error})")
+            return
+        try:
+            await self._serve(service, worker)
         except ShardserveError as error:
             logger.error("the respawned Worker of %r: %s", service.options.servable_name, error)
             # What is wrong may be mended; until then each try spends of the restarts, as a death does.
-            if service.worker is not None:
-                service.worker.kill()
+            worker.kill()
 
     async def _end(self, service: Service) -> None:
         service.stopping = True
@@ -237,21 +258,30 @@ class Launcher:
 
     def _main_died(self, child: Child) -> None:
         self._main = None
+        self._respawn_main(child.end_in_words)
+
+    def _respawn_main(self, ending: str) -> None:
         if self._stop.is_set():
             return
         if not self._main_restarts.spend():
             self._fail(f"Main died {self._main_restarts}: stopping")
             return
-        logger.error("Main %s; it is respawned", child.end_in_words)
+        logger.error("Main %s; it is respawned", ending)
         self._in_background(self._restore_main())
 
     async def _restore_main(self) -> None:
         await asyncio.sleep(self._main_restarts.pause)
-        main = await self._ensure_main()
+        try:
+            main = await self._ensure_main()
+        except StartError as error:
+            self._respawn_main(f"did not start ({error})")
+            return
         timeout = self._settings.start_timeout
         try:
-            for (name, version), service in list(self._services.items()):
-                await main.order(launch.Attach(main.number(), name, version, service.front_name), timeout)
+            for key, service in list(self._services.items()):
+                # One whose start has failed meanwhile isn't Main's any more.
+                if key in self._services:
+                    await main.order(launch.Attach(main.number(), *key, service.front_name), timeout)
             for order in list(self._fronts):
                 await main.order(order(main.number()), timeout)
         except ShardserveError as error:

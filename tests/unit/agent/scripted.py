@@ -36,10 +36,10 @@ def asynchronous(test):
 
 
 @contextlib.contextmanager
-def no_descriptors_left():
-    """This process can open nothing."""
+def no_descriptors_left(above=3):
+    """This process can open nothing that would get a number from this one on."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (above, limits[1]))
     try:
         yield
     finally:
