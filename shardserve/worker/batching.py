@@ -45,14 +45,22 @@ _numbers = count()
 
 
 @dataclass(eq=False)
+class Death:
+    """Of a rank, while calls were under way. forgiven: it was a request's fault, and doesn't count for the rank."""
+
+    rank: int
+    forgiven: bool = False
+
+
+@dataclass(eq=False)
 class Call:
     """One instance's run through the model. arrays: in the order of the signature's inputs, without the batch dim.
 
     deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
     of a stateful servable that it belongs to. begins: it is that one's first step. endings: generations that ended
-    while it was in one of their steps; with any it is a suspect. unit: calls that run again share their batch only with
-    those of the same number. lengths: its sizes of the dims that are padded. urgency: the smallest goes first.
-    held_until: when it no longer waits for others to share its batch.
+    while it was in one of their steps; with any it is a suspect. deaths: those that ended them. unit: calls that run
+    again share their batch only with those of the same number. lengths: its sizes of the dims that are padded. urgency:
+    the smallest goes first. held_until: when it no longer waits for others to share its batch.
     """
 
     arrays: tuple[Array, ...]
@@ -63,7 +71,7 @@ class Call:
     session: Session | None = None
     begins: bool = False
     endings: int = 0
-    casualties: list[int] = field(default_factory=list)
+    deaths: list[Death] = field(default_factory=list)
     unit: int = 0
     lengths: Lengths = ()
     arrived: float = field(default_factory=time.monotonic)

@@ -19,7 +19,7 @@ from shardserve.errors import (
 )
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
-from shardserve.worker.batching import Array, Batch, Batching, Call
+from shardserve.worker.batching import Array, Batch, Batching, Call, Death
 from shardserve.worker.group import ReplicaGroup
 from shardserve.worker.queue import CallQueue, Urgency
 from shardserve.worker.sessions import Session, Sessions
@@ -237,6 +237,7 @@ class Scheduler:
 
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
         """A generation ended under these batches. casualty: the rank whose death has ended it."""
+        death = Death(casualty) if casualty is not None else None
         for batch in batches:
             unit, several = next(_units), len(batch.calls) > 1
             for call in batch.calls:
@@ -244,8 +245,8 @@ class Scheduler:
                     call.fail(Aborted("a generation of the group ended, and with it the state of this method call"))
                     continue
                 call.endings += 1
-                if casualty is not None:
-                    call.casualties.append(casualty)
+                if death is not None:
+                    call.deaths.append(death)
                 if call.endings <= ENDINGS_ALLOWED:
                     self._put_back(call, unit)
                 elif several:
@@ -256,8 +257,10 @@ class Scheduler:
     def _give_up(self, call: Call) -> None:
         logger.error("a request is given up: %d generations ended while it ran", call.endings)
         call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
-        for rank in call.casualties:
-            self._forgive(rank)
+        for death in call.deaths:
+            if not death.forgiven:
+                death.forgiven = True
+                self._forgive(death.rank)
 
     def _put_back(self, call: Call, unit: int) -> None:
         if call.answer.done():

@@ -495,6 +495,17 @@ async def test_deaths_under_a_request_that_is_given_up_are_forgiven():
 
 
 @asynchronous
+async def test_a_death_under_several_requests_that_are_given_up_is_forgiven_once():
+    c = Cluster(window=2, batch=1)
+    for i in range(2):
+        c.submit(i)
+    # One death under both, then one under each.
+    for _ in range(3):
+        c.lose()
+    assert c.take("forgive") == [(0,)] * 3
+
+
+@asynchronous
 async def test_a_batch_that_can_not_be_made_fails_its_own_calls(monkeypatch, caplog):
     c = Cluster(window=1)
     c.submit(0)
