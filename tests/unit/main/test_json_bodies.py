@@ -158,7 +158,7 @@ def test_a_process_that_hangs_is_replaced(caplog):
         process = the_process()
         process.send_signal(signal.SIGSTOP)
         stuck, waiting = (asyncio.create_task(bodies.decode(pieces, {}, 10)) for _ in range(2))
-        why = rf"waited 8 s \(json_timeout\) for a JSON body of {sum(map(len, pieces))} bytes to be read"
+        why = rf"waited 4 s \(json_timeout\) for a JSON body of {sum(map(len, pieces))} bytes to be read"
         with pytest.raises(
             DeadlineExceeded, match=rf"^{why}; the process that does it, pid {process.pid}, was killed$"
         ):
@@ -169,7 +169,7 @@ def test_a_process_that_hangs_is_replaced(caplog):
         assert re.search(rf"\(pid {process.pid}\) is gone: {why}", caplog.text)
 
     # Long enough for the next one to start on a busy machine.
-    with_bodies(test, json_timeout=8)
+    with_bodies(test, json_timeout=4)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -234,7 +234,7 @@ def test_a_reply_that_is_not_written_has_the_requests_deadline_and_its_own(monke
         reply = await http.post(PATH, json=small)
         assert reply.status_code == 200  # After the process, which has what was given up, has been replaced.
 
-    rest(test, monkeypatch, json_timeout=8)
+    rest(test, monkeypatch, json_timeout=4)
 
 
 def test_a_body_whose_client_left_while_it_was_read_takes_no_room(monkeypatch):

@@ -1,4 +1,4 @@
-"""A few models of the zoo, of distinct kinds, in three layouts; `make bench-zoo` measures all of them."""
+"""A few models of the zoo, of distinct kinds; `make bench-zoo` measures all of them in all layouts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from benchmarks.zoo import MODELS, make
 from benchmarks.zoo.measure import MOST_BYTES, MOST_FLOPS, rows
 
 LAYOUTS = ("tp2", "pp2", "tp2pp2")
+# PyTorch takes seconds for each layout of a larger one: those have the one that is both cut and sharded.
+LARGER = ("llama", "vit", "unet", "bf16")
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "dlrm", "unet", "nested", "tied_weights", "bf16", "updated_buffers"])
+@pytest.mark.parametrize("name", [*LARGER, "dlrm", "nested", "tied_weights", "updated_buffers"])
 def test_models(name: str) -> None:
     """Exported, equal to the whole model at several sizes, with the hand plan's collectives and a rank's fair share."""
     case = make(name)
-    measured = rows(name, case, LAYOUTS)
-    assert [row.layout for row in measured] == list(LAYOUTS)
+    layouts = ("tp2pp2",) if name in LARGER else LAYOUTS
+    measured = rows(name, case, layouts)
+    assert [row.layout for row in measured] == list(layouts)
     for row in measured:
         assert row.failure is None
         assert row.missed == (), row
