@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shardserve.agent.collectives import Alone, GroupCollective
 from shardserve.agent.collectives.errors import CollectiveBroken
 from shardserve.agent.collectives.gloo import GlooCollective
+from shardserve.agent.collectives.group import Alone, GroupCollective
 from shardserve.agent.collectives.leaving import LeaveInTime
 from shardserve.agent.collectives.memory import slot_size
 from shardserve.agent.collectives.nccl import form_nccl

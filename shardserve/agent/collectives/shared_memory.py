@@ -25,8 +25,9 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from shardserve.agent.collectives import GroupCollective, futex
+from shardserve.agent.collectives import futex
 from shardserve.agent.collectives.errors import CollectiveBroken, check_splits, rows_of_a_part
+from shardserve.agent.collectives.group import GroupCollective
 from shardserve.agent.collectives.memory import LINE, memory_size
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shardserve.agent.collectives import GroupCollective
 from shardserve.agent.collectives.errors import CollectiveBroken, check_splits, rows_of_a_part
+from shardserve.agent.collectives.group import GroupCollective
 from shardserve.agent.lifetime import GenerationEnded, Lifetime
 
 # torch's stubs know neither the store nor what a group is made of.
