@@ -43,7 +43,8 @@ class CompilationError(Exception):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """A variant: its library for each region, in order, and the conditions of the dims under which it may be used."""
+    """A variant: its library for each region, in order, by `library_name`, and the conditions of the dims under which
+    it may be used."""
 
     libraries: tuple[str, ...]
     conditions: tuple[str, ...]
@@ -55,6 +56,29 @@ class Manifest(msgspec.Struct, frozen=True):
 def manifest_name(ones: frozenset[str]) -> str:
     """The file of the variant in which these dims are 1."""
     return "-".join(["manifest", *sorted(ones)]) + ".json"
+
+
+def library_name(path: Path) -> str:
+    """Of the library in this file: the checksum of what is in it, so that a damaged one doesn't have its name."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() + ".so"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """CompilationError names the file, the manifest or one of its libraries, that isn't there or is damaged.
+
+    To be looked at before a library is loaded: a shortened one ends the process that loads it, by SIGBUS.
+    """
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        for name in sorted(set(manifest.libraries)):
+            path = path.with_name(name)
+            if library_name(path) != name:
+                raise CompilationError(f"{path}: is damaged")
+    except msgspec.DecodeError as error:
+        raise CompilationError(f"{path}: is damaged: {error}") from error
+    except OSError as error:
+        raise CompilationError(f"{path}: {error.strerror}") from error
+    return manifest
 
 
 def described(graph_file: str, dims: Sequence[str], ones: frozenset[str]) -> str:
@@ -158,9 +182,11 @@ class Compilation:
         rank = self._program.config.rank
         try:
             folder = cache_folder(self._program.config.graph_sha256, self._threads)
-            manifest = self._compiled(folder, ones)
-            self._ready[ones] = self._load(folder, manifest), manifest
-        except CompilationError as error:
+            # The load, too: whoever finds something damaged empties the folder.
+            with _alone(folder.parent):
+                manifest = self._compiled(folder, ones)
+                self._ready[ones] = self._load(folder, manifest), manifest
+        except (CompilationError, OSError) as error:
             logger.warning("rank %d: steps stay eager: %s", rank, error)
         except Exception:
             # Whatever it was, the graph itself runs as well.
@@ -172,13 +198,16 @@ class Compilation:
 
     def _compiled(self, folder: Path, ones: frozenset[str]) -> Manifest:
         target = folder / manifest_name(ones)
-        with _alone(folder.parent):
-            if not target.exists():
-                self._run_compiler(folder, ones, target.with_suffix(".log"))
-        try:
-            return msgspec.json.decode(target.read_bytes(), type=Manifest)
-        except (OSError, msgspec.DecodeError) as error:
-            raise CompilationError(f"{target}: {error}") from error
+        if target.exists():
+            try:
+                return read_manifest(target)
+            except CompilationError as error:
+                logger.warning("rank %d: is compiled anew: %s", self._program.config.rank, error)
+                # All of it: what inductor left there, and would take again, may be damaged as well.
+                shutil.rmtree(folder)
+                folder.mkdir(0o700, exist_ok=True)
+        self._run_compiler(folder, ones, target.with_suffix(".log"))
+        return read_manifest(target)
 
     def _run_compiler(self, folder: Path, ones: frozenset[str], log: Path) -> None:
         arguments = [*self._files, os.fspath(folder), str(self._threads), ",".join(sorted(ones)), str(os.getpid())]
@@ -217,7 +246,11 @@ class Compilation:
 
 
 def _library(path: Path) -> Run:
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(os.fspath(path), 1)
+    try:
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(os.fspath(path), 1)
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0].removeprefix(f"Error in dlopen: {path}: ")
+        raise CompilationError(f"{path} can't be loaded: {why}") from error
 
     def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         results: list[torch.Tensor] = runner.run(tensors)

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from shardserve.agent.compilation import Manifest, manifest_name
+from shardserve.agent.compilation import Manifest, library_name, manifest_name
 from shardserve.shards import expressions, operators
 from shardserve.shards.config import DimRange, ShardConfig
 from shardserve.shards.graph import GraphFile, to_dtype
@@ -131,18 +131,20 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
         state = [torch.empty(buffer.shape, dtype=to_dtype(buffer.dtype)) for buffer in file.state]
         _Shapes(program).run(*dims.sizes.values(), *given, *parameters, *state)
     libraries = []
+    names: dict[str, str] = {}
     for region in find_regions(program.graph, len(file.dims)):
         module = fx.GraphModule(torch.nn.Module(), region_graph(program.graph, len(file.dims), region))
         values = [*dims.carriers, *(node.meta["val"] for node in region.inputs)]
         for node, value in zip(module.graph.nodes, values, strict=False):
             node.meta["val"] = value
         layouts = [(value.dtype, value.shape, value.stride()) for value in values]
-        name = hashlib.sha256(f"{module.code}{layouts}{sorted(ones)}".encode()).hexdigest()[:32] + ".so"
-        if name not in libraries:
-            torch._inductor.aot_compile(
-                module, tuple(values), options={"aot_inductor.output_path": os.fspath(folder / name)}
-            )
-        libraries.append(name)
+        code = hashlib.sha256(f"{module.code}{layouts}{sorted(ones)}".encode()).hexdigest()
+        if code not in names:
+            made = folder / f"{code[:32]}.so"
+            torch._inductor.aot_compile(module, tuple(values), options={"aot_inductor.output_path": os.fspath(made)})
+            names[code] = library_name(made)
+            made.rename(folder / names[code])
+        libraries.append(names[code])
     return Manifest(tuple(libraries), dims.conditions())
 
 

@@ -15,7 +15,16 @@ from torch import nn
 from torch.export import Dim
 
 from shardserve.agent import compile_shard
-from shardserve.agent.compilation import Compilation, CompilationError, Manifest, cache_folder, described, manifest_name
+from shardserve.agent.compilation import (
+    Compilation,
+    CompilationError,
+    Manifest,
+    cache_folder,
+    described,
+    library_name,
+    manifest_name,
+    read_manifest,
+)
 from shardserve.export import Plan, export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
@@ -64,10 +73,15 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def compiled(shards, tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def compiled(shards, cache):
     """Rank 0's program is compiled, rank 1's is not yet. As an agent's compiler does, but in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         return [prepared(shards[0]), Program.load(shards[1])]
 
 
@@ -169,6 +183,67 @@ def test_a_compilation_that_fails_is_a_warning_and_what_it_leaves_goes_with_the_
     assert program.compiled((3,)) is None
     assert (scratch / "left.s").exists()
     assert not (scratch / "of_one_that_was_killed").exists()
+
+
+@pytest.fixture
+def compiling_again(compiled, cache, shards, tmp_path, monkeypatch):
+    """Of rank 0: a copy of its folder of the cache, and a Compilation whose compiler puts there what it gave before."""
+    program = Program.load(shards[0])
+    kept = cache_folder(program.config.graph_sha256, 1, {"XDG_CACHE_HOME": str(cache)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_folder(program.config.graph_sha256, 1)
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho again >> {tmp_path}/ran\nexec cp -r {kept}/. "$5"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    compilation = Compilation(program, str(shards[0]), None, 1)
+    program.compiled = compilation.choose
+    return folder, compilation, program
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [None, 0, 3000])
+@pytest.mark.parametrize("what", ["manifest.json", "*.so"])
+def test_what_is_damaged_is_compiled_anew(compiling_again, tmp_path, caplog, what, size):
+    """Missing, empty or shortened: a library of the last kind would end by SIGBUS whoever loads it."""
+    folder, compilation, program = compiling_again
+    (folder / "leftover.cpp").touch()
+    for damaged in folder.glob(what):
+        damaged.unlink() if size is None else os.truncate(damaged, min(size, damaged.stat().st_size // 2))
+    compilation.prepare(frozenset())
+    assert (tmp_path / "ran").read_text() == "again\n"
+    assert program.compiled((3,)) is not None
+    if (what, size) == ("manifest.json", None):
+        assert not caplog.text
+    else:
+        (said,) = caplog.messages
+        assert said.startswith(f"rank 0: is compiled anew: {folder}/")
+        assert not (folder / "leftover.cpp").exists()
+
+
+@needs_compiler
+def test_what_is_whole_is_not_compiled_again(compiling_again, tmp_path):
+    _, compilation, program = compiling_again
+    compilation.prepare(frozenset())
+    assert program.compiled((3,)) is not None
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_compiler
+def test_a_library_that_can_not_be_loaded_is_a_line_that_names_it(compiling_again, caplog):
+    folder, compilation, program = compiling_again
+    wrong = folder / "wrong"
+    wrong.write_text("no library")
+    wrong = wrong.rename(folder / library_name(wrong))
+    count = len(read_manifest(folder / "manifest.json").libraries)
+    (folder / "manifest.json").write_bytes(Manifest((wrong.name,) * count, ()).encode())
+    compilation.prepare(frozenset())
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"rank 0: steps stay eager: {wrong} can't be loaded: ")
+    assert "\n" not in record.getMessage()
+    assert record.exc_info is None
+    assert program.compiled((3,)) is None
 
 
 def test_no_compiler_is_a_warning(shards, monkeypatch, caplog):
