@@ -14,7 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from shardserve.agent.agent import run_agent
-from shardserve.agent.forking import MESSAGE_LIMIT, ForkReply, ForkRequest
+from shardserve.agent.forking import MESSAGE_LIMIT, EndingReply, ForkReply, ForkRequest, ToForkServer
 from shardserve.log import configure_logging
 from shardserve.wire.process import die_with_parent, raise_descriptor_limit
 
@@ -29,17 +29,23 @@ def serve(control: socket.socket) -> None:
     selector = selectors.DefaultSelector()
     selector.register(control, selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
+    codes: dict[int, int] = {}
     while True:
         for key, _ in selector.select():
             if key.fileobj is control:
                 data, fds, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 1)
                 if not data:
                     return
-                request = msgspec.msgpack.decode(data, type=ForkRequest)
-                fork(control, request, fds[0] if fds else None, (wake_read, wake_write))
+                request: ToForkServer = msgspec.msgpack.decode(data, type=ToForkServer)
+                if isinstance(request, ForkRequest):
+                    fork(control, request, fds[0] if fds else None, (wake_read, wake_write))
+                    continue
+                # The supervisor may have seen its end before this process has.
+                reap(codes)
+                control.send(msgspec.msgpack.encode(EndingReply(codes.pop(request.pid, None))))
             else:
                 os.read(wake_read, 4096)
-                reap()
+                reap(codes)
 
 
 def fork(control: socket.socket, request: ForkRequest, shared_memory: int | None, own: tuple[int, ...]) -> None:
@@ -91,14 +97,16 @@ def live(
         os._exit(code)
 
 
-def reap() -> None:
+def reap(codes: dict[int, int]) -> None:
+    """Notes, by its pid, how each agent that has ended did."""
     while True:
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
+            pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
+        codes[pid] = os.waitstatus_to_exitcode(status)
 
 
 def main() -> None:

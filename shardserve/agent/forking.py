@@ -43,7 +43,7 @@ ENVIRONMENT = {
 """Of the fork server and its agents, read when a process or a library starts; what the user has set stays."""
 
 
-class ForkRequest(msgspec.Struct, frozen=True):
+class ForkRequest(msgspec.Struct, frozen=True, tag="fork"):
     """All that an agent needs to know; the descriptor of its group's shared memory travels beside it.
 
     host: the address by which other ranks reach it. stage_port: where it listens for the link of the previous pipeline
@@ -71,6 +71,21 @@ class ForkReply(msgspec.Struct, frozen=True):
 
 
 ATTACHED = 2
+
+
+class EndingRequest(msgspec.Struct, frozen=True, tag="ending"):
+    """How a process ended, which only its parent is told. Each may be asked for once."""
+
+    pid: int
+
+
+class EndingReply(msgspec.Struct, frozen=True):
+    """code: its exit code, or minus the signal that ended it; None if this fork server knows of no such end."""
+
+    code: int | None
+
+
+ToForkServer = ForkRequest | EndingRequest
 
 # A pipe holds 64 KiB that nobody may have read before the death, so longer ones would keep the agent alive.
 LAST_WORDS_LENGTH = 4000
@@ -182,33 +197,7 @@ class ForkServer:
         """A new agent; StartError if it can't be forked. ConnectionError if the fork server ended, as it does
         when it is silent for `timeout` seconds: a later answer would be taken for that to the next request.
         """
-        async with self._turn:
-            try:
-                return await asyncio.wait_for(self._fork(request, shared_memory), timeout)
-            except asyncio.TimeoutError:
-                self._end(f"forked no agent within {timeout:g} s (start_timeout) and was killed")
-                raise self._ended_error() from None
-
-    async def _fork(self, request: ForkRequest, shared_memory: int | None) -> AgentProcess:
-        if self.ending:
-            raise self._ended_error()
-        loop = asyncio.get_running_loop()
-        fds = [] if shared_memory is None else [shared_memory]
-        socket.send_fds(self._socket, [msgspec.msgpack.encode(request)], fds)
-        self._readable = readable = loop.create_future()
-        loop.add_reader(self._socket, lambda: None if readable.done() else readable.set_result(None))
-        try:
-            await readable
-        finally:
-            if not self.ending:
-                loop.remove_reader(self._socket)
-                self._readable = None
-        # It may have been closed between the event and this line.
-        if self.ending:
-            raise self._ended_error()
-        data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, ATTACHED)
-        if not data:
-            raise self._ended_error()
+        data, fds = await self._ask(request, [] if shared_memory is None else [shared_memory], timeout)
         reply = msgspec.msgpack.decode(data, type=ForkReply)
         if reply.error:
             raise StartError(f"the fork server (pid {self.pid}) could not fork: {reply.error}")
@@ -222,9 +211,44 @@ class ForkServer:
             raise StartError(f"this process (pid {os.getpid()}) has no descriptors left for an agent")
         return AgentProcess(reply.pid, *fds)
 
+    async def ending_of(self, pid: int, timeout: float) -> str:
+        """How an agent ended that is no more, to follow its pid in a text. ConnectionError as `fork`."""
+        data, _ = await self._ask(EndingRequest(pid), [], timeout)
+        return _in_words(msgspec.msgpack.decode(data, type=EndingReply).code)
+
+    async def _ask(self, request: ToForkServer, fds: list[int], timeout: float) -> tuple[bytes, list[int]]:
+        """One at a time: its answer, and the descriptors with it."""
+        async with self._turn:
+            try:
+                return await asyncio.wait_for(self._exchange(request, fds), timeout)
+            except asyncio.TimeoutError:
+                self._end(f"did not answer within {timeout:g} s (start_timeout) and was killed")
+                raise self._ended_error() from None
+
+    async def _exchange(self, request: ToForkServer, fds: list[int]) -> tuple[bytes, list[int]]:
+        if self.ending:
+            raise self._ended_error()
+        loop = asyncio.get_running_loop()
+        socket.send_fds(self._socket, [msgspec.msgpack.encode(request)], fds)
+        self._readable = readable = loop.create_future()
+        loop.add_reader(self._socket, lambda: None if readable.done() else readable.set_result(None))
+        try:
+            await readable
+        finally:
+            if not self.ending:
+                loop.remove_reader(self._socket)
+                self._readable = None
+        # It may have been closed between the event and this line.
+        if self.ending:
+            raise self._ended_error()
+        data, received, _, _ = socket.recv_fds(self._socket, MESSAGE_LIMIT, ATTACHED)
+        if not data:
+            raise self._ended_error()
+        return data, received
+
     def close(self) -> None:
         """Ends the fork server, and with it whatever agent is left; a fork under way fails with ConnectionError."""
-        self._end("died")
+        self._end(_in_words(self._process.poll()))
         os.close(self.pidfd)
 
     def _end(self, ending: str) -> None:
@@ -242,3 +266,15 @@ class ForkServer:
 
     def _ended_error(self) -> ConnectionError:
         return ConnectionResetError(f"the fork server (pid {self.pid}) {self.ending or 'died'}")
+
+
+def _in_words(code: int | None) -> str:
+    """How a process ended, by its exit code or minus a signal."""
+    if code is None:
+        return "died"
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"died of {signal.Signals(-code).name}"
+    except ValueError:
+        return f"died of signal {-code}"

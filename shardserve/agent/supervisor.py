@@ -343,10 +343,20 @@ class Supervisor:
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))
             return
-        self._restart(
-            slot,
-            f"pid {process.pid} died" if words is None else words.message.removeprefix(f"rank {slot.request.rank}: "),
-        )
+        if words is not None:
+            self._restart(slot, words.message.removeprefix(f"rank {slot.request.rank}: "))
+            return
+        self._spawn(lambda: self._mourn(slot, process.pid))
+
+    async def _mourn(self, slot: AgentSlot, pid: int) -> None:
+        """Forks a rank anew whose agent said no last words."""
+        ending = "died"
+        if self._fork_server is not None:
+            # One that has ended, too, is replaced when it is asked for the next agent.
+            with contextlib.suppress(OSError):
+                ending = await self._fork_server.ending_of(pid, self._settings.start_timeout)
+        if not (self._stopping.is_set() or self._ended.is_set()):
+            self._restart(slot, f"pid {pid} {ending}")
 
     def _restart(self, slot: AgentSlot, reason: str) -> None:
         rank = slot.request.rank

@@ -117,6 +117,24 @@ def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_p
     assert not left
 
 
+def test_how_an_agent_ended(server, tmp_path, free_port):
+    [model] = write_shards(tmp_path, 1)
+    agents = fork(server, *[request(free_port, model, rank=rank) for rank in range(3)])
+    signals = [signal.SIGBUS, signal.SIGKILL, signal.SIGRTMIN + 1]
+    for agent, number in zip(agents, signals, strict=True):
+        signal.pidfd_send_signal(agent.pidfd, number)
+        assert ended(agent) is None
+    [excepted] = fork(server, request(free_port, tmp_path / "none" / "net.graph.json"))
+    assert ended(excepted) is not None
+
+    async def endings():
+        return [await server.ending_of(each.pid, 60) for each in (*agents, excepted)], await server.ending_of(1, 60)
+
+    said, of_nobody = asyncio.run(endings())
+    assert said == ["died of SIGBUS", "died of SIGKILL", f"died of signal {signals[2]}", "ended with code 1"]
+    assert of_nobody == "died"
+
+
 def test_its_end_ends_its_agents(server, tmp_path, free_port):
     [model] = write_shards(tmp_path, 1)
     agents = fork(server, request(free_port, model), request(free_port, model))
@@ -139,7 +157,7 @@ def test_close_ends_all(tmp_path, free_port):
 def test_a_server_that_is_silent_is_ended(server, free_port, tmp_path):
     """What it says too late is nobody's: whoever asks next would get the other rank's process."""
     os.kill(server.pid, signal.SIGSTOP)
-    said = rf"the fork server \(pid {server.pid}\) forked no agent within 0.2 s \(start_timeout\) and was killed"
+    said = rf"the fork server \(pid {server.pid}\) did not answer within 0.2 s \(start_timeout\) and was killed"
     with pytest.raises(ConnectionError, match=said):
         fork(server, request(free_port, tmp_path), timeout=0.2)
     assert not alive(server.pid)
