@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from shardserve.errors import (
+    ConfigError,
     DeadlineExceeded,
     InternalError,
     InvalidInput,
@@ -34,6 +35,8 @@ from shardserve.worker.stages.values import Encoded, as_results, decode_results,
 logger = logging.getLogger(__name__)
 
 State = Literal["loading", "idle", "running", "ended"]
+
+NOBODY_WAITS = DeadlineExceeded("nobody waits for this request's answer any more")
 
 
 @dataclass(eq=False)
@@ -74,12 +77,12 @@ class HostOwner(Protocol):
 
 @dataclass(eq=False)
 class Running:
-    """A run without an answer. timers: what ends it; model_calls: what it waits for."""
+    """A run without an answer. timers: what ends it; model_calls: what it waits for, by the number of the call."""
 
     calls: list[StageCall]
     since: float
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
-    model_calls: set[asyncio.Task[None]] = field(default_factory=set)
+    model_calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def waited_for(self) -> bool:
@@ -164,8 +167,7 @@ class StageHost:
         """One of its calls was answered, or given up by whoever waited for it."""
         if self._running is not running or running.waited_for:
             return
-        for task in running.model_calls:
-            task.cancel()
+        self._give_up_model_calls(running, NOBODY_WAITS)
         grace = self._settings.stage_grace
         reason = f"ran on for {grace} s (stage_grace) when nobody waited for it any more"
         running.timers.append(self._loop.call_later(grace, self.kill, reason))
@@ -221,7 +223,7 @@ class StageHost:
             return []
         for timer in running.timers:
             timer.cancel()
-        for task in running.model_calls:
+        for task in running.model_calls.values():
             task.cancel()
         return running.calls
 
@@ -262,6 +264,8 @@ class StageHost:
     def _finish(self, running: Running, results: list[tuple[Any, ...] | stages.Failure]) -> None:
         if len(results) != len(running.calls):
             raise FrameError(f"{len(results)} results came for {len(running.calls)} instances")
+        # Before the next run: a thread that the function left waits for its answer, and reads what comes first.
+        self._give_up_model_calls(running, ConfigError("Model.call: the run of the Python stage ended meanwhile"))
         self._end_run()
         if not self._killed_for:
             # Otherwise these results came just before the end, under which no other call may be.
@@ -274,24 +278,32 @@ class StageHost:
         self._owner.finished(self)
 
     def _call_model(self, running: Running, message: stages.ModelCall, instances: list[tuple[Any, ...]]) -> None:
+        if not running.waited_for:
+            self._answer_model_call(message.call, [NOBODY_WAITS])
+            return
+
         async def answer() -> None:
             outcomes: list[tuple[Any, ...] | ShardserveError]
             try:
-                if not running.waited_for:
-                    raise asyncio.CancelledError
                 outcomes = await self._owner.call_model(message, instances, running.calls)
-            except asyncio.CancelledError:
-                # The function gets an error, and with it its end, instead of an answer that nobody needs.
-                gone = DeadlineExceeded("nobody waits for this request's answer any more")
-                outcomes = [gone] * len(instances)
             except Exception:
                 logger.exception("%s: Model.call failed", running.calls[0].where)
                 outcomes = [InternalError("an internal error; the server's log has more")] * len(instances)
-            results, buffers = as_results(
-                [out if isinstance(out, ShardserveError) else encode_values(out, "output") for out in outcomes]
-            )
-            self._stream.send(stages.ModelAnswer(message.call, results), buffers)
+            del running.model_calls[message.call]
+            self._answer_model_call(message.call, outcomes)
 
-        task = self._loop.create_task(answer())
-        running.model_calls.add(task)
-        task.add_done_callback(running.model_calls.discard)
+        running.model_calls[message.call] = self._loop.create_task(answer())
+
+    def _give_up_model_calls(self, running: Running, error: ShardserveError) -> None:
+        """The function gets an error, and with it its end, instead of answers that nobody needs."""
+        given_up, running.model_calls = running.model_calls, {}
+        for call, task in given_up.items():
+            task.cancel()
+            self._answer_model_call(call, [error])
+
+    def _answer_model_call(self, call: int, outcomes: Sequence[tuple[Any, ...] | ShardserveError]) -> None:
+        """One outcome per instance; the first error is that of the call."""
+        results, buffers = as_results(
+            [out if isinstance(out, ShardserveError) else encode_values(out, "output") for out in outcomes]
+        )
+        self._stream.send(stages.ModelAnswer(call, results), buffers)

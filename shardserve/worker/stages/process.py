@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from contextvars import ContextVar
 from typing import Any
 
 from shardserve.errors import ConfigError, from_wire
@@ -16,6 +17,9 @@ from shardserve.worker.stages.values import as_results, decode_results, decode_v
 
 Connection = FrameSocket[stages.ToProcess]
 
+_run: ContextVar[int] = ContextVar("run")
+"""The run that code is of, where its context says so: that of the function itself, and what has a copy of it."""
+
 
 class StageProcess:
     """EOFError or OSError when the Worker is gone."""
@@ -23,7 +27,11 @@ class StageProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._calls = itertools.count(1)
+        # Who has `calling` awaits an answer; under `ending` a run goes on, or is over.
         self._calling = threading.Lock()
+        self._ending = threading.Lock()
+        self._going_on: int | None = None
+        self._threads_before: set[threading.Thread] = set()
 
     def serve(self) -> None:
         """Runs the servable's config, says so, and then whatever the Worker orders."""
@@ -42,9 +50,36 @@ class StageProcess:
             run, payload = self._connection.receive()
             if not isinstance(run, stages.Run):
                 raise FrameError(f"{type(run).__name__} came out of turn")
+            self._begin(run.run)
             outcomes = callers[run.method, run.stage].outcomes(decode_values(run.instances, payload))
             results, buffers = as_results(outcomes)
-            self._connection.send(stages.Finished(run.run, results), buffers)
+            self._finish(stages.Finished(run.run, results), buffers)
+
+    def _begin(self, run: int) -> None:
+        _run.set(run)
+        self._threads_before = set(threading.enumerate())
+        self._going_on = run
+
+    def _finish(self, finished: stages.Finished, buffers: list[Buffer]) -> None:
+        with self._ending:
+            self._going_on = None
+            self._connection.send(finished, buffers)
+        # A thread that the function left may await an answer, which comes before the next run: the Worker gives up what
+        # waits when it sees `finished`.
+        with self._calling:
+            pass
+
+    def _check_run(self) -> None:
+        """ConfigError unless this code is of the run that goes on: by its context; without one, as a new thread is, by
+        its thread, which didn't live before."""
+        run = _run.get(None)
+        here = threading.current_thread() not in self._threads_before if run is None else run == self._going_on
+        if self._going_on is None or not here:
+            raise ConfigError(
+                "Model.call: the run of the Python stage that this thread was started in is over, or there was none; a "
+                "thread that is kept from run to run calls in the context of the function that waits for it: "
+                "pool.submit(contextvars.copy_context().run, model.call, x)"
+            )
 
     def _call(self, model: Model, subgraph: int, instances: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """`Model.call`, from whichever thread of a function: one answer is awaited at a time."""
@@ -53,7 +88,9 @@ class StageProcess:
         call = next(self._calls)
         message = stages.ModelCall(call, self._servable.number(model), subgraph, [metas for metas, _ in encoded])
         with self._calling:
-            self._connection.send(message, buffers)
+            with self._ending:
+                self._check_run()
+                self._connection.send(message, buffers)
             answer, payload = self._connection.receive()
         return self._outputs(call, answer, payload)
 

@@ -1,0 +1,155 @@
+"""What `Model.call` promises inside a real process: whose run a call belongs to, and what ends it."""
+
+import asyncio
+import os
+
+import pytest
+
+from ..harness import asynchronous
+from .test_pool import Setting
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+SERVABLE = """
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=1, stage_size=1)
+kept = ThreadPoolExecutor(1)
+later = threading.Event()
+late = []
+
+
+def attempt(x):
+    try:
+        return str(model.call(x))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def of_threads(x):
+    with ThreadPoolExecutor(4) as pool:
+        return sum(pool.map(lambda i: model.call(x + i), range(8)))
+
+
+def of_tasks(x):
+    async def together():
+        return sum(await asyncio.gather(*(asyncio.to_thread(model.call, x + i) for i in range(8))))
+
+    return asyncio.run(together())
+
+
+def in_kept(x):
+    return kept.submit(attempt, x).result()
+
+
+def in_kept_with_context(x):
+    return kept.submit(contextvars.copy_context().run, model.call, x).result()
+
+
+def leaves_a_thread(x):
+    def wait():
+        later.wait()
+        late.append(attempt(x))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    late.append(thread)
+    return x
+
+
+def leaves_a_call(path):
+    thread = threading.Thread(target=lambda: late.append(attempt(model_input)))
+    thread.start()
+    late.append(thread)
+    open(path).close()
+    return path
+
+
+def joins(x):
+    later.set()
+    late[0].join()
+    mine = model.call(x)
+    return f"{late[1]}; {mine}"
+
+
+def remembers(x):
+    global model_input
+    model_input = x
+    return x
+
+
+def method(f):
+    register.register_method(["y"])(named(f.__name__, lambda x: register.add_stage(f, x, outputs_count=1)))
+
+
+def named(name, f):
+    f.__name__ = name
+    return f
+
+
+for f in (
+    of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_call, joins, remembers,
+):
+    method(f)
+"""
+
+OVER = "ConfigError: Model.call: the run of the Python stage that this thread was started in is over, or there was none"
+
+
+def setting(folder):
+    return Setting(folder, source=SERVABLE)
+
+
+@asynchronous
+async def test_a_functions_own_threads_and_tasks_call_the_model(tmp_path):
+    async with setting(tmp_path) as s:
+        for method in ("of_threads", "of_tasks"):
+            for _ in range(3):
+                assert (await s.run(method, 5))[0].tolist() == [8 * 5 + 28]
+
+
+@asynchronous
+async def test_a_thread_that_outlives_its_run_calls_the_model_in_no_other(tmp_path):
+    async with setting(tmp_path) as s:
+        await s.run("leaves_a_thread", 66)
+        [pid] = s.pool.pids
+        [told] = await s.run("joins", 7)
+        assert told.startswith(OVER)
+        assert told.endswith("; [7]")
+        assert [values for _, values, _ in s.models.calls] == [[7]]
+        assert s.pool.pids == [pid]
+
+
+@asynchronous
+async def test_a_call_under_way_when_its_function_returns_is_given_up_and_the_next_run_has_its_own(tmp_path):
+    async with setting(tmp_path) as s:
+        await s.run("remembers", 66)
+        [pid] = s.pool.pids
+        s.models.hold.clear()
+        path = tmp_path / "go"
+        os.mkfifo(path)
+        leaving = s.begin("leaves_a_call", str(path))
+        await s.models.called.wait()
+        # They wait for the process together: the second run is ordered as soon as the first is over.
+        next_run = s.begin("joins", 7)
+        await asyncio.to_thread(path.write_text, "")
+        await leaving
+        s.models.hold.set()
+        [told] = await next_run
+        assert told == "ConfigError: Model.call: the run of the Python stage ended meanwhile; [7]"
+        assert s.pool.pids == [pid]
+
+
+@asynchronous
+async def test_a_thread_that_is_kept_needs_the_context_of_the_function(tmp_path):
+    async with setting(tmp_path) as s:
+        for value in (1, 2):
+            assert (await s.run("in_kept_with_context", value))[0].tolist() == [value]
+        [told] = await s.run("in_kept", 3)
+        assert told.startswith(OVER)
+        assert "pool.submit(contextvars.copy_context().run, model.call, x)" in told
