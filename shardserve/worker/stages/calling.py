@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class StageCaller:
         return [outcome for instance in instances for outcome in self.outcomes([instance])]
 
     def _run(self, instances: Sequence[Instance]) -> list[Outcome]:
+        pid = os.getpid()
         try:
             results: list[Any]
             if self.stage.batch_size is None:
@@ -54,6 +56,11 @@ class StageCaller:
             logger.exception("%s raised", self.where)
             text = text_of(error) if isinstance(error, StageError) else f"{self.where}: {described(error)}"
             raise StageError(text) from error
+        finally:
+            if os.getpid() != pid:
+                # It would go on as its parent, on the same connection.
+                logger.error("%s: a process that it forked came back from the function; it is ended", self.where)
+                os._exit(1)
         return [self._outputs(result) for result in results]
 
     def _results(self, returned: Any, count: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from contextvars import ContextVar
 from typing import Any
@@ -26,6 +27,7 @@ class StageProcess:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._pid = os.getpid()
         self._calls = itertools.count(1)
         # Who has `calling` awaits an answer; under `ending` a run goes on, or is over.
         self._calling = threading.Lock()
@@ -83,6 +85,8 @@ class StageProcess:
 
     def _call(self, model: Model, subgraph: int, instances: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """`Model.call`, from whichever thread of a function: one answer is awaited at a time."""
+        if os.getpid() != self._pid:
+            raise ConfigError("Model.call: works in the process of the Python stage, not in one that it forked")
         encoded = [encode_values(instance, "Model.call: input") for instance in instances]
         buffers: list[Buffer] = [buffer for _, parts in encoded for buffer in parts]
         call = next(self._calls)

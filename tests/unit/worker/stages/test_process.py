@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 SERVABLE = """
 import asyncio
 import contextvars
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,6 +84,28 @@ def remembers(x):
     return x
 
 
+def forks(x):
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, attempt(x + 1000).encode())
+        os._exit(0)
+    y = model.call(x)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with open(reading) as told:
+        return f"{told.read()}; {y}"
+
+
+def comes_back(x):
+    pid = os.fork()
+    if pid:
+        return x + os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if x[0] == 100:
+        raise ValueError("in the child")
+    return x - 1
+
+
 def method(f):
     register.register_method(["y"])(named(f.__name__, lambda x: register.add_stage(f, x, outputs_count=1)))
 
@@ -93,7 +116,8 @@ def named(name, f):
 
 
 for f in (
-    of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_call, joins, remembers,
+    of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_call, joins, remembers, forks,
+    comes_back,
 ):
     method(f)
 """
@@ -153,3 +177,27 @@ async def test_a_thread_that_is_kept_needs_the_context_of_the_function(tmp_path)
         [told] = await s.run("in_kept", 3)
         assert told.startswith(OVER)
         assert "pool.submit(contextvars.copy_context().run, model.call, x)" in told
+
+
+@asynchronous
+async def test_a_process_that_a_stage_forks_has_no_model(tmp_path):
+    async with setting(tmp_path) as s:
+        for value in range(5):
+            [told] = await s.run("forks", value)
+            assert told == (
+                "ConfigError: Model.call: works in the process of the Python stage, not in one that it forked; "
+                f"[{value}]"
+            )
+        assert all(values[0] < 1000 for _, values, _ in s.models.calls)
+
+
+@asynchronous
+async def test_a_process_that_a_stage_forks_does_not_answer_for_it(tmp_path, capfd):
+    async with setting(tmp_path) as s:
+        assert (await s.run("comes_back", 7))[0].tolist() == [8]
+        [pid] = s.pool.pids
+        assert (await s.run("comes_back", 100))[0].tolist() == [101]
+        assert s.pool.pids == [pid]
+    logged = capfd.readouterr().err
+    assert "a process that it forked came back from the function; it is ended" in logged
+    assert "ValueError: in the child" in logged
