@@ -8,7 +8,7 @@ import threading
 from contextvars import ContextVar
 from typing import Any
 
-from shardserve.errors import ConfigError, from_wire
+from shardserve.errors import ConfigError, Unavailable, from_wire
 from shardserve.servable import Model, PythonStage, Servable, load_servable, set_caller
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import Buffer, FrameError, Payload
@@ -91,11 +91,14 @@ class StageProcess:
         buffers: list[Buffer] = [buffer for _, parts in encoded for buffer in parts]
         call = next(self._calls)
         message = stages.ModelCall(call, self._servable.number(model), subgraph, [metas for metas, _ in encoded])
-        with self._calling:
-            with self._ending:
-                self._check_run()
-                self._connection.send(message, buffers)
-            answer, payload = self._connection.receive()
+        try:
+            with self._calling:
+                with self._ending:
+                    self._check_run()
+                    self._connection.send(message, buffers)
+                answer, payload = self._connection.receive()
+        except (EOFError, OSError) as error:
+            raise Unavailable("Model.call: the Worker is gone") from error
         return self._outputs(call, answer, payload)
 
     @staticmethod

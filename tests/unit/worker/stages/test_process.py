@@ -2,8 +2,16 @@
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+
+from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.messages import stages
+from shardserve.worker.stages.values import encode_values
 
 from ..harness import asynchronous
 from .test_pool import Setting
@@ -14,6 +22,7 @@ SERVABLE = """
 import asyncio
 import contextvars
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,6 +115,11 @@ def comes_back(x):
     return x - 1
 
 
+def tells(x):
+    print("saw", attempt(x), file=sys.stderr, flush=True)
+    return model.call(x)
+
+
 def method(f):
     register.register_method(["y"])(named(f.__name__, lambda x: register.add_stage(f, x, outputs_count=1)))
 
@@ -117,7 +131,7 @@ def named(name, f):
 
 for f in (
     of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_call, joins, remembers, forks,
-    comes_back,
+    comes_back, tells,
 ):
     method(f)
 """
@@ -201,3 +215,25 @@ async def test_a_process_that_a_stage_forks_does_not_answer_for_it(tmp_path, cap
     logged = capfd.readouterr().err
     assert "a process that it forked came back from the function; it is ended" in logged
     assert "ValueError: in the child" in logged
+
+
+def test_when_the_worker_is_gone_the_function_is_told_so_and_not_blamed(tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "servable_config.py").write_text(SERVABLE)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fd = theirs.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shardserve.worker.stages", str(fd)],
+            pass_fds=(fd,), stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    worker = FrameSocket(ours, stages.ToWorker)
+    worker.send(stages.Load(str(tmp_path), "net"))
+    assert isinstance(worker.receive()[0], stages.Loaded)
+    metas, buffers = encode_values((np.array([1]),), "x")
+    worker.send(stages.Run(1, "tells", 1, [metas]), buffers)
+    assert isinstance(worker.receive()[0], stages.ModelCall)
+    worker.close()
+    _, logged = process.communicate(timeout=60)
+    assert logged == "saw Unavailable: Model.call: the Worker is gone\n"
+    assert process.returncode == 0
