@@ -16,7 +16,7 @@ ShardserveError
     ├── StepError                   the model raised on this request's input
     ├── StageError                  a Python stage raised on it, died, or gave what isn't a result
     ├── Unavailable                 the servable isn't ready, or the server is stopping
-    ├── Overloaded                  a bounded queue is full
+    ├── Overloaded                  a bounded queue is full, or there is no memory for this request
     ├── DeadlineExceeded            the deadline passed: says what was waited for, where, how long
     ├── Aborted                     generations ended each time that the request ran, or it held state that was lost
     └── InternalError               a bug in shardserve

@@ -29,14 +29,14 @@ from shardserve.shards.program import Program
 from shardserve.shards.state import StateStore
 from shardserve.shards.weights import Weights
 from shardserve.wire.blocking import FrameSocket
-from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.frames import FrameError, NoMemory, Payload
 from shardserve.wire.messages import group
 from shardserve.wire.security import Door, Security, enter, is_loopback
 from shardserve.wire.sockets import Address, connect_within, listen_abstract, listen_tcp, parse_address, twin_name
 
 logger = logging.getLogger(__name__)
 
-Order = tuple[group.ToAgent, Payload, Lifetime | None, float]
+Order = tuple[group.ToAgent, Payload | NoMemory, Lifetime | None, float]
 """A message, its payload, for a Form the generation's lifetime, and when it came, on CLOCK_MONOTONIC."""
 
 
@@ -217,7 +217,7 @@ class Agent:
         connection: Connection,
         membership: Membership | None,
         step: group.Step,
-        payload: Payload,
+        payload: Payload | NoMemory,
         received: float,
     ) -> None:
         if membership is None or membership.lifetime.generation != step.generation or membership.lifetime.ended:
@@ -271,8 +271,12 @@ class OrderReader:
         """Until the connection ends; then the waits end, and None is queued."""
         try:
             while True:
-                # Without a name here, which would hold the last payload while this waits.
-                self._take(*self._connection.receive())
+                try:
+                    # Without a name here, which would hold the last payload while this waits.
+                    self._take(*self._connection.receive())
+                except NoMemory as error:
+                    # In its turn: the step fails here, and is drained like any that raises.
+                    self._take(error.message, error)
         except (OSError, EOFError, FrameError) as error:
             logger.info("the Worker's connection ends: %s", error)
         finally:
@@ -280,7 +284,7 @@ class OrderReader:
                 self._lifetime.end()
             self._orders.put(None)
 
-    def _take(self, message: group.ToAgent, payload: Payload) -> None:
+    def _take(self, message: group.ToAgent, payload: Payload | NoMemory) -> None:
         came = time.monotonic()
         match message:
             case group.AskTimes(request=request):

@@ -29,7 +29,7 @@ from shardserve.errors import MAX_TEXT, described, shortened
 from shardserve.settings import Settings
 from shardserve.shards.program import Program
 from shardserve.wire.blocking import FrameSocket
-from shardserve.wire.frames import FrameError, Payload
+from shardserve.wire.frames import FrameError, NoMemory, Payload
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.security import Security
 from shardserve.wire.sockets import parse_address
@@ -109,7 +109,7 @@ class Membership:
             shared_memory, rank, size, slot_size(settings), self.lifetime, settings.step_timeout
         )
 
-    def run(self, step: group.Step, payload: Payload, received: float) -> None:
+    def run(self, step: group.Step, payload: Payload | NoMemory, received: float) -> None:
         """One step, from its inputs to what it sends. received: when its header was here. GenerationEnded when it was
         cut short."""
         ready = received
@@ -128,12 +128,14 @@ class Membership:
         elif self._answers:
             self._connection.send(group.Output(step.generation, step.step), buffers_of(outputs))
 
-    def _execute(self, program: Program, step: group.Step, payload: Payload) -> list[Tensor]:
+    def _execute(self, program: Program, step: group.Step, payload: Payload | NoMemory) -> list[Tensor]:
         config = program.config
         program.begin()
         if step.reset:
             program.reset()
         try:
+            if isinstance(payload, NoMemory):
+                raise payload
             inputs = self._layouts[step.subgraph].tensors(payload, step.dims)
             return self._finished(program.run(step.dims, inputs, self._collective))
         except (GenerationEnded, *BROKEN):

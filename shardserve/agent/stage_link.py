@@ -21,7 +21,7 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.tensors import buffers_of
 from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
-from shardserve.wire.frames import Allocate, FrameError, Payload
+from shardserve.wire.frames import Allocate, FrameError, NoMemory, Payload
 from shardserve.wire.messages import group
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance, Security, enter
 from shardserve.wire.sockets import Address, connect, same_user, tune
@@ -105,14 +105,14 @@ class IncomingLink:
         allocate: Allocate | None = None,
     ) -> None:
         self._lifetime = lifetime
-        self._queue: queue.SimpleQueue[tuple[int, Payload, float] | str | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Payload | NoMemory, float] | str | None] = queue.SimpleQueue()
         # When what `receive` gave last was here, on CLOCK_MONOTONIC.
         self.arrived = 0.0
         self._frames = _accept(listeners, lifetime, timeout, settings, security, allocate)
         lifetime.on_end(self.abort)
         threading.Thread(target=self._work, name="stage-receive", daemon=True).start()
 
-    def receive(self, step: int) -> Payload:
+    def receive(self, step: int) -> Payload | NoMemory:
         item = self._queue.get()
         if self._lifetime.ended or item is None:
             raise GenerationEnded
@@ -126,7 +126,11 @@ class IncomingLink:
     def _work(self) -> None:
         try:
             while True:
-                message, payload = self._frames.receive()
+                payload: Payload | NoMemory
+                try:
+                    message, payload = self._frames.receive()
+                except NoMemory as error:
+                    message, payload = error.message, error
                 # A generation has a connection of its own: whatever comes on it is of this one.
                 assert isinstance(message, group.Transfer)
                 self._queue.put((message.step, payload, time.monotonic()))

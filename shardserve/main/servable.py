@@ -27,7 +27,7 @@ from shardserve.errors import (
 )
 from shardserve.main.timeline import WorkerInquiries
 from shardserve.settings import Settings
-from shardserve.wire.frames import Buffer, FrameError, Payload, split
+from shardserve.wire.frames import Buffer, FrameError, NoMemory, Payload, split
 from shardserve.wire.messages import front
 from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
@@ -273,7 +273,11 @@ class ServableVersion:
             if not same_user(sock):
                 raise StartError(f"{self}: @{self._address} belongs to another user")
             stream: FrameStream[front.ToMain] = FrameStream(
-                front.ToMain, self._on_frame, lambda reason: self._on_lost(stream, reason), share=True
+                front.ToMain,
+                self._on_frame,
+                lambda reason: self._on_lost(stream, reason),
+                share=True,
+                on_no_memory=self._on_no_memory,
             )
             self._stream = stream
             await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=sock)
@@ -337,6 +341,12 @@ class ServableVersion:
                 self._on_announce(message)
             case front.ReplicaTimeline() | front.RankTimeline() | front.TimelineEnd():
                 self._inquiries.take(message)
+
+    def _on_no_memory(self, message: front.ToMain, error: NoMemory) -> None:
+        if not isinstance(message, front.Reply):
+            raise error
+        if (waiting := self._expected(message.request)) is not None:
+            self._answer(waiting, Overloaded(f"the server has {error} of the answer"))
 
     def _on_announce(self, message: front.Announce) -> None:
         if (message.name, message.version) != (self.name, self.version):

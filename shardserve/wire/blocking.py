@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from shardserve.wire.frames import Allocate, Buffer, FrameReader, Payload, control, encode
+from shardserve.wire.frames import Allocate, Buffer, FrameReader, NoMemory, Payload, control, encode
 from shardserve.wire.shared import SharedPath
 from shardserve.wire.tls import TLSSocket
 
@@ -25,9 +25,9 @@ MAX_PIECES = 1024
 
 class FrameSocket(Generic[M]):
     """`receive` gives the next frame, `send` returns when the kernel has taken all of one; OSError or EOFError at the
-    end of the connection. `close` may be called by any thread and ends both; the descriptor is closed by the last of
-    the threads inside, so that none of them ever reads or writes what has taken over its number. allocate: as in
-    FrameReader."""
+    end of the connection; NoMemory instead of a frame, after which the next can be received. `close` may be called by
+    any thread and ends both; the descriptor is closed by the last of the threads inside, so that none of them ever
+    reads or writes what has taken over its number. allocate: as in FrameReader."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class FrameSocket(Generic[M]):
         if share and isinstance(connection, socket.socket) and connection.family == socket.AF_UNIX:
             self._shared = SharedPath(self._send_control)
         self._reader: FrameReader[M] = FrameReader(union, shared=self._shared, allocate=allocate)
-        self._ready: deque[tuple[M, Payload]] = deque()
+        self._ready: deque[tuple[M, Payload | NoMemory]] = deque()
         self._sending = threading.Lock()
         self._state = threading.Lock()
         self._inside = 0
@@ -55,7 +55,10 @@ class FrameSocket(Generic[M]):
                 if count == 0:
                     raise EOFError("the connection ended")
                 self._ready.extend(self._reader.advance(count))
-            return self._ready.popleft()
+            message, payload = self._ready.popleft()
+            if isinstance(payload, NoMemory):
+                raise payload
+            return message, payload
         finally:
             self._leave()
 

@@ -44,6 +44,14 @@ class FrameError(Exception):
     """The other side sent what isn't a frame of this link; the connection can't be used any further."""
 
 
+class NoMemory(MemoryError):
+    """A message came, and there was no memory for its payload, which was dropped; the connection goes on."""
+
+    def __init__(self, message: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.message = message
+
+
 def padded(size: int) -> int:
     """`size` rounded up to the alignment that each tensor of a payload has."""
     return -(-size // ALIGNMENT) * ALIGNMENT
@@ -120,7 +128,7 @@ class FrameReader(Generic[M]):
 
     `buffer()` is where the next bytes belong, `advance(n)` says that n came. A payload gets memory of its own, into
     which whatever is not yet here is received directly. allocate: gives that memory, of payloads that aren't empty or
-    in shared memory.
+    in shared memory. A payload for which there is none is read and dropped, and NoMemory comes in its place.
     """
 
     def __init__(
@@ -138,24 +146,28 @@ class FrameReader(Generic[M]):
         self._start = 0
         self._end = 0
         self._message: M | None = None
+        # None while it is dropped.
         self._payload: Payload | None = None
-        self._filled = 0
+        self._size = 0
+        self._left = 0
         self._shared = shared
         self._allocate = allocate
         self._kind = 0
 
     def buffer(self) -> memoryview:
-        if self._payload is not None:
-            return self._payload.data[self._filled :]
+        if self._left:
+            if self._payload is None:
+                return memoryview(self._scratch)[: self._left]
+            return self._payload.data[-self._left :]
         if self._end == len(self._scratch):
             self._make_room(self._end - self._start + 1)
         return memoryview(self._scratch)[self._end :]
 
-    def advance(self, count: int) -> list[tuple[M, Payload]]:
-        frames: list[tuple[M, Payload]] = []
-        if self._payload is not None:
-            self._filled += count
-            if self._filled == len(self._payload):
+    def advance(self, count: int) -> list[tuple[M, Payload | NoMemory]]:
+        frames: list[tuple[M, Payload | NoMemory]] = []
+        if self._left:
+            self._left -= count
+            if not self._left:
                 self._finish(frames)
             return frames
         self._end += count
@@ -163,7 +175,7 @@ class FrameReader(Generic[M]):
             pass
         return frames
 
-    def _parse(self, frames: list[tuple[M, Payload]]) -> bool:
+    def _parse(self, frames: list[tuple[M, Payload | NoMemory]]) -> bool:
         """Takes the next frame, if all of it is here."""
         held = self._end - self._start
         if held < PREFIX.size:
@@ -185,26 +197,36 @@ class FrameReader(Generic[M]):
                 raise FrameError(f"a header that is no message of this connection: {error}") from error
         at += header_size
         here = min(payload_size, self._end - at)
-        if self._allocate is None or self._kind or not payload_size:
-            self._payload = np.empty(payload_size, np.uint8)
-        else:
-            self._payload = self._allocate(payload_size)
-        self._payload[:here] = np.frombuffer(self._scratch, np.uint8, here, at)
-        self._filled = here
+        self._payload = self._memory(payload_size)
+        if self._payload is not None:
+            self._payload[:here] = np.frombuffer(self._scratch, np.uint8, here, at)
+        self._size, self._left = payload_size, payload_size - here
         self._start = at + here
         if self._start == self._end:
             self._start = self._end = 0
-        if here < payload_size:
+        if self._left:
             return False
         self._finish(frames)
         return True
 
-    def _finish(self, frames: list[tuple[M, Payload]]) -> None:
-        message, payload, kind = self._message, self._payload, self._kind
-        assert payload is not None
-        self._message, self._payload, self._filled = None, None, 0
+    def _memory(self, size: int) -> Payload | None:
+        try:
+            if self._allocate is None or self._kind or not size:
+                return np.empty(size, np.uint8)
+            return self._allocate(size)
+        except MemoryError:
+            return None
+
+    def _finish(self, frames: list[tuple[M, Payload | NoMemory]]) -> None:
+        message, kind = self._message, self._kind
+        payload: Payload | NoMemory = (
+            NoMemory(message, f"no memory for {self._size} bytes") if self._payload is None else self._payload
+        )
+        self._message = self._payload = None
         if kind:
             assert self._shared is not None
+            if isinstance(payload, NoMemory):  # Of some bytes.
+                raise payload
             try:
                 if kind == CONTROL:
                     self._shared.control(payload.tobytes())
@@ -212,6 +234,8 @@ class FrameReader(Generic[M]):
                 payload = self._shared.payload(payload.tobytes(), self._max_payload)
             except SharedError as error:
                 raise FrameError(str(error)) from error
+            except MemoryError as error:
+                payload = NoMemory(message, str(error))
         assert message is not None
         frames.append((message, payload))
 

@@ -128,18 +128,20 @@ class SharedPath:
     def payload(self, place: bytes, limit: int) -> Bytes:
         """The bytes that are there, read-only; the sender may use them again when no view of this array is left.
 
-        SharedError if there are none, or more than `limit`.
+        SharedError if there are none, or more than `limit`; MemoryError if they can't be mapped: they count as read.
         """
         if len(place) != PLACE.size:
             raise SharedError(f"a place of {len(place)} bytes")
         pid, fd, token, word, capacity, use, size = PLACE.unpack(place)
         if size > limit:
             raise SharedError(f"a payload of {size} bytes is over the limit of this connection")
+        if word >= WORDS or size > capacity:
+            raise SharedError(f"a place of {size} bytes, word {word}, in a segment of {capacity}")
         mapped = self._mapped.get(token)
         if mapped is None:
-            mapped = self._mapped[token] = _map(pid, fd, token, capacity)
-        if word >= WORDS or size > len(mapped.memory):
-            raise SharedError(f"a place of {size} bytes, word {word}, in a segment of {len(mapped.memory)}")
+            mapped = self._mapped[token] = _map(pid, fd, token, capacity, word, use)
+        if size > len(mapped.memory):
+            raise SharedError(f"a place of {size} bytes in a segment of {len(mapped.memory)}")
         # An array of its own for each use: what ends with it is this use.
         data: Bytes = np.frombuffer(mapped.memory.data, np.uint8, size)
         weakref.finalize(data, _say_read, mapped.words, word, use, os.getpid()).atexit = False
@@ -180,8 +182,9 @@ def _can_open(pid: int, fd: int, token: bytes) -> bool:
         os.close(probe)
 
 
-def _map(pid: int, fd: int, token: bytes, capacity: int) -> Mapped:
-    """A segment's words, to be written, and its bytes, to be read."""
+def _map(pid: int, fd: int, token: bytes, capacity: int, word: int, use: int) -> Mapped:
+    """A segment's words, to be written, and its bytes, to be read. Without memory for these it is said in the word that
+    this use was read, and MemoryError is raised."""
     what, source = f"descriptor {fd} of process {pid}", f"/proc/{pid}/fd/{fd}"
     try:
         opened = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -194,7 +197,13 @@ def _map(pid: int, fd: int, token: bytes, capacity: int) -> Mapped:
         first = map_memory(opened, PAGE, writable=True)
         if first[PAGE - TOKEN :].tobytes() != token:
             raise SharedError(f"{what} is another segment than was said")
-        return Mapped(source, token, words_of(first), map_memory(opened, PAGE + capacity, writable=False)[PAGE:])
+        words = words_of(first)
+        try:
+            memory = map_memory(opened, PAGE + capacity, writable=False)[PAGE:]
+        except OSError as error:
+            words[word] = use
+            raise MemoryError(f"no memory for {capacity} bytes, to read what process {pid} shares") from error
+        return Mapped(source, token, words, memory)
     except OSError as error:
         raise SharedError(f"{what}: {error.strerror}") from error
     finally:

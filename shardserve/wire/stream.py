@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, Payload, control, encode
+from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, NoMemory, Payload, control, encode
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
 from shardserve.wire.segments import Parcel
 from shardserve.wire.shared import SharedPath
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class FrameStream(asyncio.BufferedProtocol, Generic[M]):
     """A connection that calls `on_frame(message, payload)` for each frame and `on_lost(reason)` once at its end.
 
-    A frame that doesn't parse ends the connection at once, as an exception of `on_frame` does; both reach `on_lost`.
+    A frame that doesn't parse ends the connection at once, as an exception of `on_frame` does; both reach `on_lost`. So
+    does one for whose payload there is no memory, unless there is an `on_no_memory(message, error)`.
     `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
     `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
     the kernel hasn't taken yet, in bytes: callers bound their queues with it. share: large payloads go through shared
@@ -46,6 +47,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_admitted: Callable[[], None] | None = None,
         share: bool = False,
         relay: bool = False,
+        on_no_memory: Callable[[M, NoMemory], None] | None = None,
     ) -> None:
         self._union = union
         self._max_payload = max_payload
@@ -57,6 +59,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._tls: TLSSession | None = None
         self._raw = bytearray()
         self._on_frame = on_frame
+        self._on_no_memory = on_no_memory
         self._on_lost = on_lost
         self._on_made = on_made
         self._on_admitted = on_admitted
@@ -139,7 +142,13 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         assert self._reader is not None
         try:
             for message, payload in self._reader.advance(count):
-                self._on_frame(message, payload)
+                if not isinstance(payload, NoMemory):
+                    self._on_frame(message, payload)
+                elif self._on_no_memory is not None:
+                    logger.warning("%s came, and %s", type(message).__name__, payload)
+                    self._on_no_memory(message, payload)
+                else:
+                    raise payload
         except FrameError as error:
             self._break(error)
         except Exception as error:

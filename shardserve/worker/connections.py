@@ -6,13 +6,14 @@ import logging
 import socket
 from typing import TYPE_CHECKING
 
-from shardserve.errors import JoinRefused, ShardserveError
-from shardserve.wire.frames import FrameError, Payload
+from shardserve.errors import JoinRefused, Overloaded, ShardserveError
+from shardserve.wire.frames import FrameError, NoMemory, Payload
 from shardserve.wire.messages import front, group
 from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.registry import HostHandle
+from shardserve.worker.replies import refuse
 from shardserve.worker.requests import Requests
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class GroupConnection:
             on_admitted=lambda: worker.admitted(self.stream),
             share=True,
             relay=True,
+            on_no_memory=self._no_memory,
         )
 
     def _made(self, connection: socket.socket) -> bool:
@@ -76,6 +78,11 @@ class GroupConnection:
             self.stream.send(group.Refuse(type(error).__name__, str(error)))
             self.stream.close()
 
+    def _no_memory(self, message: group.FromGroup, error: NoMemory) -> None:
+        if self._agent is None or self._group is None:
+            raise error
+        self._group.handle(self._agent, message, error)
+
     def _lost(self, reason: Exception | None) -> None:
         if isinstance(reason, (JoinRefused, TimeoutError)):
             logger.warning("refused %s", reason)
@@ -101,6 +108,7 @@ class FrontConnection:
             on_admitted=self._made,
             share=True,
             relay=True,
+            on_no_memory=self._no_memory,
         )
 
     def _made(self) -> None:
@@ -115,6 +123,11 @@ class FrontConnection:
                 self._requests.cancel(request)
             case front.AskTimeline(request=request, deadline=deadline):
                 self._worker.inquiries.ask(self.stream, request, deadline)
+
+    def _no_memory(self, message: front.ToWorker, error: NoMemory) -> None:
+        if not isinstance(message, front.Infer):
+            raise error
+        refuse(self.stream, message, Overloaded(f"the Worker has {error} of the request's inputs"))
 
     def _lost(self, reason: Exception | None) -> None:
         if self._requests is not None:

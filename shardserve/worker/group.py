@@ -18,7 +18,7 @@ import numpy as np
 
 from shardserve.errors import JoinRefused
 from shardserve.settings import Settings
-from shardserve.wire.frames import Payload
+from shardserve.wire.frames import NoMemory, Payload
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.messages.front import ReplicaState
 from shardserve.wire.segments import Parcel
@@ -252,7 +252,7 @@ class ReplicaGroup:
     def _leader_rank(self) -> int:
         return self.agents[self._leader].rank
 
-    def handle(self, agent: AgentHandle, message: group.FromGroup, payload: Payload) -> None:
+    def handle(self, agent: AgentHandle, message: group.FromGroup, payload: Payload | NoMemory) -> None:
         """A message of a registered agent of this group."""
         generation = getattr(message, "generation", None)
         if generation != self.generation or self.agents.get(agent.local) is not agent:
@@ -290,14 +290,18 @@ class ReplicaGroup:
             logger.info("replica %d: generation %s serves", self.replica, self.generation)
             self._owner.group_changed()
 
-    def _output(self, number: int, payload: Payload) -> None:
+    def _output(self, number: int, payload: Payload | NoMemory) -> None:
         now = time.monotonic()
         step = self._steps.get(number)
         if step is None:
             self.dropped += 1
             return
-        # A payload of the wrong size raises and ends the agent's connection: then the step is still under way.
-        deliver = None if step.failed else self._owner.answered(step.batch, payload)
+        deliver = None
+        if isinstance(payload, NoMemory):
+            self._failed(step, f"MemoryError: the Worker has {payload} of outputs")
+        elif not step.failed:
+            # A payload of the wrong size raises and ends the agent's connection: then the step is still under way.
+            deliver = self._owner.answered(step.batch, payload)
         step.timer.cancel()
         del self._steps[number]
         self.timeline.record(self.generation, number, step.batch, step.sent, now, step.failed, ended=False)
@@ -313,6 +317,9 @@ class ReplicaGroup:
         if step is None:
             return
         step.raised.add(agent.local)
+        self._failed(step, text)
+
+    def _failed(self, step: StepInFlight, text: str) -> None:
         if not step.failed:
             step.failed = True
             self._owner.failed(step.batch, text)

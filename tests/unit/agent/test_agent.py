@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from limits import memory_left
 
 from shardserve.agent.agent import check_collectives
 from shardserve.errors import StartError
@@ -140,6 +141,26 @@ async def test_the_text_of_what_a_model_raises_has_an_end(tmp_path, ports):  # n
         assert len(text) == 3000
         assert re.fullmatch(r" \(1\d{4} more characters left out\)", rest)
         agents[0].send(group.FailureNoted(generation, 0))
+
+
+@asynchronous
+async def test_inputs_without_memory_for_them_fail_their_step(tmp_path, ports):  # noqa: F811
+    size = 64 << 20
+    async with registered(tmp_path, ports, 2, 1) as (worker, agents):
+        generation = await worker.form(agents)
+        with memory_left(size // 2, agents[0].register.pid):
+            # The first comes by the socket, the second in shared memory.
+            for number in range(2):
+                agents[0].send(group.Step(generation, number, 0, {"batch": 2}), bytes(size))
+                agents[1].send(group.Step(generation, number, 0, {"batch": 2}), X.tobytes().ljust(64, b"\0"))
+                failed = await agents[0].next(group.StepFailed)
+                assert failed.step == number
+                assert failed.message.startswith(f"NoMemory: no memory for {size} bytes")
+                agents[0].send(group.FailureNoted(generation, number))
+                assert await agents[0].next(group.Output) == group.Output(generation, number)
+        send_step(agents, generation, 2, X)
+        assert await agents[0].next(group.Output) == group.Output(generation, 2)
+        assert np.array_equal(output(agents[0], X.shape), 2 * X)
 
 
 @asynchronous

@@ -15,6 +15,7 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.agent.stage_link import IncomingLink, LinkBroken, OutgoingLink
 from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
+from shardserve.wire.frames import NoMemory
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.security import Security
 from shardserve.wire.sockets import Address, connect, listen_abstract, listen_tcp, twin_name
@@ -98,6 +99,21 @@ class Running:
 
 def floats(payload):
     return payload.view(np.float32)
+
+
+def test_tensors_without_memory_for_them_come_as_that_in_their_turn(free_port):
+    def allocate(size):
+        return np.empty(size if size < 1000 else 1 << 60, np.uint8)
+
+    with Stage(free_port) as stage:
+        sender, receiver = stage.lifetime(), stage.lifetime()
+        outgoing = OutgoingLink(stage.address, 1, sender, 20.0, print)
+        incoming = Running(IncomingLink, stage.listeners, receiver, 20.0, Settings(), stage.security, allocate).result()
+        for step, size in enumerate([10, 1000, 10]):
+            outgoing.send(step, [torch.full((size,), float(step))])
+        payloads = [incoming.receive(step) for step in range(3)]
+        assert isinstance(payloads.pop(1), NoMemory)
+        assert [floats(payload)[0] for payload in payloads] == [0, 2]
 
 
 @pytest.mark.parametrize("twin", [True, False])

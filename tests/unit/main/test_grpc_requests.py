@@ -4,12 +4,14 @@ import asyncio
 import itertools
 import time
 
+import numpy as np
 import pytest
+from limits import memory_left
 from main_harness import X, announce, echo, keep, predict
 
 from shardserve.client import AsyncClient, status
 from shardserve.errors import Aborted, DeadlineExceeded, Overloaded
-from shardserve.wire.messages import front
+from shardserve.wire.messages import TensorMeta, front
 
 
 def test_calls_under_way_are_bounded(monkeypatch):
@@ -133,6 +135,32 @@ def test_a_request_under_which_workers_keep_ending_is_aborted():
                 await worker.start()
         with pytest.raises(Aborted, match="3 Workers of servable 'echo' version 1 ended"):
             await call
+
+    predict(test)
+
+
+def test_an_answer_that_main_has_no_memory_for_fails_its_request_alone():
+    size = 64 << 20
+
+    def script(worker, message, payload):
+        if message.instances[0]["x"].shape == (3,):
+            result = front.InstanceOutputs({"x": TensorMeta("uint8", (size,), size)})
+            worker.send(front.Reply(message.request, [result]), [bytes(size)])
+        elif message.instances[0]["x"].shape == (1,):
+            echo(worker, message, payload)
+
+    async def test(launcher, worker, client, address):
+        worker.script = script
+        # The first answer comes by the socket, the others in shared memory.
+        held = client.infer_async(X)
+        with memory_left(size // 2, launcher.process.pid):
+            for _ in range(3):
+                with pytest.raises(Overloaded, match=f"the server has no memory for {size} bytes"):
+                    await client.infer({"x": np.ones(3)})
+        assert (await client.infer({"x": 1}))[0]["x"] == 1
+        assert not held.done()
+        assert not worker.lost.is_set()
+        held.cancel()
 
     predict(test)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shardserve.errors import MessageTooLarge
-from shardserve.wire.frames import PREFIX, FrameError, FrameReader, encode, padded, split
+from shardserve.wire.frames import PREFIX, FrameError, FrameReader, NoMemory, encode, padded, split
 from shardserve.wire.messages import TensorMeta, front
 
 
@@ -72,6 +72,28 @@ def test_payloads_go_into_the_memory_that_is_given_for_them():
     assert [payload[:size].tobytes() for (_, payload), size in zip(frames, sizes, strict=True)] == [
         bytes([size % 251]) * size for size in sizes
     ]
+
+
+@pytest.mark.parametrize("largest", [7, 70_000, 1 << 20])
+def test_a_payload_without_memory_is_dropped_and_its_message_comes_in_its_turn(largest):
+    def allocate(size):
+        return np.empty(size if size < 1000 else 1 << 60, np.uint8)
+
+    chance = random.Random(largest)
+    sizes = [4, 200_000, 0, 1000, 1_000_000, 100]
+    data = b"".join(
+        b"".join(encode(infer(number, [size]), [bytes([number]) * size])) for number, size in enumerate(sizes)
+    )
+    reader = FrameReader(front.ToWorker, allocate=allocate)
+    frames = feed(reader, data, iter(lambda: chance.randint(1, largest), None))
+    assert [message.request for message, _ in frames] == list(range(len(sizes)))
+    for (message, payload), size in zip(frames, sizes, strict=True):
+        if size < 1000:
+            assert payload[:size].tobytes() == bytes([message.request]) * size
+        else:
+            assert isinstance(payload, NoMemory)
+            assert payload.message == message
+            assert str(payload) == f"no memory for {padded(size)} bytes"
 
 
 @pytest.mark.parametrize(

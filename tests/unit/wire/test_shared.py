@@ -12,12 +12,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from limits import memory_left
 from shared_pairs import LARGE, Note, Pair, holds, segments
 
 from shardserve.wire import segments as pools
 from shardserve.wire import shared
 from shardserve.wire.blocking import FrameSocket
-from shardserve.wire.frames import FrameError
+from shardserve.wire.frames import FrameError, NoMemory
 from shardserve.wire.segments import MOST_SEGMENTS, PAGE, TOKEN, Parcel, Pool
 from shardserve.wire.shared import PLACE, SMALLEST, SharedError, SharedPath
 
@@ -329,6 +330,30 @@ def test_what_lies_in_shared_memory_needs_no_memory_of_the_reader():
     assert given == [64]
     sender.close()
     receiver.close()
+
+
+def test_what_can_not_be_mapped_is_told_and_counts_as_read():
+    size = 64 << 20
+    with contextlib.ExitStack() as closing:
+        sender, receiver = (
+            closing.enter_context(contextlib.closing(FrameSocket(end, Note, share=True))) for end in socket.socketpair()
+        )
+        sender._shared.ready()
+        sender.send(Note(0))
+        receiver.receive()
+        sender.take_acceptance()
+        sender.send(Note(1), [b"\1" * size])
+        sender.send(Note(2))
+        with memory_left(size // 2):
+            with pytest.raises(NoMemory, match=f"no memory for {size} bytes, to read what process"):
+                receiver.receive()
+            assert receiver.receive()[0] == Note(2)
+        # The sender uses the same memory again, and now there is room for it.
+        sender.send(Note(3), [b"\3" * size])
+        assert segments() == 1
+        message, payload = receiver.receive()
+        assert message == Note(3)
+        assert holds(payload, 3)
 
 
 def test_between_processes_of_which_one_is_killed():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from shardserve.errors import JoinRefused
+from shardserve.wire.frames import NoMemory
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.batching import Batch
 from shardserve.worker.group import ReplicaGroup
@@ -164,6 +165,17 @@ async def test_a_failed_step_is_noted_first_and_its_output_ignored():
     assert g.group.in_flight == 1
     g.say(group.Output, 2, step=0)
     assert (g.group.in_flight, g.owner.take("answered"), g.owner.take("step ended")) == (0, [], [()])
+
+
+@asynchronous
+async def test_an_output_without_memory_for_it_fails_its_step():
+    g = Group()
+    failing = batch()
+    g.group.send_step(failing)
+    g.say(group.Output, 2, step=0, payload=NoMemory(None, "no memory for 9 bytes"))
+    text = "MemoryError: the Worker has no memory for 9 bytes of outputs"
+    assert g.owner.said[-2:] == [("failed", failing, text), ("step ended",)]
+    assert (g.group.state, g.group.in_flight) == ("serving", 0)
 
 
 @asynchronous

@@ -1,10 +1,14 @@
 """Requests from Main to the agents and back; recovery; the end."""
 
 import asyncio
+import os
+import socket
 
 import numpy as np
 import pytest
+from limits import memory_left
 
+from shardserve.wire.frames import encode
 from shardserve.wire.messages import Generation, TensorMeta, front, group, launch
 from shardserve.wire.sockets import twin_name
 
@@ -149,6 +153,27 @@ async def test_requests_that_fail(tmp_path, free_port):
         assert reply.results == [
             front.InstanceError("StepError", "instance 0: method 'predict', 'stage 1': the model raised IndexError: 9")
         ]
+
+
+@asynchronous
+async def test_a_request_that_there_is_no_memory_for_fails_alone(tmp_path, free_port):
+    size = 64 << 20
+    message, _ = infer(1, x=TensorMeta("uint8", (size,), size))
+    frame = b"".join(encode(message, [bytes(size)]))
+    async with Scene(tmp_path, free_port) as scene:
+        main = await scene.main()
+        _, (leader, _) = await scene.agents(0, 1)
+        main.send(*infer(7))
+        step = await leader.next(group.Step)
+        # Not by the stream, which would need memory for it, too.
+        with socket.socket(fileno=os.dup(main.stream.peer_socket.fileno())) as ours, memory_left(size // 2):
+            await asyncio.get_running_loop().sock_sendall(ours, frame)
+            failed = await main.next(front.Failed)
+        assert failed == front.Failed(
+            1, "Overloaded", f"the Worker has no memory for {size} bytes of the request's inputs"
+        )
+        leader.send(group.Output(step.generation, step.step), bytes(64))
+        assert (await main.next(front.Reply)).request == 7
 
 
 @asynchronous

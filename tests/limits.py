@@ -1,0 +1,21 @@
+"""Limits of a process that a test sets for a while."""
+
+import contextlib
+import gc
+import resource
+
+import psutil
+
+
+@contextlib.contextmanager
+def memory_left(nbytes, pid=None):
+    """A process, this one by default, can have this much more address space and no more."""
+    process = psutil.Process(pid)
+    # What others have left would make room when it goes.
+    gc.collect()
+    limits = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_AS, limits)
