@@ -15,7 +15,7 @@ from shardserve.errors import ConfigError, ShardserveError
 from shardserve.log import configure_logging
 from shardserve.progress import Progress
 from shardserve.server import ServableStartConfig, start_grpc_server, start_restful_server, stop
-from shardserve.server.runtime import current_runtime
+from shardserve.server.runtime import join
 from shardserve.server.servables import start_and_tell
 
 # In DIR: where the shards of a distributed servable are, unless --model-dir says otherwise.
@@ -34,11 +34,10 @@ def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
     except SystemExit:
         # A signal, before anything was ready: what was asked for was not done.
         return INTERRUPTED
-    runtime = current_runtime()
     print(f"ready: {line}", flush=True)
     # What a ready server is asked to do by a signal, it has done.
     with contextlib.suppress(SystemExit):
-        runtime.join()
+        join()
     return 0
 
 

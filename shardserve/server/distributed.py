@@ -27,7 +27,7 @@ from shardserve.server.arguments import (
 from shardserve.server.front import SSLConfig, launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
-from shardserve.server.runtime import current_runtime, settle
+from shardserve.server.runtime import settle
 from shardserve.settings import Settings
 from shardserve.wire.messages.launch import SecurityFiles
 from shardserve.wire.security import Security, check_guarded
@@ -100,9 +100,9 @@ def begin_servable(
         own_agents=own_agents,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
-    current = launcher()
-    service = current_runtime().call(current.open_servable(options))
-    return current_runtime().begin(current.run_servable(service, progress))
+    current, runtime = launcher()
+    service = runtime.call(current.open_servable(options))
+    return runtime.begin(current.run_servable(service, progress))
 
 
 def startup_agents(

@@ -15,7 +15,7 @@ from shardserve.server.arguments import (
 )
 from shardserve.server.launcher import Launcher
 from shardserve.server.paths import resolve
-from shardserve.server.runtime import current_runtime, settle
+from shardserve.server.runtime import Runtime, settle
 from shardserve.settings import Settings
 from shardserve.wire.messages import launch
 
@@ -46,16 +46,14 @@ class SSLConfig:
         )
 
 
-_launcher: Launcher | None = None
+_launcher: tuple[Launcher, Runtime] | None = None
 
 
-def launcher() -> Launcher:
-    """The process's launcher, started if there is none."""
+def launcher() -> tuple[Launcher, Runtime]:
+    """The process's launcher, started if there is none, and the runtime that it lives in."""
     global _launcher
-    if _launcher is None or not current_runtime().houses(_launcher):
-        settled = settle(lambda: Launcher(Settings.from_environment()))
-        assert isinstance(settled, Launcher)
-        _launcher = settled
+    if _launcher is None or not _launcher[1].houses(_launcher[0]):
+        _launcher = settle(lambda: Launcher(Settings.from_environment()))
     return _launcher
 
 
@@ -68,16 +66,16 @@ def start_grpc_server(address: str, max_msg_mb_size: int = 100, ssl_config: SSLC
         address = "unix:" + resolve(check_path("address", address.removeprefix("unix:")))
     else:
         check_address("address", address)
-    current = launcher()
-    current_runtime().call(current.start_front(lambda n: launch.StartGrpc(n, address, max_msg_mb_size, tls)))
+    current, runtime = launcher()
+    runtime.call(current.start_front(lambda n: launch.StartGrpc(n, address, max_msg_mb_size, tls)))
 
 
 def start_restful_server(address: str, max_msg_mb_size: int = 100, ssl_config: SSLConfig | None = None) -> None:
     """Serves REST on `ip:port`. StartError for a port in use, ConfigError for a size not in 1 to 512."""
     tls = _checked(max_msg_mb_size, ssl_config)
     check_address("address", address)
-    current = launcher()
-    current_runtime().call(current.start_front(lambda n: launch.StartRest(n, address, max_msg_mb_size, tls)))
+    current, runtime = launcher()
+    runtime.call(current.start_front(lambda n: launch.StartRest(n, address, max_msg_mb_size, tls)))
 
 
 def _checked(max_msg_mb_size: int, ssl_config: SSLConfig | None) -> launch.TLSFiles | None:

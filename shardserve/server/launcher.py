@@ -23,6 +23,7 @@ from shardserve.errors import ConfigError, ShardserveError, StartError
 from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.server.children import Child
+from shardserve.server.runtime import STOPPED
 from shardserve.settings import Settings
 from shardserve.wire.messages import launch
 from shardserve.wire.messages.launch import UNGUARDED, SecurityFiles
@@ -154,7 +155,8 @@ class Launcher:
             await self._end(service)
 
     def _new_worker(self, service: Service) -> Child:
-        """StartError if this host can't start one more process."""
+        """StartError if this host can't start one more process, or this launcher was stopped."""
+        self._refuse_if_stopped()
         service.worker = Child(
             "shardserve.worker",
             [listener.fileno() for listener in service.listeners],
@@ -249,7 +251,13 @@ class Launcher:
         for listener in service.listeners:
             listener.close()
 
+    def _refuse_if_stopped(self) -> None:
+        """What would be started now, nobody would end."""
+        if self._stop.is_set():
+            raise StartError(STOPPED)
+
     async def _ensure_main(self) -> Child:
+        self._refuse_if_stopped()
         async with self._main_lock:
             if self._main is None:
                 self._main = Child("shardserve.main", (), self._settings.heartbeat_timeout, self._main_died)

@@ -7,6 +7,7 @@ The thread isn't a daemon: a script that has started a server stays up when its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -21,6 +22,9 @@ from shardserve.log import log_in_scripts
 from shardserve.settings import warn_of_unknown
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Resident")
+
+STOPPED = "the server was stopped meanwhile"
 
 
 class Resident(Protocol):
@@ -37,8 +41,11 @@ class Resident(Protocol):
     def stop(self) -> None: ...
 
 
-class RuntimeEnded(Exception):
+class RuntimeEnded(StartError):
     """The last resident has ended meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
 
 
 class Runtime:
@@ -84,14 +91,16 @@ class Runtime:
             with self._lock:
                 # Who is about to settle is promised that the loop runs.
                 self._ended = not self._residents and not self._settling
+        # What was begun before has its first turn, so that it can say that it was too late.
+        await asyncio.sleep(0)
 
     def houses(self, resident: Resident) -> bool:
         return resident in self._residents
 
-    def settle(self, make: Callable[[], Resident]) -> Resident:
+    def settle(self, make: Callable[[], R]) -> R:
         """Makes a resident in the thread and lets it live there. RuntimeEnded if the thread has none any more."""
 
-        async def settle() -> Resident:
+        async def settle() -> R:
             assert self._idle is not None
             try:
                 resident = make()
@@ -125,24 +134,30 @@ class Runtime:
                 self._stop_residents()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine in the thread and waits for its result."""
+        """Runs a coroutine in the thread and waits for its result. StartError if all is stopped meanwhile."""
         return self.begin(work).result()
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs a coroutine in the thread."""
+        """Runs a coroutine in the thread; the future's errors as those of `call`. RuntimeEnded if it was stopped."""
 
         async def guarded() -> T:
             try:
                 return await work
             except asyncio.CancelledError:
-                raise StartError("the server was stopped meanwhile") from None
+                raise StartError(STOPPED) from None
 
-        assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(guarded(), self._loop)
+        with self._lock:
+            if not self._ended:
+                assert self._loop is not None
+                return asyncio.run_coroutine_threadsafe(guarded(), self._loop)
+        work.close()
+        raise RuntimeEnded
 
     def request_stop(self) -> None:
         """Asks every resident to end; returns at once, from any thread or signal handler."""
-        if self._loop is not None and self._thread.is_alive():
+        assert self._loop is not None
+        # Without the lock, which may be held where a signal handler runs.
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
             self._loop.call_soon_threadsafe(self._stop_residents)
 
     def _stop_residents(self) -> None:
@@ -179,8 +194,8 @@ class Runtime:
 _runtime: Runtime | None = None
 
 
-def current_runtime() -> Runtime:
-    """The process's runtime, started if there is none."""
+def _living_runtime() -> Runtime:
+    """The process's runtime, started if there is none. Somebody has to settle there: nothing else ends it."""
     global _runtime
     if _runtime is None or not _runtime.alive:
         log_in_scripts()
@@ -192,12 +207,12 @@ def current_runtime() -> Runtime:
     return _runtime
 
 
-def settle(make: Callable[[], Resident]) -> Resident:
+def settle(make: Callable[[], R]) -> tuple[R, Runtime]:
     """Makes a resident of the process's runtime: of the next, if the present one is just ending."""
     while True:
-        runtime = current_runtime()
+        runtime = _living_runtime()
         try:
-            return runtime.settle(make)
+            return runtime.settle(make), runtime
         except RuntimeEnded:
             runtime.wait()
 
@@ -207,6 +222,12 @@ def stop() -> None:
     if _runtime is not None:
         _runtime.request_stop()
         _runtime.wait()
+
+
+def join() -> None:
+    """Waits until all servers and agents of this process have ended; raises why, if nobody asked them to."""
+    if _runtime is not None:
+        _runtime.join()
 
 
 def _handle_signals(runtime: Runtime) -> None:

@@ -6,6 +6,7 @@ agents this process starts and watches.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from shardserve.server.arguments import LAST_VERSION, check_integer, check_path,
 from shardserve.server.front import launcher
 from shardserve.server.launcher import ServableOptions
 from shardserve.server.paths import resolve
-from shardserve.server.runtime import current_runtime
+from shardserve.server.runtime import RuntimeEnded
 from shardserve.settings import Settings
 from shardserve.wire.sockets import Address
 
@@ -112,10 +113,9 @@ class _Start:
     """A servable on its way: the Worker and the supervisor of its agents."""
 
     def __init__(self, config: ServableStartConfig, options: ServableOptions, progress: Progress) -> None:
-        current = launcher()
-        runtime = current_runtime()
-        service = runtime.call(current.open_servable(options))
-        self._served: Future[None] = runtime.begin(current.run_servable(service, progress))
+        current, self._runtime = launcher()
+        service = self._runtime.call(current.open_servable(options))
+        self._served: Future[None] = self._runtime.begin(current.run_servable(service, progress))
         self._agents_error: Exception | None = None
         host = HostOptions(
             distributed_address=str(service.options.distributed_address),
@@ -129,7 +129,7 @@ class _Start:
             with_server=True,
         )
         settings = Settings.from_environment()
-        self._supervisor = runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))
+        self._supervisor = self._runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))
 
     def _agents_ready(self, error: Exception | None) -> None:
         # Unavailable: the Worker has told them to leave, and says itself why.
@@ -145,7 +145,8 @@ class _Start:
             assert self._agents_error is not None
             raise self._agents_error from None
         except ShardserveError:
-            current_runtime().call(self._stop_agents())
+            with contextlib.suppress(RuntimeEnded):  # So have the agents.
+                self._runtime.call(self._stop_agents())
             raise
 
     async def _stop_agents(self) -> None:

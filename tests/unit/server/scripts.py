@@ -19,6 +19,16 @@ def predict(x):
     return register.add_stage(model, x, outputs_count=1)
 """
 
+LOCAL = """
+from shardserve.server import register
+
+model = register.declare_model("net.graph.json", "shardserve")
+
+@register.register_method(output_names=["y"])
+def predict(x):
+    return register.add_stage(model, x, outputs_count=1)
+"""
+
 
 def write_servable(directory, text=SERVABLE, ranks=2, name="net"):
     (directory / name).mkdir(parents=True, exist_ok=True)

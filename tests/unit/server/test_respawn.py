@@ -136,3 +136,16 @@ async def test_main_and_worker_that_can_not_be_started_are_tried_again(tmp_path)
         while s.launcher._main is None:
             await asyncio.sleep(0.01)
         assert not s.life.done()
+
+
+@asynchronous
+async def test_nothing_is_started_when_the_launcher_has_ended(tmp_path):
+    async with Setting(tmp_path) as s:
+        s.launcher.stop()
+        await s.life
+        stopped = "the server was stopped meanwhile"
+        with pytest.raises(StartError, match=stopped):
+            await s.launcher.run_servable(s.service)
+        with pytest.raises(StartError, match=stopped):
+            await s.launcher.open_servable(s.options)
+        assert not psutil.Process().children()

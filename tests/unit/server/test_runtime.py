@@ -8,9 +8,10 @@ import urllib.request
 
 import pytest
 
+from shardserve.errors import StartError
 from shardserve.server import runtime
 
-from .scripts import Script, write_servable
+from .scripts import LOCAL, Script, write_servable
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -248,3 +249,49 @@ def test_who_settles_while_the_last_resident_ends_lives_on():
     with pytest.raises(runtime.RuntimeEnded):
         home.settle(Lodger)
     assert not home.alive
+
+
+def test_what_has_ended_is_asked_nothing_any_more():
+    home = runtime.Runtime()
+    home.settle(Lodger)
+    home.request_stop()
+    home.wait()
+    for ask in (home.call, home.begin):
+        with pytest.raises(StartError, match="the server was stopped meanwhile"):
+            ask(asyncio.sleep(0))
+    home.request_stop()
+    assert not home.alive
+
+
+def test_a_script_ends_whose_start_was_waited_for_when_all_had_been_stopped(tmp_path):
+    write_servable(tmp_path, LOCAL)
+    (tmp_path / "net" / "1").mkdir()
+    text = f"""
+        from shardserve.server import servables
+        config = server.ServableStartConfig({str(tmp_path)!r}, "net")
+        start = servables._Start(config, config.options(), servables.quietly)
+        server.stop()
+        try:
+            start.wait()
+        except Exception:
+            print("failed", flush=True)
+    """
+    with Script(tmp_path, text) as script:
+        assert script.line() == "failed"
+        assert script.end()[0] == 0
+
+
+def test_a_command_ends_whose_server_ended_as_soon_as_it_was_ready(tmp_path, free_port):
+    text = f"""
+        from shardserve.cli.serving import in_foreground
+
+        def start(progress):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            server.stop()
+            return "all"
+
+        raise SystemExit(in_foreground("up", start))
+    """
+    with Script(tmp_path, text) as script:
+        assert script.line() == "ready: all"
+        assert script.end()[0] == 0

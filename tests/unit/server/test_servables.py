@@ -8,17 +8,7 @@ from agent.shards import write_shards
 from shardserve.errors import ConfigError
 from shardserve.server import ServableStartConfig, start_servables
 
-from .scripts import SERVABLE, Script, write_servable
-
-LOCAL = """
-from shardserve.server import register
-
-model = register.declare_model("net.graph.json", "shardserve")
-
-@register.register_method(output_names=["y"])
-def predict(x):
-    return register.add_stage(model, x, outputs_count=1)
-"""
+from .scripts import LOCAL, SERVABLE, Script, write_servable
 
 
 @pytest.mark.parametrize(
