@@ -101,7 +101,8 @@ def encode(value: Value, where: str = "value") -> tuple[TensorMeta, Buffer]:
     """A value's description and its bytes, not copied if it is a C-contiguous little-endian array.
 
     Python numbers become int64, float64 or bool; those, str and bytes get shape (1,). Arrays of str (dtype U, or object
-    with str) and bytes (S, or object with bytes) go element by element. InvalidInput for what has no dtype here.
+    with str) and bytes (S, or object with bytes) go element by element. InvalidInput for what has no dtype here, and
+    for arrays of which something is masked.
     """
     if isinstance(value, str | bytes):
         return _encode_strings([value], (1,), where)
@@ -113,6 +114,11 @@ def encode(value: Value, where: str = "value") -> tuple[TensorMeta, Buffer]:
             raise InvalidInput(f"{where}: {value} doesn't fit int64") from None
     if not isinstance(value, np.ndarray | np.generic):
         raise InvalidInput(f"{where}: {type(value).__name__} is neither a numpy array nor a number, str or bytes")
+    if isinstance(value, np.ma.MaskedArray) and (hidden := np.count_nonzero(value.mask)):
+        raise InvalidInput(
+            f"{where}: {hidden} of {value.size} elements of the array are masked, which can't be sent; .filled(value) "
+            "puts a value in their places"
+        )
     array = np.asarray(value)
     dtype = _BY_NUMPY.get(array.dtype)
     if dtype is None and array.dtype.kind in "USO":

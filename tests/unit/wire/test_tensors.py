@@ -66,6 +66,11 @@ def test_what_is_not_contiguous_or_little_endian_is_put_in_order():
     assert np.array_equal(back, array)
 
 
+def test_a_mask_that_hides_nothing_is_none():
+    _, data = tensors.encode(np.ma.masked_array([1.0, 2.0], [False, False]))
+    assert bytes(data) == np.array([1.0, 2.0]).tobytes()
+
+
 def test_a_contiguous_array_is_not_copied():
     array = np.zeros((4, 4), ml_dtypes.bfloat16)
     _, data = tensors.encode(array)
@@ -112,6 +117,8 @@ def test_what_does_not_fit_is_named(meta, data, text):
         (np.array(["a", b"b"], object), "only str or only bytes"),
         (2**63, "doesn't fit int64"),
         ("\ud800", "UTF-8"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "1 of 2 elements of the array are masked, which can't be sent"),
+        (np.ma.masked, "1 of 1 elements"),
     ],
 )
 def test_what_can_not_be_sent_is_named(value, text):
