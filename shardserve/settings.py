@@ -95,7 +95,8 @@ class Settings:
     """For Main or a Worker to answer its launcher's ping, four of which are sent in that time; then it is taken for
     frozen, killed and respawned. A Worker that still runs its servable_config.py isn't asked."""
     waiting_notice: float = 10.0
-    """Until a start that waits says in the log what for; it says it again each time after twice as long."""
+    """Until a start that waits, or a servable whose agents are gone, says in the log what for; it says it again each
+    time after twice as long."""
     max_restarts: int = 10
     """How often one rank may die within `restart_window` before its host gives up on it."""
     restart_window: float = 60.0

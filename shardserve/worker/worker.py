@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from shardserve.errors import ShardserveError, StartError
+from shardserve.progress import agents_waited_for, remind
 from shardserve.servable import ModelStage, load_servable
 from shardserve.settings import Settings
 from shardserve.shards.config import Signature
@@ -64,9 +65,9 @@ class Worker:
             self.group_changed,
             self._stages_failed,
         )
-        self._state: front.ServableState = "starting"
         self._was_ready = False
-        self._reason = ""
+        self._state, self._reason = self._derived_state()
+        self._reminder: asyncio.Future[None] | None = None
         self._mains: list[FrameStream[front.ToWorker]] = []
         self._servers: list[asyncio.Server] = []
         # Read by each Worker anew: certificates are renewed while a server runs.
@@ -114,6 +115,7 @@ class Worker:
 
     async def stop(self) -> None:
         """Main has drained: tells agents and supervisors to leave and waits for them, up to exit_timeout."""
+        self._stop_reminding()
         self._set_state("stopping", "the servable is stopped")
         for server in self._servers:
             server.close()
@@ -167,6 +169,7 @@ class Worker:
         elif state != "failed":
             self._scheduler.reopen()
         self._set_state(state, reason)
+        self._remind_of_missing()
         self._scheduler.pump()
 
     def _derived_state(self) -> tuple[front.ServableState, str]:
@@ -179,7 +182,29 @@ class Worker:
         failures = [self._registry.given_up(replica.replica) or replica.failure for replica in self._groups]
         if all(failures):
             return "failed", failures[0] or ""
-        return ("recovering", "the group re-forms") if self._was_ready else ("starting", "")
+        if self._registry.missing or not self._was_ready:
+            return "recovering" if self._was_ready else "starting", self._waits
+        return "recovering", "the group re-forms"
+
+    @property
+    def _waits(self) -> str:
+        return f"waits for {agents_waited_for(len(self._table.entries), self._registry.missing)}"
+
+    def _remind_of_missing(self) -> None:
+        """Says in the log that agents stay away; until it is ready for the first time the launcher does."""
+        if not (self._was_ready and self._registry.missing):
+            self._stop_reminding()
+        elif self._reminder is None:
+            notice = remind(
+                self._settings.waiting_notice,
+                lambda: "; ".join(filter(None, (self._waits, self._registry.given_up_first))),
+            )
+            self._reminder = asyncio.ensure_future(notice)
+
+    def _stop_reminding(self) -> None:
+        if self._reminder is not None:
+            self._reminder.cancel()
+            self._reminder = None
 
     def _set_state(self, state: front.ServableState, reason: str) -> None:
         self._state, self._reason = state, reason
@@ -305,7 +330,10 @@ class Worker:
             else:
                 state: front.RankState = "serving" if replica.state == "serving" else "joined"
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
+        missing = [rank.rank for rank in ranks if rank.state == "absent"]
         reason = self._registry.given_up(replica.replica) or replica.failure or ""
+        if missing and not reason:
+            reason = f"waits for {agents_waited_for(size, missing)}"
         return front.ReplicaStatus(
             replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks), replica.dropped, reason
         )

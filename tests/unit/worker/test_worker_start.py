@@ -101,3 +101,50 @@ async def test_a_first_agent_that_does_not_fit_the_methods_does_not_end_the_star
         assert [record.message for record in caplog.records if refused.message in record.message] == [
             f"replica 0 waits for other agents: rank 0: {refused.message}"
         ]
+
+
+@asynchronous
+async def test_agents_that_stay_away_are_waited_for_in_status_and_log(tmp_path, free_port, caplog):
+    all_four = "waits for agents: 0 of 4 are there, missing ranks 0-3"
+
+    async def reasons(main, wanted):
+        """When the servable, or a replica, has this reason: the servable's state and all reasons."""
+        while True:
+            said = await main.next(front.Announce)
+            found = [said.state, said.reason, *(replica.reason for replica in said.replicas)]
+            if wanted in found:
+                return found
+
+    async def logged(text):
+        while text not in caplog.messages:
+            await asyncio.sleep(0.005)
+
+    async with Scene(tmp_path, free_port, replicas=2, waiting_notice=0.05) as scene:
+        main = await scene.main()
+        first, second = (f"waits for agents: 0 of 2 are there, missing ranks {ranks}" for ranks in ("0-1", "2-3"))
+        assert await reasons(main, all_four) == ["starting", all_four, first, second]
+        _, agents = await scene.agents(0, 1)
+        generation, others = await scene.agents(2, 3)
+        assert await reasons(main, "ready") == ["ready", "", "", ""]
+
+        # The other replica goes on.
+        others[1].stream.abort()
+        await others[0].next(group.End)
+        others[0].send(group.Parked(generation))
+        one = "waits for agents: 1 of 2 is there, missing rank 3"
+        assert await reasons(main, one) == ["ready", "", "", one]
+        await logged("waits for agents: 3 of 4 are there, missing rank 3")
+
+        for agent in (*agents, others[0]):
+            agent.stream.abort()
+        assert await reasons(main, all_four) == ["recovering", all_four, first, second]
+        await logged(all_four)
+
+        reminder = scene.worker._reminder
+        await scene.agents(0, 1)
+        assert await reasons(main, "ready") == ["ready", "", "", second]
+        assert not reminder.done()
+        await scene.agents(2, 3)
+        await asyncio.wait([reminder])
+        assert reminder.cancelled()
+        assert scene.worker._reminder is None
