@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,8 @@ from shardserve.errors import ConfigError
 from shardserve.servable import PadRule
 from shardserve.shards.config import DimRange, Signature, TensorSpec, describe
 from shardserve.shards.expressions import parse
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.generic]
 Lengths = tuple[int, ...]
@@ -63,6 +66,7 @@ class Padding:
         for i, spec in enumerate(signature.inputs):
             self._check_input(i, spec, batched[i])
         self._check_outputs(signature)
+        self._name_derived_outputs(signature)
 
     def _add(self, rule: PadRule, number: int, signature: Signature, front: int | str) -> None:
         spec = signature.inputs[number]
@@ -107,6 +111,20 @@ class Padding:
                     raise ConfigError(
                         f"pad: a dim is exported with the fixed size {dim.sizes.min}, and output {spec.name}"
                         f"{describe(spec.shape)} can't be cut back to an instance's length; export that dim as dynamic"
+                    )
+
+    def _name_derived_outputs(self, signature: Signature) -> None:
+        """A class token in front or a strided convolution is right, and by its size alone nothing tells it from what is
+        wrong."""
+        padded = {dim.name for dim in self.dims}
+        for spec in signature.outputs:
+            for size in spec.shape:
+                if isinstance(size, str) and size not in padded and (names := parse(size).names & padded):
+                    logger.warning(
+                        "pad: output %s%s has the size %s, which is derived from a padded dim: an instance gets the "
+                        "first elements of the padded output, as many as its own %s gives. They have to be what it "
+                        "would get alone, as they aren't of torch.cat([x, x], 1), where padding lies between them",
+                        *(spec.name, describe(spec.shape), size, " and ".join(sorted(names))),
                     )
 
     def instance_specs(self, inputs: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], dict[str, DimRange]]:

@@ -91,6 +91,19 @@ def test_outputs_of_derived_length(call):
     same(z1, z[1])
 
 
+def test_an_output_whose_size_is_derived_from_a_padded_dim_is_named(caplog):
+    padded()
+    assert caplog.text == ""
+    padded(outputs=["y float32 batch length", "z float32 batch 3 2*length", "w float32 batch 2*other"], other=(1, 9))
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "pad: output z[batch, 3, 2*length] has the size 2*length, which is derived from a padded dim: an instance gets "
+        "the first elements of the padded output, as many as its own length gives. They have to be what it would get "
+        "alone, as they aren't of torch.cat([x, x], 1), where padding lies between them"
+    )
+
+
 def test_a_static_length(call):
     batches = padded(
         ["ids int64 batch 6", "mask float32 batch 6"], ["pooled float32 batch 2"], pad={"ids": (0, 9), "mask": (0, 0)}
