@@ -45,6 +45,7 @@ class StageProcess:
         except ConfigError as error:
             self._connection.send(stages.LoadFailed(str(error)))
             return
+        self._stateful = any(model.stateful for model in self._servable.models)
         callers = _callers(self._servable)
         set_caller(self._call)
         self._connection.send(stages.Loaded())
@@ -72,14 +73,16 @@ class StageProcess:
             pass
 
     def _check_run(self) -> None:
-        """ConfigError unless this code is of the run that goes on: by its context; without one, as a new thread is, by
-        its thread, which didn't live before."""
+        """ConfigError unless a run goes on and, where a run has state, this code is of it: by its context; without one,
+        as a new thread is, by its thread, which didn't live before."""
+        if self._going_on is None:
+            raise ConfigError("Model.call: the run of the Python stage that it was made in is over, or there was none")
         run = _run.get(None)
         here = threading.current_thread() not in self._threads_before if run is None else run == self._going_on
-        if self._going_on is None or not here:
+        if self._stateful and not here:
             raise ConfigError(
-                "Model.call: the run of the Python stage that this thread was started in is over, or there was none; a "
-                "thread that is kept from run to run calls in the context of the function that waits for it: "
+                "Model.call: this thread is of another run of the Python stage, or of none, and the state is of the "
+                "one that goes on; a thread that is kept calls in the context of the function that waits for it: "
                 "pool.submit(contextvars.copy_context().run, model.call, x)"
             )
 

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from shardserve.server import distributed, register
 
-model = distributed.declare_servable(rank_size=1, stage_size=1)
+model = distributed.declare_servable(rank_size=1, stage_size=1{options})
 kept = ThreadPoolExecutor(1)
 later = threading.Event()
 late = []
@@ -70,6 +70,17 @@ def leaves_a_thread(x):
     thread.start()
     late.append(thread)
     return x
+
+
+def leaves_a_thread_that_tells(path):
+    def tell():
+        open(path).close()
+        told = attempt(model_input)
+        with open(path, "w") as fifo:
+            fifo.write(told)
+
+    threading.Thread(target=tell).start()
+    return path
 
 
 def leaves_a_call(path):
@@ -130,17 +141,18 @@ def named(name, f):
 
 
 for f in (
-    of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_call, joins, remembers, forks,
-    comes_back, tells,
+    of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_thread_that_tells, leaves_a_call,
+    joins, remembers, forks, comes_back, tells,
 ):
     method(f)
 """
 
-OVER = "ConfigError: Model.call: the run of the Python stage that this thread was started in is over, or there was none"
+STATEFUL = ", stateful=True"
+NOT_ITS_OWN = "ConfigError: Model.call: this thread is of another run of the Python stage, or of none, and the state"
 
 
-def setting(folder):
-    return Setting(folder, source=SERVABLE)
+def setting(folder, options=""):
+    return Setting(folder, source=SERVABLE.replace("{options}", options))
 
 
 @asynchronous
@@ -152,12 +164,12 @@ async def test_a_functions_own_threads_and_tasks_call_the_model(tmp_path):
 
 
 @asynchronous
-async def test_a_thread_that_outlives_its_run_calls_the_model_in_no_other(tmp_path):
-    async with setting(tmp_path) as s:
+async def test_a_thread_that_outlives_its_run_does_not_touch_the_state_of_another(tmp_path):
+    async with setting(tmp_path, STATEFUL) as s:
         await s.run("leaves_a_thread", 66)
         [pid] = s.pool.pids
         [told] = await s.run("joins", 7)
-        assert told.startswith(OVER)
+        assert told.startswith(NOT_ITS_OWN)
         assert told.endswith("; [7]")
         assert [values for _, values, _ in s.models.calls] == [[7]]
         assert s.pool.pids == [pid]
@@ -165,7 +177,7 @@ async def test_a_thread_that_outlives_its_run_calls_the_model_in_no_other(tmp_pa
 
 @asynchronous
 async def test_a_call_under_way_when_its_function_returns_is_given_up_and_the_next_run_has_its_own(tmp_path):
-    async with setting(tmp_path) as s:
+    async with setting(tmp_path, STATEFUL) as s:
         await s.run("remembers", 66)
         [pid] = s.pool.pids
         s.models.hold.clear()
@@ -184,13 +196,35 @@ async def test_a_call_under_way_when_its_function_returns_is_given_up_and_the_ne
 
 
 @asynchronous
-async def test_a_thread_that_is_kept_needs_the_context_of_the_function(tmp_path):
-    async with setting(tmp_path) as s:
+async def test_a_thread_that_is_kept_needs_the_context_of_the_function_where_there_is_state(tmp_path):
+    async with setting(tmp_path, STATEFUL) as s:
         for value in (1, 2):
             assert (await s.run("in_kept_with_context", value))[0].tolist() == [value]
         [told] = await s.run("in_kept", 3)
-        assert told.startswith(OVER)
+        assert told.startswith(NOT_ITS_OWN)
         assert "pool.submit(contextvars.copy_context().run, model.call, x)" in told
+
+
+@asynchronous
+async def test_a_thread_that_is_kept_calls_a_model_without_state(tmp_path):
+    async with setting(tmp_path) as s:
+        for value in (1, 2):
+            assert await s.run("in_kept", value) == (f"[{value}]",)
+
+
+@asynchronous
+async def test_a_thread_calls_no_model_while_no_function_runs(tmp_path):
+    async with setting(tmp_path) as s:
+        await s.run("remembers", 66)
+        [pid] = s.pool.pids
+        path = tmp_path / "go"
+        os.mkfifo(path)
+        await s.run("leaves_a_thread_that_tells", str(path))
+        await asyncio.to_thread(path.write_text, "")
+        told = await asyncio.to_thread(path.read_text)
+        assert told.startswith("ConfigError: Model.call: the run of the Python stage that it was made in is over")
+        assert (await s.run("of_threads", 5))[0].tolist() == [8 * 5 + 28]
+        assert s.pool.pids == [pid]
 
 
 @asynchronous
@@ -219,7 +253,7 @@ async def test_a_process_that_a_stage_forks_does_not_answer_for_it(tmp_path, cap
 
 def test_when_the_worker_is_gone_the_function_is_told_so_and_not_blamed(tmp_path):
     (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "servable_config.py").write_text(SERVABLE)
+    (tmp_path / "net" / "servable_config.py").write_text(SERVABLE.replace("{options}", ""))
     ours, theirs = socket.socketpair()
     with theirs:
         fd = theirs.fileno()
