@@ -2,9 +2,23 @@
 
 import contextlib
 import gc
+import os
 import resource
 
 import psutil
+
+
+@contextlib.contextmanager
+def no_descriptors_left(pid):
+    """A process gets none unless it raises its soft limit."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    held = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+    free = next(number for number in range(len(held) + 1) if number not in held)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from shardserve.main.timeline import WorkerInquiries
 from shardserve.settings import Settings
 from shardserve.wire.frames import Buffer, FrameError, NoMemory, Payload, split
 from shardserve.wire.messages import front
+from shardserve.wire.process import spare_descriptors
 from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
 from shardserve.wire.stubs import shardserve_pb2 as pb
@@ -266,7 +267,8 @@ class ServableVersion:
             old.close()
 
     async def _connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with spare_descriptors():
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
             sock.connect("\0" + self._address)  # Never waits: connected, in the backlog, or an error.
@@ -289,13 +291,13 @@ class ServableVersion:
     async def _reconnect(self) -> None:
         try:
             await self._connect()
-        except BlockingIOError:  # The backlog is full.
-            self._reconnect_later()
-        except (OSError, StartError) as error:
+        except (ConnectionRefusedError, StartError) as error:
             logger.error("%s: its Worker's socket is gone: %s", self, error)
             self._gone = True
             self.fail_all(Unavailable(f"{self} was stopped"))
             self.changed()
+        except OSError:  # The backlog is full, or this host is short of something.
+            self._reconnect_later()
 
     def _reconnect_later(self) -> None:
         asyncio.get_running_loop().call_later(self.settings.reconnect_delay, self._reconnect_now)

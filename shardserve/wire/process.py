@@ -11,12 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from shardserve.errors import StartError
 
 PR_SET_PDEATHSIG = 1
+
+SPARE = 32
+_sparing = threading.Lock()
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """In the environment of a process at its start: glibc's malloc asks for huge pages, which the kernel gives on request.
@@ -75,7 +79,20 @@ def spawn(
 
 
 def raise_descriptor_limit() -> None:
-    """To the hard one: every connection is a descriptor, and every piece of shared memory under way. The soft limit,
-    often 1024, is for programs that use select()."""
+    """To the hard one, but for some `spare_descriptors`: every connection is a descriptor, and every piece of shared
+    memory under way. The soft limit, often 1024, is for programs that use select()."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard - min(SPARE, hard // 8), hard))
+
+
+@contextlib.contextmanager
+def spare_descriptors() -> Iterator[None]:
+    """Within it those can be had that are kept from everybody else, for what connections under way can't do without:
+    clients may have all others."""
+    with _sparing:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)

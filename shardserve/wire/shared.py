@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from shardserve.wire import relays
+from shardserve.wire.process import spare_descriptors
 from shardserve.wire.relays import Lent, Mapped
 from shardserve.wire.segments import (
     PAGE,
@@ -171,7 +172,8 @@ def _say_read(words: Words, word: int, use: int, pid: int) -> None:
 def _can_open(pid: int, fd: int, token: bytes) -> bool:
     try:
         # In another container the number may be anything: nothing that blocks, and no terminal of ours.
-        probe = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        with spare_descriptors():
+            probe = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return False
     try:
@@ -187,7 +189,8 @@ def _map(pid: int, fd: int, token: bytes, capacity: int, word: int, use: int) ->
     this use was read, and MemoryError is raised."""
     what, source = f"descriptor {fd} of process {pid}", f"/proc/{pid}/fd/{fd}"
     try:
-        opened = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        with spare_descriptors():
+            opened = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise SharedError(f"{what}: {error.strerror}") from error
     try:

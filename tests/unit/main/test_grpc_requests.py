@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from limits import memory_left
+from limits import memory_left, no_descriptors_left
 from main_harness import X, announce, echo, keep, predict
 
 from shardserve.client import AsyncClient, status
@@ -161,6 +161,28 @@ def test_an_answer_that_main_has_no_memory_for_fails_its_request_alone():
         assert not held.done()
         assert not worker.lost.is_set()
         held.cancel()
+
+    predict(test)
+
+
+def test_without_descriptors_main_keeps_its_worker_and_finds_the_next():
+    def script(worker, message, payload):
+        count = message.instances[0]["x"].shape[0]
+        # Each answer needs a piece of shared memory that Main has yet to open.
+        result = front.InstanceOutputs({"x": TensorMeta("uint8", (count << 18,), count << 18)})
+        worker.send(front.Reply(message.request, [result]), [bytes(count << 18)])
+
+    async def test(launcher, worker, client, address):
+        worker.script = script
+        await client.infer({"x": np.ones(1)})
+        with no_descriptors_left(launcher.process.pid):
+            for count in (2, 9):
+                assert len((await client.infer({"x": np.ones(count)}, timeout=10))[0]["x"]) == count << 18
+            assert not worker.lost.is_set()
+            await worker.die()
+            await worker.start()
+            for count in (1, 40):
+                assert len((await client.infer({"x": np.ones(count)}, timeout=10))[0]["x"]) == count << 18
 
     predict(test)
 
