@@ -19,7 +19,10 @@ def main() -> None:
     die_with_parent(os.getppid())
     # The launcher drives the stop; a Ctrl-C reaches every process of the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # SIGTERM is taken by a handler and given back at a fork: what a user's function starts has to end by it, and would
+    # inherit SIG_IGN.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     configure_logging("stages")
     inherited = socket.socket(fileno=int(sys.argv[1]))
     # What a user's function starts must not keep the connection open.

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 SERVABLE = """
 import asyncio
 import contextvars
+import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +129,27 @@ def comes_back(x):
     return x - 1
 
 
+def stays(writing):
+    os.write(writing, b"x")
+    threading.Event().wait()
+
+
+def ends_its_own(x):
+    started = subprocess.Popen(["sleep", "1000"])
+    reading, writing = os.pipe()
+    forked = multiprocessing.get_context("fork").Process(target=stays, args=(writing,))
+    forked.start()
+    try:
+        os.read(reading, 1)
+        started.terminate()
+        forked.terminate()
+        forked.join(20)
+        return f"{started.wait(20)} {forked.exitcode}"
+    finally:
+        started.kill()
+        forked.kill()
+
+
 def tells(x):
     print("saw", attempt(x), file=sys.stderr, flush=True)
     return model.call(x)
@@ -142,7 +166,7 @@ def named(name, f):
 
 for f in (
     of_threads, of_tasks, in_kept, in_kept_with_context, leaves_a_thread, leaves_a_thread_that_tells, leaves_a_call,
-    joins, remembers, forks, comes_back, tells,
+    joins, remembers, forks, comes_back, ends_its_own, tells,
 ):
     method(f)
 """
@@ -249,6 +273,16 @@ async def test_a_process_that_a_stage_forks_does_not_answer_for_it(tmp_path, cap
     logged = capfd.readouterr().err
     assert "a process that it forked came back from the function; it is ended" in logged
     assert "ValueError: in the child" in logged
+
+
+@asynchronous
+async def test_sigterm_ends_what_a_function_starts_and_not_the_process_itself(tmp_path):
+    async with setting(tmp_path) as s:
+        assert await s.run("ends_its_own", 1) == ("-15 -15",)
+        [pid] = s.pool.pids
+        os.kill(pid, signal.SIGTERM)
+        assert (await s.run("remembers", 1))[0].tolist() == [1]
+        assert s.pool.pids == [pid]
 
 
 def test_when_the_worker_is_gone_the_function_is_told_so_and_not_blamed(tmp_path):
