@@ -91,7 +91,8 @@ class Model:
 
         args: the inputs of one instance; gives its output, or a tuple of them if the subgraph has several. Or one list
         of instances, each a tuple of its inputs; gives a list of tuples of outputs. subgraph: which of the model's,
-        from 0. Raises what a client would be answered with: InvalidInput, StepError, DeadlineExceeded, Aborted, …
+        from 0. Raises what a client would be answered with: InvalidInput, StepError, DeadlineExceeded, Aborted, …; and
+        ConfigError outside of the stage's run, as in a thread that outlived it or a process that it forked.
         """
         if not _is_integer(subgraph, least=0):
             raise ConfigError(f"Model.call: subgraph={subgraph!r} is not an integer of at least 0")

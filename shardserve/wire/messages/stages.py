@@ -1,8 +1,9 @@
 """A Worker and one of its processes for Python stages, over the socketpair that the process inherits.
 
 The first message is `Load`, answered by `Loaded` or `LoadFailed`. Then one `Run` at a time, answered by `Finished`; in
-between, `ModelCall`s the other way, one at a time, each answered by `ModelAnswer`. Payloads hold the values of all
-instances that have some, in order. The end of the connection ends the process.
+between, `ModelCall`s the other way, one at a time, each answered by `ModelAnswer`: one that is under way when
+`Finished` comes, before the next `Run`. Payloads hold the values of all instances that have some, in order. The end of
+the connection ends the process.
 """
 
 from __future__ import annotations
