@@ -57,6 +57,18 @@ def test_agents_say_that_there_is_no_server(tmp_path, free_port):
         script.end()
 
 
+def test_agents_say_why_they_do_not_go_to_a_server_that_may_be_anybodys(tmp_path):
+    (tmp_path / "net.graph.json").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        text = f"distributed.startup_agents('{address}', ['net.graph.json'])"
+        with Script(tmp_path, text, **NOTICE) as script:
+            waits = f"this host waits for the server at {address}: whoever listens at {address} is no local process of "
+            assert "give both sides join_secret_file" in read_until(script, waits)[-1]
+            script.process.send_signal(signal.SIGTERM)
+            script.end()
+
+
 def test_agents_wait_for_a_server_whose_name_nobody_knows_yet(tmp_path):
     need_hosts()
     names = tmp_path / "hosts"
