@@ -34,6 +34,9 @@ from shardserve.shards.regions import carrier, find_regions, region_graph
 # Above a dim's least size: what the compiler takes for typical.
 TYPICAL = 16
 
+# Headers compiled beforehand take 9 s for each variant and spare each region 2; few shards have five that differ.
+OPTIONS: dict[str, Any] = {"aot_inductor.precompile_headers": False}
+
 
 class _Dims:
     """The dims as the compiler's symbols, which gather what the compiled code takes for granted of them."""
@@ -141,7 +144,8 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
         code = hashlib.sha256(f"{module.code}{layouts}{sorted(ones)}".encode()).hexdigest()
         if code not in names:
             made = folder / f"{code[:32]}.so"
-            torch._inductor.aot_compile(module, tuple(values), options={"aot_inductor.output_path": os.fspath(made)})
+            options = {"aot_inductor.output_path": os.fspath(made), **OPTIONS}
+            torch._inductor.aot_compile(module, tuple(values), options=options)
             names[code] = library_name(made)
             made.rename(folder / names[code])
         libraries.append(names[code])
