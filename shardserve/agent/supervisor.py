@@ -14,6 +14,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from shardserve.agent.forking import AgentProcess, ForkServer
 from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """`run` is its whole life; `ready` is called once, when all agents are registered or with the error why not.
-    `progress` hears until then of the agents that load and come."""
+    """`run` is its whole life; `ready` is done when all agents are registered, with what they have loaded if that is
+    known, or with the error why not. `progress` hears until then of the agents that load and come."""
 
     needs_others = False
     failure: ShardserveError | None = None
@@ -51,12 +52,12 @@ class Supervisor:
         self,
         options: HostOptions,
         settings: Settings,
-        ready: Callable[[Exception | None], None],
+        ready: Future[LoadedWeights | None],
         progress: Progress = quietly,
     ) -> None:
         self._options = options
         self._settings = settings
-        self._ready: Callable[[Exception | None], None] | None = ready
+        self._ready: Future[LoadedWeights | None] | None = ready
         self._address = parse_address(options.distributed_address, "distributed_address")
         # By which the Worker knows this supervisor and its agents again.
         self._name = uuid.uuid4().hex
@@ -78,7 +79,7 @@ class Supervisor:
         self._hindrance = ""
         self._reminder: asyncio.Future[None] | None = None
         self._forked_at = 0.0
-        self.loaded: LoadedWeights | None = None
+        self._loaded: LoadedWeights | None = None
 
     async def run(self) -> None:
         if not self._options.with_server:
@@ -111,7 +112,10 @@ class Supervisor:
             self._reminder.cancel()
         if self._ready is not None:
             ready, self._ready = self._ready, None
-            ready(error)
+            if error is None:
+                ready.set_result(self._loaded)
+            else:
+                ready.set_exception(error)
         elif error is not None and not self._stopping.is_set():
             logger.error("%s", error)
 
@@ -325,7 +329,7 @@ class Supervisor:
         if done < total or len(known) < len(self._slots):
             self._progress("loading weights, MB", done // MEGABYTE, total // MEGABYTE)
         else:
-            self.loaded = LoadedWeights(total, self._loop.time() - self._forked_at)
+            self._loaded = LoadedWeights(total, self._loop.time() - self._forked_at)
 
     def _died(self, slot: AgentSlot, process: AgentProcess) -> None:
         self._loop.remove_reader(process.pidfd)

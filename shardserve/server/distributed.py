@@ -174,36 +174,30 @@ def begin_agents(
         with_server=with_server,
         security=_security(address, join_secret_file, ssl_config, insecure),
     )
-    check_integer("agent_start_port", agent_start_port, 1, LAST_PORT)
-    if agent_start_port + len(model_files) - 1 > LAST_PORT:
-        raise ConfigError(f"agent_start_port={agent_start_port!r} leaves no room for {len(model_files)} ports")
-    if (agent_ip is None) != (rank_start is None):
-        raise ConfigError(f"agent_ip={agent_ip!r} and rank_start={rank_start!r}: give both or neither")
-    if rank_start is not None:
-        check_integer("rank_start", rank_start, 0)
-    if agent_ip is not None and not (isinstance(agent_ip, str) and is_local(agent_ip)):
-        raise ConfigError(f"agent_ip={agent_ip!r} is not an address of this host")
-    if device_type not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device_type={device_type!r} is none of None, 'cpu', 'cuda'")
+    _check_host(options)
+    settings = Settings.from_environment()
+    ready: Future[LoadedWeights | None] = Future()
+    settle(lambda: Supervisor(options, settings, ready, progress))
+    return ready
+
+
+def _check_host(options: HostOptions) -> None:
+    """What can be told before anything is started; ConfigError names the argument or file that is wrong."""
+    start, ranks = options.agent_start_port, options.group_config_files
+    check_integer("agent_start_port", start, 1, LAST_PORT)
+    if start + len(ranks) - 1 > LAST_PORT:
+        raise ConfigError(f"agent_start_port={start!r} leaves no room for {len(ranks)} ports")
+    if (options.agent_ip is None) != (options.rank_start is None):
+        raise ConfigError(f"agent_ip={options.agent_ip!r} and rank_start={options.rank_start!r}: give both or neither")
+    if options.rank_start is not None:
+        check_integer("rank_start", options.rank_start, 0)
+    if options.agent_ip is not None and not (isinstance(options.agent_ip, str) and is_local(options.agent_ip)):
+        raise ConfigError(f"agent_ip={options.agent_ip!r} is not an address of this host")
+    if options.device_type not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device_type={options.device_type!r} is none of None, 'cpu', 'cuda'")
     for path in itertools.chain.from_iterable(options.model_files or ()):
         if not os.path.isfile(path):
             raise ConfigError(f"model_files: there is no file {path}")
-    settings = Settings.from_environment()
-    ready: Future[LoadedWeights | None] = Future()
-    made: list[Supervisor] = []
-
-    def make() -> Supervisor:
-        made.append(Supervisor(options, settings, on_ready, progress))
-        return made[0]
-
-    def on_ready(error: Exception | None) -> None:
-        if error is None:
-            ready.set_result(made[0].loaded)
-        else:
-            ready.set_exception(error)
-
-    settle(make)
-    return ready
 
 
 def _security(

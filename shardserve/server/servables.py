@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardserve.agent.slots import HostOptions
+from shardserve.agent.slots import HostOptions, LoadedWeights
 from shardserve.agent.supervisor import Supervisor
 from shardserve.errors import ConfigError, ShardserveError, Unavailable
 from shardserve.progress import Progress, quietly
@@ -116,7 +116,7 @@ class _Start:
         current, self._runtime = launcher()
         service = self._runtime.call(current.open_servable(options))
         self._served: Future[None] = self._runtime.begin(current.run_servable(service, progress))
-        self._agents_error: Exception | None = None
+        self._agents_error: BaseException | None = None
         host = HostOptions(
             distributed_address=str(service.options.distributed_address),
             model_files=None,
@@ -129,9 +129,12 @@ class _Start:
             with_server=True,
         )
         settings = Settings.from_environment()
-        self._supervisor = self._runtime.settle(lambda: Supervisor(host, settings, self._agents_ready))
+        ready: Future[LoadedWeights | None] = Future()
+        ready.add_done_callback(self._agents_ready)
+        self._supervisor = self._runtime.settle(lambda: Supervisor(host, settings, ready))
 
-    def _agents_ready(self, error: Exception | None) -> None:
+    def _agents_ready(self, ready: Future[LoadedWeights | None]) -> None:
+        error = ready.exception()
         # Unavailable: the Worker has told them to leave, and says itself why.
         if error is not None and not isinstance(error, Unavailable):
             self._agents_error = error

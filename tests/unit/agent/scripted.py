@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import resource
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -189,11 +190,14 @@ class Host:
             device_type=None,
         )
         self.ready = asyncio.get_running_loop().create_future()
-        self.supervisor = Supervisor(options, Settings(**settings), self._on_ready)
+        ready = Future()
+        # At once, not by a turn of the loop later, as asyncio.wrap_future has it.
+        ready.add_done_callback(self._on_ready)
+        self.supervisor = Supervisor(options, Settings(**settings), ready)
 
-    def _on_ready(self, error):
-        if error is None:
-            self.ready.set_result(None)
+    def _on_ready(self, ready):
+        if (error := ready.exception()) is None:
+            self.ready.set_result(ready.result())
         else:
             self.ready.set_exception(error)
 

@@ -47,11 +47,9 @@ async def test_agents_are_registered_watched_and_forked_anew(tmp_path, ports, ca
         assert {agent.register.device for agent in agents} == {"cpu"}
         assert not host.ready.done()
         supervisor.send(group.HostReady())
-        await host.ready
-        assert host.supervisor.loaded.size == sum(
-            Path(model).with_name("weights.safetensors").stat().st_size for model in models
-        )
-        assert "MB of weights loaded in " in str(host.supervisor.loaded)
+        loaded = await host.ready
+        assert loaded.size == sum(Path(model).with_name("weights.safetensors").stat().st_size for model in models)
+        assert "MB of weights loaded in " in str(loaded)
 
         os.kill(agents[1].register.pid, signal.SIGKILL)
         [reborn] = await worker.agents(1)
