@@ -15,13 +15,17 @@ MAX_LOGGED = 16_000
 
 
 class Lines(logging.Formatter):
-    """Time, level, process, message and traceback, these two with an end."""
+    """Time, level, process, message and traceback, these two with an end. servable: before each message, if any."""
+
+    servable = ""
 
     def __init__(self, process: str) -> None:
         super().__init__(FORMAT.format(process))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = shortened(record.message, MAX_LOGGED)
+        if self.servable:
+            record.message = f"{self.servable}: {record.message}"
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
@@ -44,3 +48,15 @@ def configure_logging(process: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines(process))
     logging.basicConfig(level=Settings.from_environment().log_level, handlers=[handler])
+
+
+def servable_in_words(name: str, version: int) -> str:
+    """As every line begins that is about one of several servables."""
+    return f"servable {name!r} version {version}"
+
+
+def work_for(servable: str) -> None:
+    """Has each line of this process, which works for this servable alone, begin with it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.servable = servable

@@ -23,6 +23,7 @@ from shardserve.agent.membership import BROKEN, Connection, Membership
 from shardserve.agent.tensors import receiving_memory
 from shardserve.agent.timeline import Timeline
 from shardserve.errors import ServableError, ShardserveError, StartError, Unavailable, from_wire
+from shardserve.log import work_for
 from shardserve.settings import Settings
 from shardserve.shards.config import ShardConfig
 from shardserve.shards.program import Program
@@ -42,6 +43,7 @@ Order = tuple[group.ToAgent, Payload | NoMemory, Lifetime | None, float]
 
 def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) -> int:
     """The life of a forked agent; its exit code: 0 told to leave, 1 an error, which is in `last_words`."""
+    work_for(request.servable)
     try:
         settings = Settings.from_environment()
         # Inputs in shared memory are read-only; no operator that a shard may call writes its arguments.

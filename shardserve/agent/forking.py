@@ -48,7 +48,7 @@ class ForkRequest(msgspec.Struct, frozen=True, tag="fork"):
 
     host: the address by which other ranks reach it. stage_port: where it listens for the link of the previous pipeline
     stage. threads: for torch's operators. security: files that each agent reads for itself. supervisor: the asking
-    one's name.
+    one's name. servable: with its version, as lines of the log begin.
     """
 
     rank: int
@@ -61,6 +61,7 @@ class ForkRequest(msgspec.Struct, frozen=True, tag="fork"):
     config_files: tuple[str | None, ...]
     security: SecurityFiles = SecurityFiles()
     supervisor: str = ""
+    servable: str = ""
 
 
 class ForkReply(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from shardserve.agent.collectives.memory import create_memory, slot_size
 from shardserve.agent.forking import AgentProcess, ForkRequest
 from shardserve.errors import ConfigError
+from shardserve.log import servable_in_words
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
 from shardserve.shards.config import CONFIG_FILE, ShardConfig
@@ -87,6 +88,7 @@ def plan_slots(options: HostOptions, message: group.Enlisted, supervisor: str, s
             config_files=config_files[i],
             security=options.security,
             supervisor=supervisor,
+            servable=servable_in_words(message.servable, message.version),
         )
         slots.append(AgentSlot(request, memories.get(rank // per_stage), RestartBudget(settings)))
     return slots

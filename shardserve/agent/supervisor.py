@@ -29,6 +29,7 @@ from shardserve.errors import (
     Unavailable,
     from_wire,
 )
+from shardserve.log import servable_in_words
 from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
@@ -77,6 +78,8 @@ class Supervisor:
         # What this host waits for, once the Worker has said it.
         self._waits_for = ""
         self._hindrance = ""
+        # As lines in the log name it, of which this process may have others; once the Worker has said it.
+        self._servable = ""
         self._reminder: asyncio.Future[None] | None = None
         self._forked_at = 0.0
         self._loaded: LoadedWeights | None = None
@@ -86,7 +89,7 @@ class Supervisor:
             server = f"the server at {self._address}"
             notice = remind(
                 self._settings.waiting_notice,
-                lambda: f"this host waits for {self._waits_for or server + self._hindrance}",
+                lambda: self._with_servable(f"this host waits for {self._waits_for or server + self._hindrance}"),
             )
             self._reminder = asyncio.ensure_future(notice)
         try:
@@ -117,7 +120,13 @@ class Supervisor:
             else:
                 ready.set_exception(error)
         elif error is not None and not self._stopping.is_set():
-            logger.error("%s", error)
+            self._log(logging.ERROR, str(error))
+
+    def _log(self, level: int, text: str) -> None:
+        logger.log(level, "%s", self._with_servable(text))
+
+    def _with_servable(self, text: str) -> str:
+        return f"{self._servable}: {text}" if self._servable else text
 
     def _fail(self, error: ShardserveError) -> None:
         """Ends this supervisor, and tells the Worker that none of its ranks will come back."""
@@ -212,7 +221,7 @@ class Supervisor:
             gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
             # Whoever runs the server in this process knows of its Worker's end, and of the reason, already.
             level = logging.INFO if self._options.with_server else logging.WARNING
-            logger.log(level, "%s; waiting for it to come back", gone)
+            self._log(level, f"{gone}; waiting for it to come back")
             # One that ends connections without a word may do so for ever.
             pause = 0.0 if self._spoken else self._settings.connect_retry_interval
             self._loop.call_later(pause, self._spawn, lambda: self._join(self._settings.reconnect_timeout))
@@ -261,6 +270,7 @@ class Supervisor:
         self._stream.send(group.Enlist(own, options.agent_ip, options.rank_start, len(options.model_files or ())))
 
     async def _enlisted(self, message: group.Enlisted) -> None:
+        self._servable = servable_in_words(message.servable, message.version)
         if self._slots:
             known = tuple(slot.request.rank for slot in self._slots)
             if known != message.ranks:
@@ -297,7 +307,7 @@ class Supervisor:
         if not self._fork_server_restarts.spend():
             self._fail(StartError(f"the fork server died {self._fork_server_restarts}"))
             return
-        logger.error("the fork server (pid %d) %s; starting another", server.pid, server.ending)
+        self._log(logging.ERROR, f"the fork server (pid {server.pid}) {server.ending}; starting another")
 
     async def _fork(self, slot: AgentSlot) -> None:
         while not (self._stopping.is_set() or self._ended.is_set()):
@@ -367,7 +377,7 @@ class Supervisor:
         if not slot.restarts.spend():
             self._give_up(slot, StartError(f"rank {rank}: died {slot.restarts}; the last time: {reason}"))
             return
-        logger.warning("rank %d is forked anew: %s", rank, reason)
+        self._log(logging.WARNING, f"rank {rank} is forked anew: {reason}")
         self._loop.call_later(slot.restarts.pause, self._spawn, lambda: self._fork(slot))
 
     def _give_up(self, slot: AgentSlot, error: ShardserveError) -> None:
@@ -377,12 +387,13 @@ class Supervisor:
         if self._ready is not None or self._options.vital:
             self._fail(error)
         else:
-            logger.error("rank %d is not forked again: %s", slot.request.rank, error)
+            rank = slot.request.rank
+            self._log(logging.ERROR, f"rank {rank} is not forked again: {str(error).removeprefix(f'rank {rank}: ')}")
 
     def _kill(self, rank: int, pid: int, reason: str) -> None:
         for slot in self._slots:
             if slot.request.rank == rank and slot.process is not None and slot.process.pid == pid:
-                logger.warning("rank %d (pid %d) is killed: it %s", rank, pid, reason)
+                self._log(logging.WARNING, f"rank {rank} (pid {pid}) is killed: it {reason}")
                 slot.process.kill()
 
     async def _end_agents(self) -> None:
@@ -391,7 +402,9 @@ class Supervisor:
             try:
                 await asyncio.wait_for(self._all_dead.wait(), self._settings.exit_timeout)
             except asyncio.TimeoutError:
-                logger.warning("agents did not leave within %s s and are killed", self._settings.exit_timeout)
+                self._log(
+                    logging.WARNING, f"agents did not leave within {self._settings.exit_timeout} s and are killed"
+                )
         if self._stream is not None:
             self._stream.close()
         server, self._fork_server = self._fork_server, None

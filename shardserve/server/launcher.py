@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from shardserve.errors import ConfigError, ShardserveError, StartError
+from shardserve.log import servable_in_words
 from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.restarts import RestartBudget
 from shardserve.server.children import Child
@@ -50,6 +51,9 @@ class ServableOptions:
     devices: tuple[int, ...] | None = None
     security: SecurityFiles = UNGUARDED
     own_agents: bool = False
+
+    def __str__(self) -> str:
+        return servable_in_words(self.servable_name, self.version_number)
 
 
 @dataclass(eq=False)
@@ -107,7 +111,7 @@ class Launcher:
         """Takes its ports and tells Main of it; StartError for a port in use, ConfigError if it is started already."""
         key = options.servable_name, options.version_number
         if key in self._services:
-            raise ConfigError(f"servable {key[0]!r} version {key[1]} is started already")
+            raise ConfigError(f"{options} is started already")
         main = await self._ensure_main()
         front_name = f"shardserve-front-{os.getpid()}-{time.monotonic_ns()}"
         with contextlib.ExitStack() as stack:
@@ -150,7 +154,7 @@ class Launcher:
             if self._main is not None:
                 await self._main.order(launch.Detach(self._main.number(), *key), self._settings.start_timeout)
         except ShardserveError as error:
-            logger.warning("servable %r could not be started, and Main could not be told of it: %s", key[0], error)
+            logger.warning("%s could not be started, and Main could not be told of it: %s", service.options, error)
         finally:
             await self._end(service)
 
@@ -189,8 +193,7 @@ class Launcher:
         worker.on_waiting = lambda message: self._waits(service, message)
         service.waits_for = "its Worker to run servable_config.py"
         service.progress("starting the Worker", 0, 1)
-        name = options.servable_name
-        notice = remind(self._settings.waiting_notice, lambda: f"servable {name!r} waits for {service.waits_for}")
+        notice = remind(self._settings.waiting_notice, lambda: f"{options} waits for {service.waits_for}")
         reminder = asyncio.ensure_future(notice)
         try:
             await worker.order(order, None)
@@ -219,11 +222,10 @@ class Launcher:
     def _respawn_worker(self, service: Service, ending: str) -> None:
         if service.stopping or self._stop.is_set():
             return
-        name = service.options.servable_name
         if not service.restarts.spend():
-            self._fail(f"the Worker of {name!r} ended {service.restarts}: stopping")
+            self._fail(f"the Worker of {service.options} ended {service.restarts}: stopping")
             return
-        logger.error("the Worker of %r %s; it is respawned", name, ending)
+        logger.error("the Worker of %s %s; it is respawned", service.options, ending)
         service.incarnation += 1
         # Agents that stay away are waited for as long as it takes: they were all there before.
         service.options = replace(service.options, wait_agents_time_in_seconds=0)
@@ -239,7 +241,7 @@ class Launcher:
         try:
             await self._serve(service, worker)
         except ShardserveError as error:
-            logger.error("the respawned Worker of %r: %s", service.options.servable_name, error)
+            logger.error("the respawned Worker of %s: %s", service.options, error)
             # What is wrong may be mended; until then each try spends of the restarts, as a death does.
             worker.kill()
 

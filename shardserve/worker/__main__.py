@@ -16,7 +16,7 @@ import sys
 import uvloop
 
 from shardserve.errors import InternalError, ShardserveError
-from shardserve.log import configure_logging
+from shardserve.log import configure_logging, servable_in_words, work_for
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
@@ -34,6 +34,7 @@ async def run(control: socket.socket, listeners: list[socket.socket]) -> None:
 
     async def serve(message: launch.Serve) -> None:
         nonlocal worker
+        work_for(servable_in_words(message.servable_name, message.version))
         try:
             worker = Worker(message, Settings.from_environment(), stream)
             stream.send(launch.Loaded())

@@ -40,6 +40,7 @@ class Registry:
     def __init__(
         self,
         servable: Servable,
+        version: int,
         table: RankTable,
         groups: list[ReplicaGroup],
         on_models: Callable[[Sequence[Signature]], None],
@@ -47,6 +48,7 @@ class Registry:
     ) -> None:
         assert servable.model is not None
         self._servable = servable
+        self._version = version
         self._model = servable.model
         self._table = table
         self._groups = groups
@@ -122,6 +124,8 @@ class Registry:
                 message.agent_ip or entries[0].host,
                 self._model.rank_size,
                 self._model.stage_size,
+                self._servable.name,
+                self._version,
                 self._model_files,
             )
         )

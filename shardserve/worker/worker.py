@@ -13,7 +13,7 @@ from shardserve.servable import ModelStage, load_servable
 from shardserve.settings import Settings
 from shardserve.shards.config import Signature
 from shardserve.wire.frames import Payload
-from shardserve.wire.messages import Generation, front, group, launch
+from shardserve.wire.messages import Generation, front, group, launch, stages
 from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import tune
 from shardserve.wire.stream import FrameStream
@@ -52,13 +52,15 @@ class Worker:
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
         self._scheduler = Scheduler(self._groups, settings, self.forgive)
-        self._registry = Registry(self._servable, self._table, self._groups, self._models_came, model_files)
+        self._registry = Registry(
+            self._servable, serve.version, self._table, self._groups, self._models_came, model_files
+        )
         self.inquiries = AgentInquiries(self._groups, settings)
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
         self._python_stages = StagePool(
             self._servable,
-            serve.servable_directory,
+            stages.Load(serve.servable_directory, serve.servable_name, serve.version),
             max(1, serve.num_parallel_workers),
             self._model_calls,
             settings,

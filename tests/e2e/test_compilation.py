@@ -1,6 +1,7 @@
 """A server whose agent compiles its graph while it serves: eager at once, compiled later, the same answers."""
 
 import concurrent.futures
+import re
 import shutil
 import subprocess
 import threading
@@ -65,6 +66,8 @@ def test_eager_at_once_and_compiled_later_with_the_same_answers(served_model, tm
                 swapped = []
                 for line in up.process.stderr:
                     assert "stay eager" not in line
+                    if re.search(r" INFO (worker|agent)\[", line):
+                        assert "] servable 'net' version 1: " in line
                     if SWAPPED in line:
                         swapped.append(line.partition(SWAPPED)[2].strip())
                     if len(swapped) == VARIANTS:

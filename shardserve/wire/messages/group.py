@@ -58,14 +58,17 @@ class Enlist(Message, frozen=True):
 
 
 class Enlisted(Message, frozen=True):
-    """To a supervisor: the ranks of its host, the devices they take by the rank table, and the address that the table
-    has for the host. model_files: what each rank loads, if the servable is not distributed."""
+    """To a supervisor: the ranks of its host, the devices they take by the rank table, the address that the table has
+    for the host, and the servable that they serve. model_files: what each rank loads, if it is not
+    distributed."""
 
     ranks: tuple[int, ...]
     devices: tuple[str, ...]
     host: str
     rank_size: int
     stage_size: int
+    servable: str
+    version: int
     model_files: tuple[str, ...] = ()
 
 

@@ -19,6 +19,7 @@ class Load(Message, frozen=True):
 
     servable_directory: str
     servable_name: str
+    version: int
 
 
 class Loaded(Message, frozen=True):

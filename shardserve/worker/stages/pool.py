@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class StagePool:
-    """`start` gives it its processes. changed: called when it became ready. failed: called once with the reason, when
-    processes can't be started (any more): nothing will be answered then."""
+    """`start` gives it its processes, whose first message is `load`. changed: called when it became ready. failed:
+    called once with the reason, when processes can't be started (any more): nothing will be answered then."""
 
     def __init__(
         self,
         servable: Servable,
-        servable_directory: str,
+        load: stages.Load,
         size: int,
         models: ModelCalls,
         settings: Settings,
@@ -42,7 +42,7 @@ class StagePool:
         failed: Callable[[str], None],
     ) -> None:
         self._servable = servable
-        self._load = stages.Load(servable_directory, servable.name)
+        self._load = load
         self._size = size if servable.has_python_stages else 0
         self._models = models
         self._settings = settings

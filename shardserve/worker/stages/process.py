@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from shardserve.errors import ConfigError, Unavailable, from_wire
+from shardserve.log import servable_in_words, work_for
 from shardserve.servable import Model, PythonStage, Servable, load_servable, set_caller
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import Buffer, FrameError, Payload
@@ -40,6 +41,7 @@ class StageProcess:
         load, _ = self._connection.receive()
         if not isinstance(load, stages.Load):
             raise FrameError(f"{type(load).__name__} came before Load")
+        work_for(servable_in_words(load.servable_name, load.version))
         try:
             self._servable = load_servable(load.servable_directory, load.servable_name)
         except ConfigError as error:

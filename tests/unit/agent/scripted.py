@@ -129,7 +129,7 @@ class ScriptedWorker:
         """A supervisor that is given these ranks."""
         peer, _ = await self.introduced()
         devices = devices or tuple(str(rank) for rank in ranks)
-        peer.send(group.Enlisted(ranks, devices, HOST, *self.sizes))
+        peer.send(group.Enlisted(ranks, devices, HOST, *self.sizes, "net", 1))
         return peer
 
     async def agents(self, count):

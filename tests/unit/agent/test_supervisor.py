@@ -55,7 +55,8 @@ async def test_agents_are_registered_watched_and_forked_anew(tmp_path, ports, ca
         [reborn] = await worker.agents(1)
         assert reborn.register.rank == 1
         assert reborn.register.pid != agents[1].register.pid
-        assert f"rank 1 is forked anew: pid {agents[1].register.pid} died of SIGKILL" in caplog.text
+        died = f"pid {agents[1].register.pid} died of SIGKILL"
+        assert f"servable 'net' version 1: rank 1 is forked anew: {died}" in caplog.messages
 
         # Told to, it kills; but only the process that was meant.
         supervisor.send(group.Kill(0, agents[0].register.pid + 1, "did nothing"))
@@ -104,7 +105,8 @@ async def test_another_fork_server_is_started_when_one_dies(tmp_path, ports, cap
         again = await worker.agents(2)
         assert [agent.register.rank for agent in again] == [0, 1]
         assert psutil.Process(again[0].register.pid).ppid() != server
-        assert f"the fork server (pid {server}) died of SIGKILL; starting another" in caplog.text
+        said = f"servable 'net' version 1: the fork server (pid {server}) died of SIGKILL; starting another"
+        assert said in caplog.messages
         generation = await worker.form(again)
         send_step(again, generation, 0, np.ones((1, 3), np.float32))
         await again[0].next(group.Output)
@@ -342,7 +344,7 @@ async def test_the_worker_comes_back(tmp_path, ports):
                 else:
                     peer.send(group.Roster((HOST,)))
                     await peer.next(group.Enlist)
-                    peer.send(group.Enlisted((0, 1), ("0", "1"), HOST, 2, 1))
+                    peer.send(group.Enlisted((0, 1), ("0", "1"), HOST, 2, 1, "net", 1))
                     again["supervisor"] = message.pid
             assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
             assert not host.life.done()

@@ -92,7 +92,10 @@ async def test_a_worker_that_dies_as_soon_as_it_is_ready_is_respawned(tmp_path, 
         await start
         _, again = await s.agents()
         assert again.incarnation > generation.incarnation
-        assert f"the Worker of 'net' (pid {worker.pid}) ended with code -9; it is respawned" in caplog.text
+        assert (
+            f"the Worker of servable 'net' version 1 (pid {worker.pid}) ended with code -9; it is respawned"
+            in caplog.text
+        )
 
 
 @asynchronous
@@ -126,7 +129,7 @@ async def test_main_and_worker_that_can_not_be_started_are_tried_again(tmp_path)
         assert limits[0] == limits[1]
         said = "can't be started: [Errno 24] Too many open files); it is respawned"
         with no_descriptors_left():
-            with logged(f"the Worker of 'net' did not start (shardserve.worker {said}") as tried:
+            with logged(f"the Worker of servable 'net' version 1 did not start (shardserve.worker {said}") as tried:
                 os.kill(worker.pid, signal.SIGKILL)
                 await tried.wait()
             with logged(f"Main did not start (shardserve.main {said}") as tried:

@@ -31,10 +31,10 @@ def test_a_server_says_which_agents_are_missing_but_not_all_the_time(tmp_path, f
     with Script(tmp_path, text, **NOTICE) as script:
         code, stderr = script.end()
     assert code == 1
-    said = [line for line in stderr.splitlines() if " servable 'net' waits for " in line]
+    said = [line for line in stderr.splitlines() if " servable 'net' version 1 waits for " in line]
     # As the lines of all our processes: time, level, process.
-    line = r"20\d\d-\S+ \S+ WARNING script\[\d+\] servable 'net' waits for agents: 0 of 2 are there, missing ranks 0-1"
-    assert re.fullmatch(line, said[-1])
+    waits = "servable 'net' version 1 waits for agents: 0 of 2 are there, missing ranks 0-1"
+    assert re.fullmatch(rf"20\d\d-\S+ \S+ WARNING script\[\d+\] {waits}", said[-1])
     # After 0.2, 0.6, 1.4, 3 s, …: the last that there is time for, on a slow machine too, comes long before 60 s.
     assert 2 <= len(said) <= 8
 
@@ -43,7 +43,7 @@ def test_a_server_whose_config_takes_long_says_that(tmp_path, free_port):
     write_servable(tmp_path, "import time\ntime.sleep(1000)\n")
     text = f"distributed.start_servable('.', 'net', 'ranks.json', distributed_address='127.0.0.1:{free_port}')"
     with Script(tmp_path, text, **NOTICE) as script:
-        read_until(script, "servable 'net' waits for its Worker to run servable_config.py")
+        read_until(script, "servable 'net' version 1 waits for its Worker to run servable_config.py")
         script.process.send_signal(signal.SIGTERM)
         script.end()
 

@@ -52,7 +52,7 @@ class Setting:
         self.owner = Owner()
         self.groups = [ReplicaGroup(r, size, 1, 2, self.owner, Settings()) for r in range(4 // size)]
         self.models = []
-        self.registry = Registry(declared, table, self.groups, self.models.append)
+        self.registry = Registry(declared, 3, table, self.groups, self.models.append)
 
     def register(self, rank, shard=None, device="cpu", pid=None, by="somebody"):
         """by: the name of the agent's supervisor."""
@@ -221,7 +221,7 @@ async def test_a_host_is_told_its_ranks_and_when_they_are_there():
     stream, host = s.supervisor()
     assert stream.sent == [group.Roster(("a", "b"))]
     s.registry.enlist(host, group.Enlist(("b",), None, None, 2))
-    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "b", 2, 1), group.HostWaits((2, 3))]
+    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "b", 2, 1, "net", 3), group.HostWaits((2, 3))]
     s.register(2, by="of 50")
     s.register(0)
     assert stream.sent[3:] == [group.HostWaits((3,)), group.HostWaits((3,))]
@@ -238,7 +238,10 @@ async def test_a_supervisor_that_comes_back_finds_its_agents_there():
     for rank in range(4):
         s.register(rank, by="of 50")
     stream, _ = s.enlist(("a", "b"), count=4)
-    assert stream.sent[1:] == [group.Enlisted((0, 1, 2, 3), ("0", "1", "0", "1"), "a", 2, 1), group.HostReady()]
+    assert stream.sent[1:] == [
+        group.Enlisted((0, 1, 2, 3), ("0", "1", "0", "1"), "a", 2, 1, "net", 3),
+        group.HostReady(),
+    ]
 
 
 @asynchronous
@@ -258,7 +261,7 @@ async def test_agents_that_another_supervisor_has_left_behind_are_not_the_next_o
 async def test_a_host_that_the_table_does_not_know_says_who_it_is():
     s = Setting()
     stream, host = s.enlist((), agent_ip="10.9.9.9", rank_start=2)
-    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "10.9.9.9", 2, 1), group.HostWaits((2, 3))]
+    assert stream.sent[1:] == [group.Enlisted((2, 3), ("0", "1"), "10.9.9.9", 2, 1, "net", 3), group.HostWaits((2, 3))]
     assert host.ranks == (2, 3)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from shardserve.servable import add_stage, declare_distributed, declaring, load_servable, register_method
 from shardserve.settings import Settings
-from shardserve.wire.messages import TensorMeta, front
+from shardserve.wire.messages import TensorMeta, front, stages
 from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.requests import Requests
 from shardserve.worker.stages.pool import StagePool
@@ -36,7 +36,7 @@ class Setting:
         self.main = Stream()
         declared = servable()
         models = ModelCalls(declared, self.cluster.scheduler)
-        pool = StagePool(declared, "", 1, models, Settings(), lambda: None, lambda reason: None)
+        pool = StagePool(declared, stages.Load("", "net", 1), 1, models, Settings(), lambda: None, lambda reason: None)
         self.requests = Requests(declared, models, pool)
 
     def infer(self, number, *values, method="twice", places=None, deadline=None):
@@ -272,7 +272,8 @@ async def test_method_calls_never_wait_for_each_others_group_and_process(tmp_pat
     models = ModelCalls(declared, cluster.scheduler)
     # They are answered in milliseconds, or would be by this.
     settings = quick(stage_timeout=5.0)
-    pool = StagePool(declared, str(tmp_path), processes, models, settings, ready.set, lambda reason: None)
+    load = stages.Load(str(tmp_path), "net", 1)
+    pool = StagePool(declared, load, processes, models, settings, ready.set, lambda reason: None)
     pool.start()
     await ready.wait()
     main = Stream()

@@ -26,6 +26,7 @@ from shardserve.errors import (
     Unavailable,
 )
 from shardserve.servable import load_servable
+from shardserve.wire.messages import stages
 from shardserve.worker.stages.pool import StagePool
 
 from ..harness import asynchronous, quick
@@ -188,7 +189,7 @@ class Setting:
         settings = quick(**settings)
         self.pool = StagePool(
             self.servable,
-            str(directory),
+            stages.Load(str(directory), "net", 1),
             size,
             self.models,
             settings,

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -272,6 +273,7 @@ async def test_a_process_that_a_stage_forks_does_not_answer_for_it(tmp_path, cap
         assert s.pool.pids == [pid]
     logged = capfd.readouterr().err
     assert "a process that it forked came back from the function; it is ended" in logged
+    assert re.search(r" stages\[\d+\] servable 'net' version 1: ", logged)
     assert "ValueError: in the child" in logged
 
 
@@ -296,7 +298,7 @@ def test_when_the_worker_is_gone_the_function_is_told_so_and_not_blamed(tmp_path
             pass_fds=(fd,), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     worker = FrameSocket(ours, stages.ToWorker)
-    worker.send(stages.Load(str(tmp_path), "net"))
+    worker.send(stages.Load(str(tmp_path), "net", 1))
     assert isinstance(worker.receive()[0], stages.Loaded)
     metas, buffers = encode_values((np.array([1]),), "x")
     worker.send(stages.Run(1, "tells", 1, [metas]), buffers)
