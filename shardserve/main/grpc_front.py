@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shardserve.errors import InternalError, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
+from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
 from shardserve.main.router import Decoded, Router, check_count, infer
 from shardserve.main.servable import Result
 from shardserve.wire import proto
@@ -28,9 +29,6 @@ TimelineContext: TypeAlias = "grpc.aio.ServicerContext[shardserve_pb2.TimelineRe
 
 PREDICT = "mindspore.serving.proto.MSService"
 ADMIN = "shardserve.v1.Admin"
-ERROR_CLASS = "shardserve-error"
-"""The trailing metadata that names the class of errors.py, beside a gRPC status that several classes share."""
-
 MANY_STRINGS = 10_000
 """In one message; more of them take the event loop some 5 ms, and go to a thread: unlike JSON's, their loops let others
 run in between."""
@@ -44,10 +42,6 @@ PENDING_SECONDS = 86400
 """How long it keeps one, by default 30; its own deadline holds meanwhile."""
 
 MAX_INT = (1 << 31) - 1  # Of a channel's option.
-
-MAX_DETAILS = 1000
-"""Characters of a status's text, which travels as a header: clients refuse headers of more than 8 KB, and a character
-may take 9 bytes of it."""
 
 
 class Predict(ms_service_pb2_grpc.MSServiceServicer):
@@ -72,10 +66,10 @@ class Predict(ms_service_pb2_grpc.MSServiceServicer):
         except ShardserveError as error:
             if error.in_reply:
                 return pb.PredictReply(servable_spec=spec, error_msg=[_error_msg(error)])
-            await _abort(context, error)
+            await abort(context, error)
         except Exception:
             logger.exception("a request of %s failed", context.peer())
-            await _abort(context, InternalError("a bug in the server; its log has the traceback"))
+            await abort(context, InternalError("a bug in the server; its log has the traceback"))
         raise AssertionError("abort raises")
 
 
@@ -92,7 +86,7 @@ class Admin(shardserve_pb2_grpc.AdminServicer):
         try:
             return await timeline.report(self._router, request.name, request.version, context.time_remaining())
         except ShardserveError as error:
-            await _abort(context, error)
+            await abort(context, error)
         raise AssertionError("abort raises")
 
 
@@ -148,9 +142,11 @@ class GrpcFront:
         ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         front = cls(router, server)
-        ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), server)  # type: ignore[no-untyped-call]
-        shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(front._health, server)
+        quiet_late_answers()
+        careful = CarefulServer(server)
+        ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), careful)  # type: ignore[no-untyped-call]
+        shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), careful)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(front._health, careful)
         reflection.enable_server_reflection((PREDICT, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             if order.tls is None:
@@ -224,8 +220,3 @@ def _error_msg(error: ShardserveError | None) -> pb.ErrorMsg:
     return (
         pb.ErrorMsg() if error is None else pb.ErrorMsg(error_code=error.mindspore_code, error_msg=str(error).encode())
     )
-
-
-async def _abort(context: PredictContext | TimelineContext, error: ShardserveError) -> None:
-    code = grpc.StatusCode[error.grpc_status]
-    await context.abort(code, str(error)[:MAX_DETAILS], ((ERROR_CLASS, type(error).__name__),))

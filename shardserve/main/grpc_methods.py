@@ -1,0 +1,74 @@
+"""What gRPC leaves to Python's text and a traceback in the log for each: requests that can't be read, and calls whose
+client has gone just before the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from shardserve.errors import InvalidInput, ShardserveError
+
+ERROR_CLASS = "shardserve-error"
+"""The trailing metadata that names the class of errors.py, beside a gRPC status that several classes share."""
+
+MAX_DETAILS = 1000
+"""Characters of a status's text, which travels as a header: clients refuse headers of more than 8 KB, and a character
+may take 9 bytes of it."""
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ShardserveError) -> None:
+    """Ends the call with the error's status; raises."""
+    code = grpc.StatusCode[error.grpc_status]
+    await context.abort(code, str(error)[:MAX_DETAILS], ((ERROR_CLASS, type(error).__name__),))
+
+
+class CarefulServer:
+    """The server as generated code registers methods with it: those of one request answer one that isn't their message
+    with InvalidInput."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server: Any = server  # Its stubs lack the newer of the two.
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        # They go before the generic ones.
+        careful = {name: _careful(name, handler) for name, handler in handlers.items()}
+        self._server.add_registered_method_handlers(service, careful)
+
+
+def _careful(name: str, handler: Any) -> Any:
+    parse = handler.request_deserializer
+    run = handler.unary_unary or handler.unary_stream
+    if run is None:
+        return handler
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return InvalidInput(f"the request isn't a message of {name}: its {len(data)} bytes can't be read as one")
+
+    async def answer(request: Any, context: Any) -> Any:
+        if isinstance(request, InvalidInput):
+            await abort(context, request)
+        return await run(request, context)
+
+    kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
+    return kind(answer, read, handler.response_serializer)
+
+
+def _concerns_the_server(record: logging.LogRecord) -> bool:
+    """Not what gRPC says when it can't write to a call any more: it knows that the client has gone a little later."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], cygrpc.ExecuteBatchError)
+
+
+def quiet_late_answers() -> None:
+    """gRPC logs no answer that came too late for its call."""
+    logging.getLogger(cygrpc.__name__).addFilter(_concerns_the_server)
