@@ -165,6 +165,9 @@ class Registry:
             signatures = [config.signature for config in configs]
             self._check_methods(signatures)
             self._on_models(signatures)
+            former, now = _export_ids(self._exports), _export_ids(configs)
+            if former not in ("", now):
+                logger.warning("the export changed from %s, whose agents have all left, to %s", former, now)
             self._exports = configs
         entry = self._table.entries[message.rank]
         agent = AgentHandle(
@@ -293,6 +296,11 @@ class Registry:
             if agent.rank in host.ranks:
                 host.stream.send(order)
         agent.stream.abort()
+
+
+def _export_ids(configs: Sequence[ShardConfig]) -> str:
+    """Of an agent's programs; "" if there was none."""
+    return ", ".join(dict.fromkeys(config.export_id for config in configs))
 
 
 def _which(subgraph: int, count: int) -> str:

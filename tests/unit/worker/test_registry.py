@@ -189,12 +189,16 @@ async def test_all_ranks_run_on_the_same_kind_of_device():
 
 
 @asynchronous
-async def test_another_export_may_come_when_all_agents_have_gone():
+async def test_another_export_may_come_when_all_agents_have_gone(caplog):
     s = Setting()
     _, (joined, agent) = s.register(0)
     joined.lost(agent)
+    _, (joined, agent) = s.register(0)
+    joined.lost(agent)
+    assert not caplog.messages
     s.register(0, config(0, export_id="e2"))
-    assert len(s.models) == 2
+    assert len(s.models) == 3
+    assert caplog.messages == ["the export changed from e1, whose agents have all left, to e2"]
     with pytest.raises(ShardError, match=r"rank 1: its shard is of export e1, that of rank 0 of export e2"):
         s.register(1, config(1, export_id="e1"))
 
