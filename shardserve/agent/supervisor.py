@@ -67,6 +67,8 @@ class Supervisor:
         self._fork_server_restarts = RestartBudget(settings)
         # Whether the Worker has said anything on the connection that stands, or stood last.
         self._spoken = False
+        # Whether the log has that the Worker is gone, and it has said nothing since.
+        self._missed = False
         self._stream: FrameStream[group.ToSupervisor] | None = None
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
@@ -220,7 +222,8 @@ class Supervisor:
         elif not self._stopping.is_set() and not self._ended.is_set():
             gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
             # Whoever runs the server in this process knows of its Worker's end, and of the reason, already.
-            level = logging.INFO if self._options.with_server else logging.WARNING
+            level = logging.INFO if self._missed or self._options.with_server else logging.WARNING
+            self._missed = True
             self._log(level, f"{gone}; waiting for it to come back")
             # One that ends connections without a word may do so for ever.
             pause = 0.0 if self._spoken else self._settings.connect_retry_interval
@@ -228,6 +231,7 @@ class Supervisor:
 
     def _frame(self, message: group.ToSupervisor, payload: Payload) -> None:
         self._spoken = True
+        self._missed = False
         match message:
             case group.Roster(hosts=hosts):
                 self._enlist(hosts)

@@ -149,7 +149,7 @@ async def test_another_fork_server_that_can_not_be_started_is_tried_again(tmp_pa
 
 
 @asynchronous
-async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports):
+async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports, caplog):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1], max_restarts=2) as host:
         supervisor = await worker.supervisor(0, 1)
@@ -164,6 +164,8 @@ async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports):
         assert given_up.rank == 1
         last = f"the last time: pid {victim.register.pid} died of SIGKILL"
         assert given_up.reason == f"rank 1: died 3 times within 60 s; {last}"
+        said = f"servable 'net' version 1: rank 1 is not forked again: died 3 times within 60 s; {last}"
+        assert said in caplog.messages
         # The others of this host go on.
         assert not agents[0].lost.is_set()
         assert not host.life.done()
@@ -348,6 +350,27 @@ async def test_the_worker_comes_back(tmp_path, ports):
                     again["supervisor"] = message.pid
             assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
             assert not host.life.done()
+
+
+@asynchronous
+async def test_that_the_worker_is_gone_is_said_once(tmp_path, ports, caplog):
+    """Also where whoever holds its listeners takes connections, and ends with them."""
+    models = write_shards(tmp_path, 1)
+    worker = ScriptedWorker(ports[0], 1)
+    async with Host(ports[0], models, ports[1]) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0)
+            await worker.agents(1)
+            supervisor.send(group.HostReady())
+            await host.ready
+        async with worker:
+            times = 0
+            while times < 3:
+                peer = await worker.arrived.get()
+                message, _ = await peer.frames.get()
+                times += isinstance(message, group.Introduce)
+                peer.stream.abort()
+    assert len([said for said in caplog.messages if "is gone" in said]) == 1
 
 
 @asynchronous
