@@ -141,6 +141,9 @@ def from_status(
             details = f"{details}: the server's max_msg_mb_size is the limit"
         elif "Concurrent RPC limit" in (details or ""):
             details = f"{details}: the server's max_calls is the limit"
+    elif error is None and code is grpc.StatusCode.CANCELLED and details == "CANCELLED":
+        # By the server: of calls that this side gives up the words are others.
+        error, details = Unavailable, "the server ended the call, as one that stops does with what has just come"
     elif error is None and "failed to connect" in (details or ""):
         details = f"{details}{_tls_hint(str(details))}"
     error = error or _BY_STATUS.get(code.name, InternalError)

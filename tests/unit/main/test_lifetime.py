@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from main_harness import Launcher, Worker, attached, echo, free_port, keep
 
 from shardserve.client import AsyncClient
+from shardserve.errors import Unavailable
 from shardserve.wire.messages import front, launch
 
 X = {"x": np.ones(4, np.float32)}
@@ -46,6 +47,30 @@ def test_stop_refuses_what_is_new_and_waits_for_what_is_under_way():
                 assert (await post).status_code == 200
                 assert isinstance(await stop, launch.Done)
                 assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+
+    asyncio.run(run())
+
+
+def test_clients_that_go_on_while_it_stops_hear_that_it_is_unavailable():
+    async def run():
+        worker = Worker()
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            answered = asyncio.Event()
+
+            async def call_on():
+                async with AsyncClient(address, "echo", "predict", raise_errors=True) as client:
+                    while True:
+                        await client.infer(X)
+                        answered.set()
+
+            async with attached(launcher, worker):
+                clients = [asyncio.create_task(call_on()) for _ in range(30)]
+                await answered.wait()
+                await launcher.order(launch.Stop, 5.0)
+                for client in clients:
+                    with pytest.raises(Unavailable):
+                        await client
 
     asyncio.run(run())
 
