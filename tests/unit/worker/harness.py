@@ -12,7 +12,7 @@ from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.frames import padded
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Batching, Call
+from shardserve.worker.batching import Batch, Batching, Call
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.scheduler import Scheduler
 
@@ -201,3 +201,56 @@ class Cluster(Owner):
 def value(call):
     """The first element of the call's answer."""
     return float(call.answer.result()[0].flat[0])
+
+
+# Two pipeline stages of two ranks.
+SIZES = {"rank_size": 4, "stage_size": 2}
+NOTHING = np.empty(0, np.uint8)
+
+
+class Group:
+    """A replica group, its owner and its agents. `serving`: forms at once."""
+
+    def __init__(self, window=3, serving=True, hosts=("10.0.0.1",) * 4, **settings):
+        self.owner = Owner()
+        self.group = ReplicaGroup(0, 4, 2, window, self.owner, quick(**settings))
+        self.agents = [agent(rank, host=hosts[rank], **SIZES) for rank in range(4)]
+        if serving:
+            self.join(*range(4))
+            self.say(group.Formed, *range(4))
+            assert self.group.state == "serving"
+            for each in self.agents:
+                each.stream.clear()
+
+    @property
+    def generation(self):
+        return self.group.generation
+
+    def join(self, *ranks):
+        for rank in ranks:
+            self.group.add(self.agents[rank])
+
+    def lose(self, rank):
+        """The agent's connection ends; the next `join` of this rank brings another."""
+        lost = self.agents[rank]
+        self.agents[rank] = agent(rank, host=lost.host, **SIZES)
+        self.group.lost(lost)
+        return lost
+
+    def say(self, kind, *ranks, generation=None, payload=NOTHING, **fields):
+        for rank in ranks:
+            self.group.handle(self.agents[rank], kind(generation or self.generation, **fields), payload)
+
+    def sent(self, kind):
+        return [len(each.stream.take(kind)) for each in self.agents]
+
+
+def batch():
+    arrays = (np.arange(6, dtype=np.float32).reshape(2, 3), np.array(True))
+    return Batch((), arrays, {"batch": 2})
+
+
+async def until(condition):
+    """Waits for what a timer does."""
+    while not condition():
+        await asyncio.sleep(0.01)

@@ -8,9 +8,8 @@ import pytest
 from shardserve.wire.messages import front, group
 from shardserve.wire.messages.times import RankTimes, StepNames
 
-from .harness import Cluster, asynchronous
+from .harness import Cluster, Group, asynchronous, batch
 from .scene import Scene
-from .test_group import Group, batch
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 NOTHING = RankTimes(StepNames([], [], []), [], [], [], [])

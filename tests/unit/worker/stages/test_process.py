@@ -16,7 +16,7 @@ from shardserve.wire.messages import stages
 from shardserve.worker.stages.values import encode_values
 
 from ..harness import asynchronous
-from .test_pool import Setting
+from .harness import Setting
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
