@@ -7,7 +7,7 @@ import binascii
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -119,7 +119,7 @@ def parse_value(value: Any, path: str, dtype: str | None, body: bytes) -> tensor
         return _objects(leaves, shape)
     if dtype in ("str", "bytes") and kinds:
         raise InvalidInput(f"{path}: a number where {dtype} is expected")
-    return _numbers(leaves, kinds, dtype, shape, path)
+    return _numbers(leaves, kinds, dtype, shape, lambda index: _at(path, shape, index) if type(value) is list else path)
 
 
 def _plain_numbers(value: list[Any], dtype: str | None, body: bytes) -> npt.NDArray[Any] | None:
@@ -149,13 +149,13 @@ def _plain_numbers(value: list[Any], dtype: str | None, body: bytes) -> npt.NDAr
 
 
 def _numbers(
-    leaves: list[Any], kinds: set[type], dtype: str | None, shape: tuple[int, ...], path: str
+    leaves: list[Any], kinds: set[type], dtype: str | None, shape: tuple[int, ...], path: Callable[[int], str]
 ) -> npt.NDArray[Any]:
+    """path: that of a leaf."""
+
     def wrong(test: Any, text: str) -> InvalidInput:
         index = next(index for index, leaf in enumerate(leaves) if test(leaf))
-        return InvalidInput(
-            f"{_at(path, shape, index)}: {text}" if len(shape) > 1 or len(leaves) > 1 else f"{path}: {text}"
-        )
+        return InvalidInput(f"{path(index)}: {text}")
 
     if not kinds <= {bool, int, float}:
         raise wrong(

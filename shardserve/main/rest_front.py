@@ -25,6 +25,7 @@ from shardserve.errors import (
     Overloaded,
     ShardserveError,
     Unavailable,
+    shortened,
 )
 from shardserve.main import addresses, rest_codec, rest_protocol, tls
 from shardserve.main.json_bodies import JsonBodies, is_large
@@ -62,6 +63,8 @@ class RestFront:
             Route("/healthz", self._healthz, methods=["GET"]),
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _bug})
+        # A path with a slash too many is none: Starlette's answer would lead to wherever the client's Host says.
+        self._app.router.redirect_slashes = False
         self._bodies = JsonBodies(router.settings)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -106,10 +109,11 @@ class RestFront:
         parameters = request.path_params
         version = parameters.get("version", "0")
         if not (version.isascii() and version.isdecimal()) or len(version) > MAX_VERSION_DIGITS:
-            raise NotFound(f"version {version[:MAX_VERSION_DIGITS]!r} isn't a version number")
+            raise NotFound(f"version {shortened(version, MOST_SHOWN)!r} isn't a version number")
         method = parameters["method"]
         servable, info = self._router.resolve(parameters["servable"], int(version), method)
         deadline = _deadline(request)
+        _refuse_encoded(request)
         instances = await self._instances(request, info, deadline)
 
         async def run() -> Response:
@@ -154,6 +158,12 @@ def _deadline(request: Request) -> float | None:
             f"header {TIMEOUT_HEADER}: {value[:MOST_SHOWN]!r} isn't a number of seconds over 0, as in 30 or 0.5"
         )
     return time.monotonic() + timeout
+
+
+def _refuse_encoded(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise InvalidInput(f"header content-encoding: {encoding[:MOST_SHOWN]!r} isn't taken, bodies are plain JSON")
 
 
 async def _unless_it_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -57,6 +57,8 @@ def test_wrong_requests_have_their_status_and_a_text():
             ("/model/echo/version/7:predict", good, 404, "has no version 7"),
             ("/model/echo/version/last:predict", good, 404, "version 'last' isn't a version number"),
             ("/model/echo/version/\u0661:predict", good, 404, "version '\u0661' isn't a version number"),
+            (f"/model/echo/version/{10**22}:predict", good, 404, f"version '{10**22}' isn't a version number"),
+            ("/model/echo/version/" + "9" * 90 + ":predict", good, 404, "9… (50 more characters left out)' isn't"),
             ("/model/echo", good, 404, "POST /model/echo isn't POST /model/{servable}"),
             ("/model/echo:predict", {"instances": []}, 400, "at least one instance"),
             ("/model/echo:predict", {"x": 1}, 400, "instances"),
@@ -66,6 +68,14 @@ def test_wrong_requests_have_their_status_and_a_text():
             assert reply.status_code == status, reply.text
             assert text in reply.json()["error_msg"]
         assert (await http.get("/model/echo:predict")).status_code == 405
+        squeezed = await http.post("/model/echo:predict", json=good, headers={"content-encoding": "gzip"})
+        assert (squeezed.status_code, squeezed.json()["error_msg"]) == (
+            400,
+            "header content-encoding: 'gzip' isn't taken, bodies are plain JSON",
+        )
+        assert (
+            await http.post("/model/echo:predict", json=good, headers={"content-encoding": "identity"})
+        ).status_code == 200
         assert (await http.post("/model/echo:predict", content=b"{")).status_code == 400
         twice = await http.post("/model/echo:predict", content=b'{"instances": {"x": 1, "x": 2}}')
         assert (twice.status_code, twice.json()["error_msg"]) == (400, "the body has an object with the key 'x' twice")
@@ -183,6 +193,11 @@ def test_paths_and_methods_that_are_none():
             assert set(reply.headers["allow"].split(", ")) == allowed
             assert method == "HEAD" or list(reply.json()) == ["error_msg"]
         assert (await http.head("/healthz")).status_code == 200
+        # Not a redirect, whose Location would be made of the client's Host.
+        for method, path in (("POST", "/model/echo:predict/"), ("GET", "/healthz/")):
+            reply = await http.request(method, path)
+            assert (reply.status_code, reply.headers.get("location")) == (404, None)
+            assert f"{method} {path} isn't" in reply.json()["error_msg"]
 
     rest(test)
 
