@@ -25,9 +25,13 @@ def from_tensor(tensor: pb.Tensor, where: str) -> tuple[TensorMeta, bytes]:
         if tensor.dtype == STRING and not data.isascii():
             for part in parts:
                 to_text(part, where)
+        other: object = tensor.data
     else:
-        data = tensor.data
+        data, other = tensor.data, tensor.bytes_val
         meta = TensorMeta(name, shape, len(data))
+    if other:
+        taken, wrong = ("data", "bytes_val") if meta.lengths is None else ("bytes_val", "data")
+        raise InvalidInput(f"{where}: {name} has its values in {taken}, got some in {wrong}")
     check_meta(meta, where)
     return meta, data
 

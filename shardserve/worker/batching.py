@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from shardserve.errors import ConfigError, InvalidInput, ShardserveError
+from shardserve.errors import ConfigError, DeadlineExceeded, InvalidInput, ShardserveError
 from shardserve.servable import Model
 from shardserve.shards.config import Signature, TensorSpec, describe, holds
 from shardserve.shards.expressions import parse, parse_condition
@@ -85,6 +85,11 @@ class Call:
     def fail(self, error: ShardserveError) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
+
+    def expire(self, now: float) -> None:
+        """Its deadline has passed before it had a step."""
+        waited = now - self.arrived
+        self.fail(DeadlineExceeded(f"the deadline passed while the request waited for its step ({waited:.3f} s)"))
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ class Batching:
         return key
 
     def _find_shapes_key(self, shapes: Shapes, dtypes: tuple[np.dtype[Any], ...]) -> Key:
-        names = tuple(dtype.name for dtype in dtypes)
+        names = tuple(dtype.name if dtype.kind != "O" else "str or bytes" for dtype in dtypes)
         if self._instance is not None:
             inputs = [spec.name for spec in self._instance.inputs]
             given = dict(zip(inputs, shapes, strict=True))

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from operator import attrgetter
 
-from shardserve.errors import DeadlineExceeded
 from shardserve.worker.batching import Batching, Call, Key
 
 Kind = tuple[int, int, Key]
@@ -106,7 +105,7 @@ class CallQueue:
         for call in [*takewhile(lambda call: call.urgency[0] <= now, calls)]:
             if call.deadline is not None:
                 self.discard(call)
-                call.fail(DeadlineExceeded("the deadline passed while the request waited for its step"))
+                call.expire(now)
 
     @property
     def ready_at(self) -> float | None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, ShardserveError
+from shardserve.errors import Aborted, Overloaded, ShardserveError
 from shardserve.wire.messages import Generation
 from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
@@ -130,8 +130,9 @@ class Sessions:
     def _drop_answered(session: Session) -> None:
         while session.calls:
             call = session.calls[0]
-            if call.deadline is not None and call.deadline <= time.monotonic():
-                call.fail(DeadlineExceeded("the deadline passed while the request waited for its step"))
+            now = time.monotonic()
+            if call.deadline is not None and call.deadline <= now:
+                call.expire(now)
             if not call.answer.done():
                 return
             session.calls.popleft()

@@ -132,6 +132,14 @@ def test_what_can_not_be_sent_is_named(value, text):
         (pb.Tensor(dtype=pb.MS_FLOAT32, data=bytes(8), shape=pb.TensorShape(dims=[3])), "is 12 bytes, got 8"),
         (pb.Tensor(dtype=pb.MS_FLOAT32, data=bytes(4), shape=pb.TensorShape(dims=[-1, -1])), "negative"),
         (pb.Tensor(data=bytes(4), shape=pb.TensorShape(dims=[1])), "unknown dtype number 0"),
+        (
+            pb.Tensor(dtype=pb.MS_FLOAT32, data=bytes(4), bytes_val=[b"a"], shape=pb.TensorShape(dims=[1])),
+            "float32 has its values in data, got some in bytes_val",
+        ),
+        (
+            pb.Tensor(dtype=pb.MS_BYTES, data=b"a", bytes_val=[b"a"], shape=pb.TensorShape(dims=[1])),
+            "bytes has its values in bytes_val, got some in data",
+        ),
         (pb.Tensor(dtype=pb.MS_STRING, bytes_val=[b"\xff"], shape=pb.TensorShape(dims=[1])), "UTF-8"),
         (pb.Tensor(dtype=pb.MS_BYTES, bytes_val=[b"a"], shape=pb.TensorShape(dims=[2])), "2 elements, got 1"),
     ],

@@ -256,7 +256,7 @@ def test_calls_of_other_shapes_have_other_keys():
         (np.zeros(3), "input 'x' must have dtype float32, got float64"),
         (np.zeros((1, 3), np.float32), "input 'x' must have shape .3., got .1, 3."),
         (np.zeros(4, np.float32), "input 'x' must have size 3 at axis 0, got 4"),
-        (np.array(["a", "b", "c"], object), "input 'x' must have dtype float32, got object"),
+        (np.array(["a", "b", "c"], object), "input 'x' must have dtype float32, got str or bytes"),
         ("text", "input 'x' must have dtype float32, got str"),
         (b"data", "input 'x' must have dtype float32, got bytes"),
     ],
