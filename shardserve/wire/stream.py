@@ -149,7 +149,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
                     self._on_no_memory(message, payload)
                 else:
                     raise payload
-        except FrameError as error:
+        except (FrameError, NoMemory) as error:
             self._break(error)
         except Exception as error:
             # asyncio would log it and leave a connection that has lost a message.

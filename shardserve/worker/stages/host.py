@@ -26,7 +26,7 @@ from shardserve.errors import (
 )
 from shardserve.servable import PythonStage
 from shardserve.settings import Settings
-from shardserve.wire.frames import Buffer, FrameError, Payload
+from shardserve.wire.frames import Buffer, FrameError, NoMemory, Payload
 from shardserve.wire.messages import stages
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.sessions import Session
@@ -239,6 +239,8 @@ class StageHost:
     def _lost(self, reason: Exception | None) -> None:
         if isinstance(reason, FrameError):
             self.kill(f"said what it should not: {reason}")
+        elif isinstance(reason, NoMemory):
+            self.kill(f"gave more than the Worker can take: {reason}")
         elif self.state != "ended":
             # Without its connection it is of no use; its pidfd tells of its end, and of the code if it ended itself.
             self._process.kill()

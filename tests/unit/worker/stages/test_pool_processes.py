@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 import uvloop
+from limits import memory_left
 
 from shardserve.errors import DeadlineExceeded, StageError, Unavailable
 
@@ -30,6 +31,34 @@ async def test_a_process_that_dies_fails_its_instance_and_is_replaced(tmp_path):
         one, bad, two = await s.results("batch_dies", 1, 3, 2)
         assert (one[0].tolist(), two[0].tolist()) == ([1], [2])
         assert "ended with code 7" in str(bad)
+
+
+GIVES = """
+import numpy as np
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=1, stage_size=1)
+
+def zeros(n):
+    return np.zeros(int(n[0]), np.uint8)
+
+@register.register_method(output_names=["y"])
+def gives(n):
+    return register.add_stage(zeros, n, outputs_count=1)
+"""
+
+
+@asynchronous
+async def test_outputs_that_the_worker_has_no_memory_for_fail_their_instance(tmp_path):
+    size = 64 << 20
+    async with Setting(tmp_path, source=GIVES) as s:
+        assert await s.said.get() == "ready"
+        [before] = s.pool.pids
+        with memory_left(size // 2):
+            [failed] = await s.results("gives", size)
+        why = f"its process (pid {before}) gave more than the Worker can take: no memory for {size} bytes"
+        assert str(failed) == f"method 'gives', stage 'zeros': {why}"
+        assert len((await s.run("gives", 3))[0]) == 3
 
 
 @asynchronous
