@@ -21,7 +21,7 @@ from shardserve.export import flops
 from shardserve.export.cut import StageGraph
 from shardserve.export.emit import LocalNode
 from shardserve.export.flops import product
-from shardserve.export.propagate import Bound, LocalGraph, Tensors
+from shardserve.export.propagate import Bound, Tensors
 from shardserve.export.symbols import Dim, simplify
 from shardserve.export.trace import Trace
 from shardserve.shards.regions import VIEWS
@@ -203,17 +203,6 @@ def rank_cost(stage: StageGraph, tensors: Tensors, model: Mapping[str, Tensor]) 
     operations = tuple(operation(node, tensors) for node in stage.nodes)
     sends = {name: nbytes(*tensors[name]) for name in stage.sends}
     return RankCost(operations, parameter_bytes(stage.parameters, model), sends)
-
-
-def graph_flops(graph: LocalGraph) -> Dim:
-    """FLOPs of matrix products of one coordinate over all stages, over the dims."""
-    tensors = graph.meanings()
-    return _total(operation(node, tensors).flops for node in graph.nodes)
-
-
-def traced_flops(traced: Trace) -> Dim:
-    """FLOPs of matrix products of the whole model, over the dims."""
-    return _total(node_flops(node) for node in traced.graph.nodes if node.op == "call_function")
 
 
 def node_flops(node: fx.Node) -> Dim:

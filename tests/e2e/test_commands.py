@@ -17,7 +17,6 @@ from terminal import OnTerminal
 from shardserve.client import Client, SSLConfig, status
 from shardserve.export import Plan, export
 
-CLI = ("-m", "shardserve.cli")
 # The command itself, whose folder relative paths must not be taken from.
 SCRIPT = Path(sys.executable).with_name("shardserve")
 

@@ -44,11 +44,6 @@ class Folder:
     dynamic_shapes: dict[str, Any]
 
 
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder in this layout."""
-    return (Path(path) / CONFIG).is_file()
-
-
 def load_folder(path: str | Path, meta: bool = False) -> Folder:
     """The model that `config.json` names, its parameters on the meta device, and its checkpoint, mapped; `meta`: only
     the model, of which there may be no weights yet.

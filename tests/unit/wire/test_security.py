@@ -159,7 +159,6 @@ def test_a_local_socket_asks_for_the_secret_too(tls):
 
 
 WORKER = r"the test at 127.0.0.1:\d+"
-PEER = r"127.0.0.1:\d+"
 UNKNOWN_CA = r"TLS: (unable to get local issuer certificate|self-signed certificate in certificate chain)"
 
 
