@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from shardserve.agent.connecting import Connector
 from shardserve.agent.forking import AgentProcess, ForkServer
 from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
 from shardserve.errors import (
@@ -36,7 +36,7 @@ from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
 from shardserve.wire.security import Door, Security
-from shardserve.wire.sockets import connect_within, is_local, parse_address
+from shardserve.wire.sockets import is_local, parse_address
 from shardserve.wire.stream import FrameStream
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Supervisor:
         self._missed = False
         self._stream: FrameStream[group.ToSupervisor] | None = None
         self._stopping = threading.Event()
+        self._connector = Connector(self._address, settings, options.security.local_only, self._stopping)
         self._ended = asyncio.Event()
         self._told = False
         self._all_dead = asyncio.Event()
@@ -79,7 +80,6 @@ class Supervisor:
         self._progress = progress
         # What this host waits for, once the Worker has said it.
         self._waits_for = ""
-        self._hindrance = ""
         # As lines in the log name it, of which this process may have others; once the Worker has said it.
         self._servable = ""
         self._reminder: asyncio.Future[None] | None = None
@@ -91,7 +91,9 @@ class Supervisor:
             server = f"the server at {self._address}"
             notice = remind(
                 self._settings.waiting_notice,
-                lambda: self._with_servable(f"this host waits for {self._waits_for or server + self._hindrance}"),
+                lambda: self._with_servable(
+                    f"this host waits for {self._waits_for or server + self._connector.hindrance}"
+                ),
             )
             self._reminder = asyncio.ensure_future(notice)
         try:
@@ -157,12 +159,11 @@ class Supervisor:
 
     async def _join(self, seconds: float | None) -> None:
         """Connects and introduces itself; None waits for ever, as long as nobody stops it."""
-        connected = await self._connect(float("inf") if seconds is None else seconds)
+        connected = await self._connector.connect(float("inf") if seconds is None else seconds)
         if connected is None:
             if not self._stopping.is_set():
-                self._fail(
-                    StartError(f"no Worker at {self._address} for {seconds} s (reconnect_timeout){self._hindrance}")
-                )
+                silence = f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"
+                self._fail(StartError(silence + self._connector.hindrance))
             return
         stream: FrameStream[group.ToSupervisor] = FrameStream(
             group.ToSupervisor,
@@ -178,42 +179,6 @@ class Supervisor:
     def _admitted(self) -> None:
         assert self._stream is not None
         self._stream.send(group.Introduce(os.getpid(), self._name))
-
-    async def _connect(self, seconds: float) -> socket.socket | None:
-        """`connect_within` on a thread of its own: executors take no work once the script's last line has run."""
-        done: asyncio.Future[socket.socket | None] = self._loop.create_future()
-
-        def tell(connected: socket.socket | None) -> None:
-            # The loop's end cancels whoever waited, possibly between this call and its turn.
-            if not done.done():
-                done.set_result(connected)
-            elif connected is not None:
-                connected.close()
-
-        def work() -> None:
-            interval = self._settings.connect_retry_interval
-            peer_timeout, local_only = self._settings.peer_timeout, self._options.security.local_only
-            connected = connect_within(
-                self._address, seconds, interval, self._stopping, peer_timeout, self._set_hindrance, local_only
-            )
-            # The loop is closed if the supervisor was stopped meanwhile; then nobody wants to know.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(tell, connected)
-                return
-            if connected is not None:
-                connected.close()
-
-        threading.Thread(target=work, name="connect", daemon=True).start()
-        return await done
-
-    def _set_hindrance(self, error: OSError) -> None:
-        match error:
-            case socket.gaierror():
-                self._hindrance = f", a name that isn't known yet: {error.strerror}"
-            case PermissionError():
-                self._hindrance = f": {error.strerror}"
-            case _:
-                self._hindrance = ""
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None

@@ -20,14 +20,13 @@ from shardserve.wire.shared import SMALLEST
 
 from .scripted import HOST, Host, ScriptedWorker, asynchronous, formed, output, send_step
 from .shards import write_shards
-from .test_supervisor import ports  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 X = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 
 
 @contextlib.asynccontextmanager
-async def registered(directory, ports, tensor_parallel, stages, then=()):  # noqa: F811
+async def registered(directory, ports, tensor_parallel, stages, then=()):
     """A Worker and its agents, which have registered."""
     models = write_shards(directory, tensor_parallel, stages, then=then)
     worker = ScriptedWorker(ports[0], len(models), stages)
@@ -39,7 +38,7 @@ async def registered(directory, ports, tensor_parallel, stages, then=()):  # noq
 @pytest.mark.parametrize(
     ("tensor_parallel", "stages", "expected"), [(1, 1, X), (2, 1, 2 * X), (1, 2, X + 1), (2, 2, 4 * X + 2)]
 )
-def test_steps_in_every_layout(tmp_path, ports, tensor_parallel, stages, expected):  # noqa: F811
+def test_steps_in_every_layout(tmp_path, ports, tensor_parallel, stages, expected):
     @asynchronous
     async def run():
         async with registered(tmp_path, ports, tensor_parallel, stages) as (worker, agents):
@@ -60,7 +59,7 @@ def test_steps_in_every_layout(tmp_path, ports, tensor_parallel, stages, expecte
 
 
 @asynchronous
-async def test_an_agent_that_waits_holds_nothing_of_the_last_step(tmp_path, ports, monkeypatch):  # noqa: F811
+async def test_an_agent_that_waits_holds_nothing_of_the_last_step(tmp_path, ports, monkeypatch):
     # Other tests' connections may have left some.
     monkeypatch.setattr(segments, "_pool", None)
     large = np.ones((SMALLEST // 12 + 1, 3), np.float32)
@@ -77,7 +76,7 @@ async def test_an_agent_that_waits_holds_nothing_of_the_last_step(tmp_path, port
 
 
 @asynchronous
-async def test_a_rank_dies_in_a_step(tmp_path, ports):  # noqa: F811
+async def test_a_rank_dies_in_a_step(tmp_path, ports):
     async with registered(tmp_path, ports, 2, 2) as (worker, agents):
         first = await worker.form(agents)
         victim = agents[1]
@@ -107,7 +106,7 @@ async def test_a_rank_dies_in_a_step(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_an_exception_inside_a_step(tmp_path, ports):  # noqa: F811
+async def test_an_exception_inside_a_step(tmp_path, ports):
     async with registered(tmp_path, ports, 2, 1) as (worker, agents):
         generation = await worker.form(agents)
         # As an export whose shapes don't fit each other would: only rank 1 raises.
@@ -130,7 +129,7 @@ async def test_an_exception_inside_a_step(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_the_text_of_what_a_model_raises_has_an_end(tmp_path, ports):  # noqa: F811
+async def test_the_text_of_what_a_model_raises_has_an_end(tmp_path, ports):
     view = {"name": "v", "op": "aten.view.default", "args": [{"node": "a"}, [2] * 5000]}
     async with registered(tmp_path, ports, 1, 1, [view]) as (worker, agents):
         generation = await worker.form(agents)
@@ -144,7 +143,7 @@ async def test_the_text_of_what_a_model_raises_has_an_end(tmp_path, ports):  # n
 
 
 @asynchronous
-async def test_inputs_without_memory_for_them_fail_their_step(tmp_path, ports):  # noqa: F811
+async def test_inputs_without_memory_for_them_fail_their_step(tmp_path, ports):
     size = 64 << 20
     async with registered(tmp_path, ports, 2, 1) as (worker, agents):
         generation = await worker.form(agents)
@@ -164,7 +163,7 @@ async def test_inputs_without_memory_for_them_fail_their_step(tmp_path, ports): 
 
 
 @asynchronous
-async def test_payload_of_another_size_breaks_the_generation(tmp_path, ports):  # noqa: F811
+async def test_payload_of_another_size_breaks_the_generation(tmp_path, ports):
     async with registered(tmp_path, ports, 1, 1) as (worker, agents):
         generation = await worker.form(agents)
         agents[0].send(group.Step(generation, 0, 0, {"batch": 2}), bytes(128))
@@ -177,7 +176,7 @@ async def test_payload_of_another_size_breaks_the_generation(tmp_path, ports):  
 
 
 @asynchronous
-async def test_the_end_while_the_group_forms(tmp_path, ports):  # noqa: F811
+async def test_the_end_while_the_group_forms(tmp_path, ports):
     async with registered(tmp_path, ports, 1, 2) as (worker, agents):
         first = Generation(1, 1)
         # The first stage never connects: rank 1 waits for it until it is told.
@@ -191,7 +190,7 @@ async def test_the_end_while_the_group_forms(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_the_next_stage_is_not_there(tmp_path, ports):  # noqa: F811
+async def test_the_next_stage_is_not_there(tmp_path, ports):
     async with registered(tmp_path, ports, 1, 2) as (_, agents):
         agents[0].send(group.Form(Generation(1, 1), "shared_memory", f"{HOST}:{ports[1] + 3}"))
         broken = await agents[0].next(group.Broken)
@@ -199,7 +198,7 @@ async def test_the_next_stage_is_not_there(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_the_worker_is_gone_in_a_step(tmp_path, ports):  # noqa: F811
+async def test_the_worker_is_gone_in_a_step(tmp_path, ports):
     models = write_shards(tmp_path, 2, 1)
     worker = ScriptedWorker(ports[0], 2)
     async with Host(ports[0], models, ports[1]):
@@ -228,7 +227,7 @@ async def test_the_worker_is_gone_in_a_step(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_generations_leave_nothing_in_an_agent(tmp_path, ports):  # noqa: F811
+async def test_generations_leave_nothing_in_an_agent(tmp_path, ports):
     async with registered(tmp_path, ports, 2, 2) as (worker, agents):
         counts = []
         for counter in range(1, 21):
@@ -251,7 +250,7 @@ async def test_generations_leave_nothing_in_an_agent(tmp_path, ports):  # noqa: 
 
 
 @asynchronous
-async def test_told_to_leave_while_it_waits(tmp_path, ports):  # noqa: F811
+async def test_told_to_leave_while_it_waits(tmp_path, ports):
     async with registered(tmp_path, ports, 2, 1) as (worker, agents):
         generation = await worker.form(agents)
         send_step(agents[:1], generation, 0, X)
@@ -260,7 +259,7 @@ async def test_told_to_leave_while_it_waits(tmp_path, ports):  # noqa: F811
 
 
 @asynchronous
-async def test_forming_is_ordered_not_guessed(tmp_path, ports):  # noqa: F811
+async def test_forming_is_ordered_not_guessed(tmp_path, ports):
     """Forms that reach the ranks in any order, one long after the others."""
     async with registered(tmp_path, ports, 2, 2) as (_, agents):
         generation = Generation(1, 1)
@@ -275,7 +274,7 @@ async def test_forming_is_ordered_not_guessed(tmp_path, ports):  # noqa: F811
         assert np.array_equal(output(agents[2], X.shape), 4 * X + 2)
 
 
-def test_cuda_graphs_on_a_cpu_leave_steps_eager(tmp_path, ports, monkeypatch, capfd):  # noqa: F811
+def test_cuda_graphs_on_a_cpu_leave_steps_eager(tmp_path, ports, monkeypatch, capfd):
     monkeypatch.setenv("SHARDSERVE_COMPILE", "cuda_graphs")
 
     @asynchronous

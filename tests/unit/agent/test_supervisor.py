@@ -1,39 +1,18 @@
-import asyncio
-import json
 import os
 import signal
-import socket
-import threading
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from shardserve.errors import ConfigError, JoinRefused, ShardError, StartError, Unavailable
+from shardserve.errors import Unavailable
 from shardserve.wire.messages import group
 
 from .scripted import HOST, Host, ScriptedWorker, asynchronous, logged, no_descriptors_left, output, send_step
 from .shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture
-def ports():
-    """A port for the Worker, and the first of several free ones for the agents."""
-    with socket.socket() as worker:
-        worker.bind((HOST, 0))
-        port = worker.getsockname()[1]
-    for start in range(20_000 + os.getpid() % 5000, 30_000, 7):
-        try:
-            for offset in range(4):
-                with socket.socket() as probe:
-                    probe.bind((HOST, start + offset))
-        except OSError:
-            continue
-        return port, start
-    raise AssertionError("no ports")
 
 
 @asynchronous
@@ -171,51 +150,6 @@ async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports, caplog):
         assert not host.life.done()
 
 
-async def fails(host, kind, said):
-    """The supervisor ends by itself with this error, and with all that it had started."""
-    await host.life
-    with pytest.raises(kind) as caught:
-        host.ready.result()
-    assert str(caught.value) == said
-    assert host.supervisor._fork_server is None or not psutil.pid_exists(host.supervisor._fork_server.pid)
-
-
-@asynchronous
-async def test_files_that_are_missing(tmp_path, ports):
-    models = write_shards(tmp_path)
-    os.unlink(models[1])
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        await worker.supervisor(0, 1)
-        await fails(host, ConfigError, f"model_files: rank 1: there is no file {models[1]}")
-    models = write_shards(tmp_path / "next")
-    config = tmp_path / "next" / "device0" / "group_config.json"
-    config.unlink()
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        await worker.supervisor(0, 1)
-        await fails(host, ShardError, f"{config}: No such file or directory")
-
-
-@asynchronous
-async def test_weights_that_only_the_agent_can_miss(tmp_path, ports):
-    models = write_shards(tmp_path)
-    weights = tmp_path / "device1" / "weights.safetensors"
-    weights.unlink()
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        supervisor = await worker.supervisor(0, 1)
-        await fails(host, ShardError, f"{weights}: No such file or directory")
-        given_up = await supervisor.next(group.GaveUp)
-        assert given_up == group.GaveUp(1, f"{weights}: No such file or directory")
-
-
-@asynchronous
-async def test_shard_of_another_device(tmp_path, ports):
-    models = write_shards(tmp_path)
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models[::-1], ports[1]) as host:
-        await worker.supervisor(0, 1)
-        config = tmp_path / "device1" / "group_config.json"
-        await fails(host, ConfigError, f"{config}: is the config of device1; rank 0 needs that of device0")
-
-
 @asynchronous
 async def test_config_given_apart_from_the_model(tmp_path, ports):
     models = write_shards(tmp_path)
@@ -235,38 +169,6 @@ async def test_the_second_replica_takes_the_same_shards(tmp_path, ports):
         await worker.supervisor(0, 1, 2, 3)
         agents = await worker.agents(4)
         assert [agent.register.configs[0]["rank"] for agent in agents] == [0, 1, 0, 1]
-
-
-@asynchronous
-async def test_port_in_use(tmp_path, ports):
-    models = write_shards(tmp_path, 1, 2)
-    with socket.socket() as busy:
-        # Only agents that a previous pipeline stage connects to listen.
-        busy.bind((HOST, ports[1] + 1))
-        busy.listen()
-        async with ScriptedWorker(ports[0], 2, 2) as worker, Host(ports[0], models, ports[1]) as host:
-            await worker.supervisor(0, 1)
-            said = f"rank 1: agent_start_port gives it {HOST}:{ports[1] + 1}: the port is in use"
-            await fails(host, StartError, said)
-
-
-@asynchronous
-async def test_what_the_worker_refuses(tmp_path, ports):
-    models = write_shards(tmp_path)
-    async with (
-        ScriptedWorker(ports[0], 2, hosts=("192.0.2.1", HOST)) as worker,
-        Host(ports[0], models, ports[1]) as host,
-    ):
-        supervisor, enlist = await worker.introduced()
-        # Of the roster, only what is this host's.
-        assert enlist == group.Enlist((HOST,), None, None, 2)
-        supervisor.send(group.Refuse("ConfigError", "2 model_files for 4 ranks"))
-        await fails(host, ConfigError, "2 model_files for 4 ranks")
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        await worker.supervisor(0, 1)
-        agent = await worker.arrived.get()
-        agent.send(group.Refuse("JoinRefused", "rank 0 is already there"))
-        await fails(host, JoinRefused, "rank 0 is already there")
 
 
 @asynchronous
@@ -304,93 +206,6 @@ async def test_stopped_before_a_worker_came(tmp_path, ports):
 
 
 @asynchronous
-async def test_whoever_waited_for_the_connection_may_be_gone(ports):
-    """At the loop's end everything is cancelled, possibly after the connecting thread has said that it gives up."""
-    complaints = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: complaints.append(context))
-    supervisor = Host(ports[0], ["w"], ports[1]).supervisor
-    waiting = asyncio.ensure_future(supervisor._connect(float("inf")))
-    await asyncio.sleep(0)
-    [connecting] = [thread for thread in threading.enumerate() if thread.name == "connect"]
-    supervisor._stopping.set()
-    connecting.join(10)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    await asyncio.sleep(0)
-    assert not complaints
-
-
-@asynchronous
-async def test_the_worker_comes_back(tmp_path, ports):
-    models = write_shards(tmp_path)
-    worker = ScriptedWorker(ports[0], 2)
-    async with Host(ports[0], models, ports[1]) as host:
-        async with worker:
-            supervisor = await worker.supervisor(0, 1)
-            agents = await worker.agents(2)
-            supervisor.send(group.HostReady())
-            await host.ready
-            await worker.form(agents)
-        pids = [agent.register.pid for agent in agents]
-        # Agents and supervisor come in any order.
-        async with worker:
-            again = {}
-            while len(again) < 3:
-                peer = await worker.arrived.get()
-                message, _ = await peer.frames.get()
-                if isinstance(message, group.Register):
-                    assert message.incarnation == 1
-                    again[message.rank] = message.pid
-                else:
-                    peer.send(group.Roster((HOST,)))
-                    await peer.next(group.Enlist)
-                    peer.send(group.Enlisted((0, 1), ("0", "1"), HOST, 2, 1, "net", 1))
-                    again["supervisor"] = message.pid
-            assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
-            assert not host.life.done()
-
-
-@asynchronous
-async def test_that_the_worker_is_gone_is_said_once(tmp_path, ports, caplog):
-    """Also where whoever holds its listeners takes connections, and ends with them."""
-    models = write_shards(tmp_path, 1)
-    worker = ScriptedWorker(ports[0], 1)
-    async with Host(ports[0], models, ports[1]) as host:
-        async with worker:
-            supervisor = await worker.supervisor(0)
-            await worker.agents(1)
-            supervisor.send(group.HostReady())
-            await host.ready
-        async with worker:
-            times = 0
-            while times < 3:
-                peer = await worker.arrived.get()
-                message, _ = await peer.frames.get()
-                times += isinstance(message, group.Introduce)
-                peer.stream.abort()
-    assert len([said for said in caplog.messages if "is gone" in said]) == 1
-
-
-@asynchronous
-async def test_the_worker_stays_away(tmp_path, ports, caplog):
-    models = write_shards(tmp_path, 1)
-    os.environ["SHARDSERVE_RECONNECT_TIMEOUT"] = "0.3"
-    try:
-        async with Host(ports[0], models, ports[1], reconnect_timeout=0.3) as host:
-            async with ScriptedWorker(ports[0], 1) as worker:
-                supervisor = await worker.supervisor(0)
-                await worker.agents(1)
-                supervisor.send(group.HostReady())
-                await host.ready
-            await host.life
-            assert f"no Worker at {HOST}:{ports[0]} for 0.3 s (reconnect_timeout)" in caplog.text
-    finally:
-        del os.environ["SHARDSERVE_RECONNECT_TIMEOUT"]
-
-
-@asynchronous
 async def test_agents_leave_when_they_are_told(tmp_path, ports):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
@@ -417,16 +232,4 @@ async def test_agents_that_do_not_leave_are_killed(tmp_path, ports, caplog):
         assert "agents did not leave within 0.3 s and are killed" in caplog.text
         await agent.lost.wait()
         with pytest.raises(Unavailable, match=r"the servable was stopped"):
-            host.ready.result()
-
-
-@asynchronous
-async def test_a_config_that_is_damaged(tmp_path, ports):
-    models = write_shards(tmp_path)
-    config = tmp_path / "device0" / "group_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "stage_size": 0}))
-    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        await worker.supervisor(0, 1)
-        await host.life
-        with pytest.raises(ShardError, match=rf"^{config}: "):
             host.ready.result()

@@ -10,7 +10,6 @@ from shardserve.wire.messages import Generation, group
 
 from .scripted import asynchronous, output, send_step
 from .test_agent import X, registered
-from .test_supervisor import ports  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -44,7 +43,7 @@ def test_one_thread_records_while_another_reads():
 
 
 @asynchronous
-async def test_a_rank_tells_its_steps_when_it_is_asked(tmp_path, ports):  # noqa: F811
+async def test_a_rank_tells_its_steps_when_it_is_asked(tmp_path, ports):
     async with registered(tmp_path, ports, 1, 2) as (worker, agents):
         generation = await worker.form(agents)
         for step in range(3):
@@ -71,7 +70,7 @@ async def test_a_rank_tells_its_steps_when_it_is_asked(tmp_path, ports):  # noqa
 
 
 @asynchronous
-async def test_a_rank_that_waits_in_a_step_answers_all_the_same(tmp_path, ports):  # noqa: F811
+async def test_a_rank_that_waits_in_a_step_answers_all_the_same(tmp_path, ports):
     async with registered(tmp_path, ports, 2, 1) as (worker, agents):
         generation = await worker.form(agents)
         # Only rank 0 has the step: it waits for rank 1 in a collective.

@@ -1,0 +1,80 @@
+"""A Worker that is gone, and comes back or stays away."""
+
+import os
+
+import pytest
+
+from shardserve.wire.messages import group
+
+from .scripted import HOST, Host, ScriptedWorker, asynchronous
+from .shards import write_shards
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@asynchronous
+async def test_the_worker_comes_back(tmp_path, ports):
+    models = write_shards(tmp_path)
+    worker = ScriptedWorker(ports[0], 2)
+    async with Host(ports[0], models, ports[1]) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0, 1)
+            agents = await worker.agents(2)
+            supervisor.send(group.HostReady())
+            await host.ready
+            await worker.form(agents)
+        pids = [agent.register.pid for agent in agents]
+        # Agents and supervisor come in any order.
+        async with worker:
+            again = {}
+            while len(again) < 3:
+                peer = await worker.arrived.get()
+                message, _ = await peer.frames.get()
+                if isinstance(message, group.Register):
+                    assert message.incarnation == 1
+                    again[message.rank] = message.pid
+                else:
+                    peer.send(group.Roster((HOST,)))
+                    await peer.next(group.Enlist)
+                    peer.send(group.Enlisted((0, 1), ("0", "1"), HOST, 2, 1, "net", 1))
+                    again["supervisor"] = message.pid
+            assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
+            assert not host.life.done()
+
+
+@asynchronous
+async def test_that_the_worker_is_gone_is_said_once(tmp_path, ports, caplog):
+    """Also where whoever holds its listeners takes connections, and ends with them."""
+    models = write_shards(tmp_path, 1)
+    worker = ScriptedWorker(ports[0], 1)
+    async with Host(ports[0], models, ports[1]) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0)
+            await worker.agents(1)
+            supervisor.send(group.HostReady())
+            await host.ready
+        async with worker:
+            times = 0
+            while times < 3:
+                peer = await worker.arrived.get()
+                message, _ = await peer.frames.get()
+                times += isinstance(message, group.Introduce)
+                peer.stream.abort()
+    assert len([said for said in caplog.messages if "is gone" in said]) == 1
+
+
+@asynchronous
+async def test_the_worker_stays_away(tmp_path, ports, caplog):
+    models = write_shards(tmp_path, 1)
+    os.environ["SHARDSERVE_RECONNECT_TIMEOUT"] = "0.3"
+    try:
+        async with Host(ports[0], models, ports[1], reconnect_timeout=0.3) as host:
+            async with ScriptedWorker(ports[0], 1) as worker:
+                supervisor = await worker.supervisor(0)
+                await worker.agents(1)
+                supervisor.send(group.HostReady())
+                await host.ready
+            await host.life
+            assert f"no Worker at {HOST}:{ports[0]} for 0.3 s (reconnect_timeout)" in caplog.text
+    finally:
+        del os.environ["SHARDSERVE_RECONNECT_TIMEOUT"]
