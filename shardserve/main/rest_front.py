@@ -170,12 +170,13 @@ async def _unless_it_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T
     """The outcome of `work`, which is cancelled if the client leaves: ClientDisconnect. For when the body has come."""
     task = asyncio.current_task()
     assert task is not None
-    left = False
+    left = over = False
 
     def leave(_: asyncio.Future[Any]) -> None:
         nonlocal left
-        left = True
-        task.cancel()
+        if not over:  # It may have been scheduled before it was removed.
+            left = True
+            task.cancel()
 
     leaving = asyncio.ensure_future(request.receive())  # After the body only a disconnect comes.
     leaving.add_done_callback(leave)
@@ -186,6 +187,7 @@ async def _unless_it_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T
             raise
         raise ClientDisconnect from None
     finally:
+        over = True
         leaving.remove_done_callback(leave)
         leaving.cancel()
 
