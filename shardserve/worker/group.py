@@ -135,11 +135,13 @@ class ReplicaGroup:
         if self.agents.get(agent.local) is not agent:
             return
         del self.agents[agent.local]
+        casualty: int | None = agent.rank
         if any(agent.local in step.raised for step in self._steps.values()):
             # The request has the error. A CUDA device that has asserted is of no more use to its process.
             self._owner.forgive(agent.rank)
+            casualty = None
         if self.state in ("forming", "serving"):
-            self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone", agent.rank)
+            self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone", casualty)
         elif self.state == "ending":
             self._left(agent.local)
         self._owner.group_changed()
@@ -186,7 +188,8 @@ class ReplicaGroup:
         self.end(reason)
 
     def end(self, reason: str, casualty: int | None = None) -> None:
-        """Ends the generation for all; its unanswered batches go back to the owner."""
+        """Ends the generation for all; its unanswered batches go back to the owner. casualty: the rank whose death has
+        ended it, if that isn't forgiven already."""
         assert self.state in ("forming", "serving")
         logger.warning("replica %d: generation %s ends: %s", self.replica, self.generation, reason)
         self.state = "ending"

@@ -236,7 +236,8 @@ class Scheduler:
             self._put_back(call, next(_units))
 
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
-        """A generation ended under these batches. casualty: the rank whose death has ended it."""
+        """A generation ended under these batches. casualty: the rank whose death has ended it, to be
+        forgiven if it was a call's fault."""
         death = Death(casualty) if casualty is not None else None
         for batch in batches:
             unit, several = next(_units), len(batch.calls) > 1

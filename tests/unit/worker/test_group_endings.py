@@ -27,6 +27,8 @@ async def test_the_death_of_a_rank_that_has_said_that_the_model_raised_is_forgiv
     g.group.send_step(batch())
     g.lose(1)
     assert g.owner.take("forgive") == [(1,)]
+    # Once each: what has been forgiven is not the scheduler's to forgive again.
+    assert g.owner.casualties == [None, 1]
 
 
 @asynchronous
