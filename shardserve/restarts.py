@@ -42,7 +42,10 @@ class RestartBudget:
     def pause(self) -> float:
         """Seconds to wait before the next start."""
         extra = len(self._deaths) - PROMPT_RESTARTS
-        return min(FIRST_PAUSE * 2 ** (extra - 1), LONGEST_PAUSE) if extra > 0 else 0.0
+        if extra <= 0:
+            return 0.0
+        # In a long window there may be so many that 2 ** them is no float.
+        return min(FIRST_PAUSE * 2.0 ** min(extra - 1, 10), LONGEST_PAUSE)
 
     def __str__(self) -> str:
         return f"{len(self._deaths)} times within {self._settings.restart_window:g} s"

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 class StagePool:
     """`start` gives it its processes, whose first message is `load`. changed: called when it became ready. failed:
-    called once with the reason, when processes can't be started (any more): nothing will be answered then."""
+    called once with the reason, when a first start has failed, or too many later ones and no process is left: nothing
+    will be answered then."""
 
     def __init__(
         self,
@@ -153,7 +154,9 @@ class StagePool:
         self._start_failed(message)
 
     def _start_failed(self, reason: str) -> None:
-        if not self._was_ready or not self._restarts.spend():
+        # Those that have loaded go on: what others lack (a process, memory, a file) may come back.
+        living = any(host.state != "loading" for host in self._hosts)
+        if not self._was_ready or not (self._restarts.spend() or living):
             self.close(f"Python stages can't run: {reason}")
             self._failed(self._closed)
             return

@@ -170,6 +170,22 @@ async def test_a_process_that_can_not_be_started_any_more(tmp_path):
 
 
 @asynchronous
+async def test_while_a_process_lives_those_that_can_not_be_started_are_tried_again(tmp_path):
+    async with Setting(tmp_path, size=2, max_restarts=1) as s:
+        assert await s.said.get() == "ready"
+        await s.results("one", 1, 2)
+        with no_descriptors():
+            await kill(s)
+            [left] = s.pool.pids
+            while not s.pool._restarts.spent:
+                assert (await s.run("one", 1))[0].tolist() == [2]
+        while len(s.pool.pids) < 2:
+            assert (await s.run("one", 1))[0].tolist() == [2]
+        assert left in s.pool.pids
+        assert s.said.empty()
+
+
+@asynchronous
 async def test_a_start_that_fails_leaves_no_process(tmp_path, monkeypatch):
     started = []
 
