@@ -46,9 +46,11 @@ _numbers = count()
 
 @dataclass(eq=False)
 class Death:
-    """Of a rank, while calls were under way. forgiven: it was a request's fault, and doesn't count for the rank."""
+    """Of a rank, while calls were under way. suspects: how many of them haven't been left by their clients before they
+    ran again; None if they weren't one batch. forgiven: it was a request's fault, and doesn't count for the rank."""
 
     rank: int
+    suspects: int | None = None
     forgiven: bool = False
 
 

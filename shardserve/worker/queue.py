@@ -47,8 +47,8 @@ class CallQueue:
         insort(kinds.setdefault(kind, []), call, key=_by_urgency)
         self._waiting += 1
 
-    def discard(self, call: Call) -> None:
-        """Takes a call out, if it waits here."""
+    def discard(self, call: Call) -> bool:
+        """Takes a call out, if it waits here; whether it did."""
         kinds, kind = self._place(call)
         calls = kinds.get(kind, [])
         at = bisect_left(calls, call.urgency, key=_by_urgency)
@@ -57,6 +57,8 @@ class CallQueue:
             self._waiting -= 1
             if not calls:
                 del kinds[kind]
+            return True
+        return False
 
     @property
     def next_suspect(self) -> Urgency | None:
@@ -104,8 +106,9 @@ class CallQueue:
         # Whose deadline has passed stands in front: nothing is more urgent.
         for call in [*takewhile(lambda call: call.urgency[0] <= now, calls)]:
             if call.deadline is not None:
-                self.discard(call)
+                # First the answer: who hears of it is to find the call here still.
                 call.expire(now)
+                self.discard(call)
 
     @property
     def ready_at(self) -> float | None:

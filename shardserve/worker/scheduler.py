@@ -127,7 +127,11 @@ class Scheduler:
         call.held_until = self._batching(call.subgraph).held_until(call)
         self._queue.add(call)
         # A call whose client has left must not hold memory until its turn.
-        call.answer.add_done_callback(lambda _: self._queue.discard(call))
+        call.answer.add_done_callback(lambda _: self._answered_in_queue(call))
+
+    def _answered_in_queue(self, call: Call) -> None:
+        if self._queue.discard(call):
+            self._left(call)
 
     def pump(self) -> None:
         """Sends what can be sent."""
@@ -238,7 +242,9 @@ class Scheduler:
     def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
         """A generation ended under these batches. casualty: the rank whose death has ended it, to be
         forgiven if it was a call's fault."""
-        death = Death(casualty) if casualty is not None else None
+        death = None
+        if casualty is not None:
+            death = Death(casualty, len(batches[0].calls) if len(batches) == 1 else None)
         for batch in batches:
             unit, several = next(_units), len(batch.calls) > 1
             for call in batch.calls:
@@ -248,20 +254,33 @@ class Scheduler:
                 call.endings += 1
                 if death is not None:
                     call.deaths.append(death)
-                if call.endings <= ENDINGS_ALLOWED:
-                    self._put_back(call, unit)
-                elif several:
-                    self._put_back(call, next(_units))
-                else:
+                if call.endings > ENDINGS_ALLOWED and not several:
                     self._give_up(call)
+                elif call.answer.done():
+                    self._left(call)
+                else:
+                    self._put_back(call, unit if call.endings <= ENDINGS_ALLOWED else next(_units))
 
     def _give_up(self, call: Call) -> None:
         logger.error("a request is given up: %d generations ended while it ran", call.endings)
         call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
         for death in call.deaths:
-            if not death.forgiven:
-                death.forgiven = True
-                self._forgive(death.rank)
+            self._forgive_once(death)
+
+    def _left(self, call: Call) -> None:
+        """Nobody waits for it any more, so it won't run again. Where nothing else is left to blame it is taken for the
+        cause: its client may send it again and again, and always leave before it can be given up."""
+        for death in call.deaths:
+            if death.suspects is None:
+                continue
+            death.suspects -= 1
+            if death.suspects == 0:
+                self._forgive_once(death)
+
+    def _forgive_once(self, death: Death) -> None:
+        if not death.forgiven:
+            death.forgiven = True
+            self._forgive(death.rank)
 
     def _put_back(self, call: Call, unit: int) -> None:
         if call.answer.done():

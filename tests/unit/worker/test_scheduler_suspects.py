@@ -258,3 +258,59 @@ async def test_a_death_under_several_requests_that_are_given_up_is_forgiven_once
     for _ in range(3):
         c.lose()
     assert c.take("forgive") == [(0,)] * 3
+
+
+@asynchronous
+@pytest.mark.parametrize("leaves", ["under way", "waiting", "late"])
+async def test_the_death_under_a_lone_suspect_that_nobody_waits_for_any_more_is_forgiven(leaves):
+    c = Cluster()
+    deadline = time.monotonic() + 0.05 if leaves == "late" else None
+    call = c.submit(1, deadline=deadline)
+    assert c.steps() == [(0, [1])]
+    if leaves == "under way":
+        call.answer.cancel()
+    c.groups[0].lost(c.agents[0])
+    if leaves == "waiting":
+        call.answer.cancel()
+    while deadline is not None and time.monotonic() < deadline:
+        pass
+    c.join()
+    assert c.steps() == []
+    assert call.answer.done()
+    assert c.take("forgive") == [(0,)]
+
+
+@asynchronous
+async def test_the_death_under_a_batch_is_forgiven_when_nobody_waits_for_any_of_its_calls():
+    c = Cluster(window=1, batch=2)
+    c.submit(0)
+    calls = [c.submit(i) for i in (1, 2)]
+    c.output(0, [0])
+    c.groups[0].lost(c.agents[0])
+    calls[0].answer.cancel()
+    assert c.take("forgive") == []
+    calls[1].answer.cancel()
+    assert c.take("forgive") == [(0,)]
+
+
+@asynchronous
+async def test_a_death_counts_when_a_call_went_well_after_it_or_several_batches_were_under_it():
+    c = Cluster(window=1, batch=2)
+    c.submit(0)
+    calls = [c.submit(i) for i in (1, 2)]
+    c.output(0, [0])
+    c.groups[0].lost(c.agents[0])
+    calls[0].answer.cancel()
+    c.join()
+    # It runs again, and its client leaves meanwhile: what it does is seen all the same.
+    [(number, values)] = c.steps()
+    assert values == [2]
+    calls[1].answer.cancel()
+    c.output(number, [2])
+    assert c.take("forgive") == []
+    c = Cluster(window=2, batch=1)
+    calls = [c.submit(i) for i in (1, 2)]
+    c.groups[0].lost(c.agents[0])
+    for call in calls:
+        call.answer.cancel()
+    assert c.take("forgive") == []
