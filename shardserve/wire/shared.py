@@ -197,14 +197,14 @@ def _map(pid: int, fd: int, token: bytes, capacity: int, word: int, use: int) ->
         # Sealed: it can't shrink under us, which would end this process when it reads.
         if fcntl.fcntl(opened, fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(opened).st_size != PAGE + capacity:
             raise SharedError(f"{what} is no segment of {capacity} bytes")
-        first = map_memory(opened, PAGE, writable=True)
-        if first[PAGE - TOKEN :].tobytes() != token:
+        if os.pread(opened, TOKEN, PAGE - TOKEN) != token:
             raise SharedError(f"{what} is another segment than was said")
-        words = words_of(first)
         try:
+            words = words_of(map_memory(opened, PAGE, writable=True))
             memory = map_memory(opened, PAGE + capacity, writable=False)[PAGE:]
         except OSError as error:
-            words[word] = use
+            # Not through a mapping: where their number is exhausted (vm.max_map_count), the words have none either.
+            os.pwrite(opened, np.uint64(use).tobytes(), np.uint64().nbytes * word)
             raise MemoryError(f"no memory for {capacity} bytes, to read what process {pid} shares") from error
         return Mapped(source, token, words, memory)
     except OSError as error:

@@ -356,6 +356,38 @@ def test_what_can_not_be_mapped_is_told_and_counts_as_read():
         assert holds(payload, 3)
 
 
+@pytest.mark.parametrize("mappings", [0, 1])
+def test_without_mappings_a_payload_is_dropped_and_counts_as_read(monkeypatch, mappings):
+    """As where vm.max_map_count is reached: neither the words nor the bytes can be mapped, or the words only."""
+    map_memory, left = shared.map_memory, [None] * mappings
+
+    def refuse(*args, **named):
+        if not left:
+            raise OSError(errno.ENOMEM, "mmap failed")
+        left.pop()
+        return map_memory(*args, **named)
+
+    with contextlib.ExitStack() as closing:
+        sender, receiver = (
+            closing.enter_context(contextlib.closing(FrameSocket(end, Note, share=True))) for end in socket.socketpair()
+        )
+        sender._shared.ready()
+        sender.send(Note(0))
+        receiver.receive()
+        sender.take_acceptance()
+        sender.send(Note(1), [b"\1" * LARGE])
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "map_memory", refuse)
+            with pytest.raises(NoMemory, match="to read what process"):
+                receiver.receive()
+        sender.send(Note(2), [b"\2" * LARGE])
+        # In the same memory.
+        assert segments() == 1
+        message, payload = receiver.receive()
+        assert message == Note(2)
+        assert holds(payload, 2)
+
+
 def test_between_processes_of_which_one_is_killed():
     """Nothing has a name, so nothing is left; who lives on reads what it had."""
     ours, theirs = socket.socketpair()
