@@ -289,8 +289,8 @@ class Launcher:
         timeout = self._settings.start_timeout
         try:
             for key, service in list(self._services.items()):
-                # One whose start has failed meanwhile isn't Main's any more.
-                if key in self._services:
+                # One whose start has failed meanwhile isn't Main's any more, and may have been started again.
+                if self._services.get(key) is service:
                     await main.order(launch.Attach(main.number(), *key, service.front_name), timeout)
             for order in list(self._fronts):
                 await main.order(order(main.number()), timeout)

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import socket
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -96,6 +97,27 @@ async def test_a_worker_that_dies_as_soon_as_it_is_ready_is_respawned(tmp_path, 
             f"the Worker of servable 'net' version 1 (pid {worker.pid}) ended with code -9; it is respawned"
             in caplog.text
         )
+
+
+@asynchronous
+async def test_what_is_started_again_while_main_is_restored_is_not_attached_as_it_was(tmp_path):
+    async with Setting(tmp_path) as s:
+        failing = await s.launcher.open_servable(replace(s.options, version_number=2))
+        main = s.launcher._main
+        obey, attached = main.order, []
+
+        async def order(message, timeout):
+            if isinstance(message, launch.Attach):
+                attached.append(message.address)
+                if len(attached) == 1:
+                    await s.launcher._withdraw(failing)
+                    await s.launcher.open_servable(failing.options)
+            await obey(message, timeout)
+
+        main.order = order
+        await s.launcher._restore_main()
+        again = s.launcher._services["net", 2]
+        assert attached == [s.service.front_name, again.front_name]
 
 
 @asynchronous
