@@ -246,7 +246,7 @@ def check_collectives(device: str, config: ShardConfig) -> None:
 
 
 def _take_device(request: ForkRequest) -> None:
-    """Makes it the one that this process's threads use. StartError, never the CPU instead."""
+    """Makes it the one that this thread uses, which loads and takes the steps. StartError, never the CPU instead."""
     kind, _, number = request.device.partition(":")
     if kind != "cuda":
         return
@@ -255,7 +255,9 @@ def _take_device(request: ForkRequest) -> None:
     count = torch.cuda.device_count()
     if int(number) >= count:
         raise StartError(f"rank {request.rank}: device {request.device}: this host has {count}, counted from 0")
-    # Whatever names no device would otherwise take memory of the first one, in each agent of the host.
+    # Whatever names no device would otherwise take memory of the first one, in each agent of the host. Other threads
+    # have the first one still (cudaSetDevice is of a thread), and use none but by their tensors; to pin memory, torch
+    # takes one that has a context.
     torch.cuda.set_device(request.device)
 
 
