@@ -178,7 +178,7 @@ class AgentProcess:
 
 class ForkServer:
     """A running `python -m shardserve.agent.fork_server`. Its end ends all agents that it forked. ending:
-    how it ended, for logs; "" as long as it is of use."""
+    how it ended, for logs; "" as long as it is of use. was_silent: it was killed since it did not answer."""
 
     def __init__(self) -> None:
         self._process, self.pidfd, self._socket = spawn(
@@ -187,6 +187,7 @@ class ForkServer:
         self._socket.setblocking(False)
         self._turn = asyncio.Lock()
         self.has_forked = False
+        self.was_silent = False
         self.ending = ""
         self._readable: asyncio.Future[None] | None = None
 
@@ -223,7 +224,9 @@ class ForkServer:
             try:
                 return await asyncio.wait_for(self._exchange(request, fds), timeout)
             except asyncio.TimeoutError:
-                self._end(f"did not answer within {timeout:g} s (start_timeout) and was killed")
+                self.was_silent = True
+                advice = "" if self.has_forked else "; if torch takes longer to import, raise SHARDSERVE_START_TIMEOUT"
+                self._end(f"did not answer within {timeout:g} s (start_timeout) and was killed{advice}")
                 raise self._ended_error() from None
 
     async def _exchange(self, request: ToForkServer, fds: list[int]) -> tuple[bytes, list[int]]:

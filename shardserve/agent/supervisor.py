@@ -65,6 +65,8 @@ class Supervisor:
         self._slots: list[AgentSlot] = []
         self._fork_server: ForkServer | None = None
         self._fork_server_restarts = RestartBudget(settings)
+        # Before the first agents were there. Not within a window: each takes start_timeout, which may be as long.
+        self._silent_fork_servers = 0
         # Whether the Worker has said anything on the connection that stands, or stood last.
         self._spoken = False
         # Whether the log has that the Worker is gone, and it has said nothing since.
@@ -270,10 +272,13 @@ class Supervisor:
         if self._stopping.is_set():
             return
         if self._ready is not None and not server.has_forked:
-            why = f"could not start: it {server.ending}; its output says why"
-            self._fail(StartError(f"the fork server (pid {server.pid}) {why}"))
-            return
-        if not self._fork_server_restarts.spend():
+            # The files of torch that a slow disk has read meanwhile, the next one finds in memory.
+            self._silent_fork_servers += server.was_silent
+            if not server.was_silent or self._silent_fork_servers > self._settings.max_restarts:
+                why = server.ending if server.was_silent else f"{server.ending}; its output says why"
+                self._fail(StartError(f"the fork server (pid {server.pid}) could not start: it {why}"))
+                return
+        elif not self._fork_server_restarts.spend():
             self._fail(StartError(f"the fork server died {self._fork_server_restarts}"))
             return
         self._log(logging.ERROR, f"the fork server (pid {server.pid}) {server.ending}; starting another")
@@ -329,6 +334,8 @@ class Supervisor:
         if words is not None:
             self._restart(slot, words.message.removeprefix(f"rank {slot.request.rank}: "))
             return
+        # Counted before anything is waited for: the Worker, too, has seen it, and may forgive it meanwhile.
+        slot.restarts.spend()
         self._spawn(lambda: self._mourn(slot, process.pid))
 
     async def _mourn(self, slot: AgentSlot, pid: int) -> None:
@@ -339,11 +346,16 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 ending = await self._fork_server.ending_of(pid, self._settings.start_timeout)
         if not (self._stopping.is_set() or self._ended.is_set()):
-            self._restart(slot, f"pid {pid} {ending}")
+            self._fork_anew(slot, f"pid {pid} {ending}")
 
     def _restart(self, slot: AgentSlot, reason: str) -> None:
+        slot.restarts.spend()
+        self._fork_anew(slot, reason)
+
+    def _fork_anew(self, slot: AgentSlot, reason: str) -> None:
+        """After a death that has been counted."""
         rank = slot.request.rank
-        if not slot.restarts.spend():
+        if slot.restarts.spent:
             self._give_up(slot, StartError(f"rank {rank}: died {slot.restarts}; the last time: {reason}"))
             return
         self._log(logging.WARNING, f"rank {rank} is forked anew: {reason}")

@@ -205,6 +205,13 @@ class Host:
         self.life = asyncio.ensure_future(self.supervisor.run())
         return self
 
+    async def fork_server(self):
+        """The first one; nobody has asked it for anything yet."""
+        # With which `run` begins, in the loop's next turn.
+        await asyncio.sleep(0)
+        assert self.supervisor._fork_server is not None
+        return self.supervisor._fork_server
+
     async def __aexit__(self, *error):
         self.supervisor.stop()
         await self.life

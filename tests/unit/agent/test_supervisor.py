@@ -112,6 +112,21 @@ async def test_another_fork_server_is_started_when_one_freezes(tmp_path, ports, 
 
 
 @asynchronous
+async def test_another_fork_server_is_started_when_the_first_takes_too_long(tmp_path, ports, caplog):
+    models = write_shards(tmp_path)
+    async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
+        server = await host.fork_server()
+        # So that it is never done, and the test doesn't wait for the 60 s.
+        psutil.Process(server.pid).suspend()
+        ask = server._ask
+        server._ask = lambda *request: ask(*request[:-1], 0.2)
+        await worker.supervisor(0, 1)
+        agents = await worker.agents(2)
+        assert [agent.register.rank for agent in agents] == [0, 1]
+        assert f"the fork server (pid {server.pid}) did not answer within 0.2 s (start_timeout)" in caplog.text
+
+
+@asynchronous
 async def test_another_fork_server_that_can_not_be_started_is_tried_again(tmp_path, ports):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
@@ -148,6 +163,30 @@ async def test_a_rank_that_dies_too_often_is_given_up(tmp_path, ports, caplog):
         # The others of this host go on.
         assert not agents[0].lost.is_set()
         assert not host.life.done()
+
+
+@asynchronous
+async def test_a_death_that_is_forgiven_before_its_reason_is_known(tmp_path, ports):
+    """The Worker sees it at once; how it ended the fork server is asked for first."""
+    models = write_shards(tmp_path, 1)
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1], max_restarts=0) as host:
+        supervisor = await worker.supervisor(0)
+        [agent] = await worker.agents(1)
+        supervisor.send(group.HostReady())
+        await host.ready
+        server = host.supervisor._fork_server
+        ending_of = server.ending_of
+
+        async def asked(pid, timeout):
+            host.supervisor._frame(group.Forgive(0), None)
+            return await ending_of(pid, timeout)
+
+        server.ending_of = asked
+        os.kill(agent.register.pid, signal.SIGKILL)
+        [reborn] = await worker.agents(1)
+        os.kill(reborn.register.pid, signal.SIGKILL)
+        server.ending_of = ending_of
+        assert (await supervisor.next(group.GaveUp)).rank == 0
 
 
 @asynchronous

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 
 import psutil
@@ -91,6 +92,22 @@ async def test_what_the_worker_refuses(tmp_path, ports):
         agent = await worker.arrived.get()
         agent.send(group.Refuse("JoinRefused", "rank 0 is already there"))
         await fails(host, JoinRefused, "rank 0 is already there")
+
+
+@asynchronous
+async def test_torch_that_takes_too_long_to_import_each_time(tmp_path, ports, caplog):
+    """Within no window: each try takes longer than that."""
+    models = write_shards(tmp_path, 1)
+    limits = {"start_timeout": 0.1, "restart_window": 0.01, "max_restarts": 1}
+    async with ScriptedWorker(ports[0], 1) as worker, Host(ports[0], models, ports[1], **limits) as host:
+        first = await host.fork_server()
+        await worker.supervisor(0)
+        await host.life
+    advice = "if torch takes longer to import, raise SHARDSERVE_START_TIMEOUT"
+    ending = f"did not answer within 0.1 s (start_timeout) and was killed; {advice}"
+    assert f"servable 'net' version 1: the fork server (pid {first.pid}) {ending}; starting another" in caplog.messages
+    with pytest.raises(StartError, match=rf"^the fork server \(pid \d+\) could not start: it {re.escape(ending)}$"):
+        host.ready.result()
 
 
 @asynchronous
