@@ -3,8 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiling every file takes longer than the rest of an installation; Python compiles those that are imported, once.
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# It compiles what it installs, a minute's work: under PYTHONDONTWRITEBYTECODE, as in many containers, each process would
+# otherwise compile torch anew (an import of 4 s instead of 1.5).
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STUBS := shardserve/wire/stubs
 
 .PHONY: help system-packages demo test unit e2e test-gpu lint format stubs bench bench-zoo bench-peers clean
