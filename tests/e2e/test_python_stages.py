@@ -3,7 +3,6 @@
 import concurrent.futures
 import os
 import signal
-import threading
 
 import numpy as np
 import pytest
@@ -48,6 +47,15 @@ def loop(x, count):
     return x
 
 
+def loop_for_ever(x):
+    x = model.call(x)
+    # A FIFO: opened when the test reads it.
+    with open(os.environ["BEGUN"], "w"):
+        pass
+    while True:
+        x = model.call(x)
+
+
 @register.register_method(output_names=["y", "sum"])
 def around(x):
     y = register.add_stage(model, register.add_stage(prepare, x, outputs_count=1), outputs_count=1)
@@ -62,6 +70,11 @@ def twice(x):
 @register.register_method(output_names=["y"])
 def repeat(x, count):
     return register.add_stage(loop, x, count, outputs_count=1)
+
+
+@register.register_method(output_names=["y"])
+def endless(x):
+    return register.add_stage(loop_for_ever, x, outputs_count=1)
 """
 
 
@@ -172,19 +185,16 @@ def test_a_worker_that_dies_takes_its_stage_processes_along_and_requests_go_on(s
 
 
 def test_a_stateful_method_call_is_aborted_when_its_group_ends_and_others_are_answered(model_dir, tmp_path):
-    with up(tmp_path, model_dir, ", stateful=True") as server:
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    with up(tmp_path, model_dir, ", stateful=True", BEGUN=str(begun)) as server:
         [pid] = server.pids()
-        running = threading.Event()
-
-        def endless():
-            running.set()
-            return ask(server, "repeat", {**x(0), "count": 10**9})
-
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            holder = pool.submit(endless)
-            running.wait()
-            # Answered if it came before the holder's first step; after it, it waits in vain.
-            ask(server, "twice", x(1), timeout=1)
+            holder = pool.submit(ask, server, "endless", x(0))
+            # A death before its first step would cost it nothing.
+            with begun.open():
+                pass
+            assert "error" in ask(server, "twice", x(1), timeout=0.5)
             waiting = pool.submit(ask, server, "twice", x(1))
             os.kill(pid, signal.SIGKILL)
             assert holder.result()["error"].startswith("ABORTED")
