@@ -2,11 +2,10 @@
 
 import multiprocessing
 import os
-import signal
-import traceback
 from pathlib import Path
 
 import torch
+from processes import run_processes
 
 from shardserve.agent.collectives.nccl import form_nccl
 from shardserve.agent.forking import ENVIRONMENT
@@ -14,22 +13,10 @@ from shardserve.agent.lifetime import Lifetime
 from shardserve.settings import Settings
 from shardserve.wire.messages import Generation
 
+from .moving import Moving
+
 # This process has looked for devices: what it forks can't use them.
 spawn = multiprocessing.get_context("spawn")
-
-
-class OnDevice:
-    """A collective whose tensors come from the CPU, and go back there."""
-
-    def __init__(self, collective, device):
-        self.collective = collective
-        self._device = device
-
-    def __getattr__(self, name):
-        def call(x, *arguments):
-            return getattr(self.collective, name)(x.to(self._device), *arguments).cpu()
-
-        return call
 
 
 class Member:
@@ -47,39 +34,20 @@ class Member:
         self.lifetime = Lifetime(Generation(1, self._generations))
         store = torch.distributed.FileStore(str(self._folder / f"store{self._generations}"), self.size)
         formed = form_nccl(store, self.rank, self.size, "127.0.0.1", self.device, self.lifetime, Settings())
-        return OnDevice(formed, self.device)
+        return Moving(formed, self.device)
 
     def synchronize(self):
         torch.cuda.current_stream(self.device).synchronize()
 
 
-def live(function, rank, size, folder, pipe):
-    signal.alarm(150)
+def live(rank, size, function, folder):
     # As a fork server gives it to its agents.
     os.environ.update(ENVIRONMENT)
-    try:
-        torch.cuda.set_device(rank)
-        with torch.inference_mode():
-            function(Member(rank, size, folder))
-        pipe.send("")
-    except BaseException:  # noqa: BLE001 - the parent wants to know all
-        pipe.send(traceback.format_exc())
-    os._exit(0)
+    torch.cuda.set_device(rank)
+    with torch.inference_mode():
+        function(Member(rank, size, folder))
 
 
 def run_nccl(function, size, folder):
     """`function(member)` on each rank; what one raises fails the test."""
-    processes = []
-    for rank in range(size):
-        read, write = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=live, args=(function, rank, size, str(folder), write))
-        process.start()
-        write.close()
-        processes.append((process, read))
-    errors = []
-    for process, read in processes:
-        errors.append(read.recv())
-        process.join()
-        process.close()
-        read.close()
-    assert errors == [""] * size, "".join(errors)
+    run_processes(spawn, live, size, size, function, str(folder), seconds=150)

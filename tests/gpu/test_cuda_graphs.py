@@ -9,7 +9,10 @@ from shardserve.agent.cuda_graphs import CudaGraphs
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions
-from tests.unit.agent.test_cuda_graphs import RANKS, shards  # noqa: F401
+from tests.models.lookup import RANKS
+from tests.unit.agent.test_cuda_graphs import shards  # noqa: F401
+
+from .moving import Moving
 
 DEVICE = torch.device("cuda", 0)
 
@@ -38,17 +41,6 @@ class Ranks:
         return [len(combination.graphs) for combination in self.graphs._combinations.values()]
 
 
-class Moving:
-    """The CPU's collective for tensors of a device."""
-
-    def __init__(self, collective):
-        self._collective = collective
-        self.rank, self.size = collective.rank, collective.size
-
-    def __getattr__(self, name):
-        return lambda x, *arguments: getattr(self._collective, name)(x.cpu(), *arguments).to(x.device)
-
-
 def run(programs, x, ids):
     """What rank 0 gives."""
     dims = {"rows": len(x)}
@@ -58,9 +50,9 @@ def run(programs, x, ids):
         with torch.inference_mode():
             given = [x.to(program.device), ids.to(program.device)]
             try:
-                results = program.run(dims, given, Moving(collective))
+                results = program.run(dims, given, Moving(collective, "cpu"))
             except IndexError as error:
-                return [str(error), *program.drain(dims, Moving(collective))]
+                return [str(error), *program.drain(dims, Moving(collective, "cpu"))]
             return [result.cpu() for result in results]
 
     return [each.cpu() if isinstance(each, torch.Tensor) else each for each in ThreadGroup(RANKS).run(work)[0]]

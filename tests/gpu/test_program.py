@@ -10,6 +10,8 @@ from shardserve.export import export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
 
+from .moving import Moving
+
 DEVICE = torch.device("cuda", 0)
 
 
@@ -20,21 +22,10 @@ def run(programs, ranks, dims, inputs, device):
 
         def work(collective, stage=stage, inputs=inputs):
             with torch.inference_mode():
-                return stage[collective.rank].run(dims, [x.to(device) for x in inputs], Moving(collective))
+                return stage[collective.rank].run(dims, [x.to(device) for x in inputs], Moving(collective, "cpu"))
 
         inputs = [x.cpu() for x in ThreadGroup(ranks).run(work)[0]]
     return inputs
-
-
-class Moving:
-    """The CPU's collective for tensors of a device."""
-
-    def __init__(self, collective):
-        self._collective = collective
-        self.rank, self.size = collective.rank, collective.size
-
-    def __getattr__(self, name):
-        return lambda x, *arguments: getattr(self._collective, name)(x.cpu(), *arguments).to(x.device)
 
 
 def compare(folder, name, ranks, stages, dims, inputs):

@@ -11,8 +11,6 @@ import psutil
 import pytest
 import torch
 import torch._inductor.config
-from torch import nn
-from torch.export import Dim
 
 from shardserve.agent import compile_shard
 from shardserve.agent.compilation import (
@@ -25,25 +23,17 @@ from shardserve.agent.compilation import (
     manifest_name,
     read_manifest,
 )
-from shardserve.export import Plan, export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
+from tests.models.lookup import RANKS, LookupLayers, export_lookup
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 # A C++ compiler takes its time, and has the cores last.
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
-RANKS = 2
-GRAPH = "block.graph.json"
 
 
-class Block(nn.Module):
+class Block(LookupLayers):
     """A lookup that may raise, between two collectives."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(10, 8)
-        self.layers = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        self.head = nn.Linear(8, 8)
 
     def forward(self, x, ids):
         return self.layers(x), self.head(self.table(ids))
@@ -51,15 +41,7 @@ class Block(nn.Module):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("block")
-    shapes = ({0: Dim("rows", min=1, max=64)},) * 2
-    plan = Plan.from_dict(
-        {"parameters": {"layers.1.*": "Shard(0)", "layers.3.weight": "Shard(1)", "head.*": "Shard(0)"}}
-    )
-    args = torch.randn(2, 8), torch.tensor([1, 2])
-    export(Block(), args, name="block", out=out, dynamic_shapes=shapes, plan=plan, tensor_parallel=RANKS)
-    return [out / f"device{rank}" / GRAPH for rank in range(RANKS)]
+    return export_lookup(Block, tmp_path_factory.mktemp("block"))
 
 
 # What takes the C++ compiler long and changes nothing that is looked at here: trying out what the CPU can, and

@@ -5,26 +5,19 @@ import logging
 
 import pytest
 import torch
-from torch import nn
-from torch.export import Dim
 
 from shardserve.agent import cuda_graphs
 from shardserve.agent.cuda_graphs import CudaGraphs
-from shardserve.export import Plan, export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
+from tests.models.lookup import RANKS, LookupLayers, export_lookup
 
-RANKS = 2
 
-
-class Block(nn.Module):
+class Block(LookupLayers):
     """A lookup that may raise, between two collectives, and a buffer that each step changes."""
 
     def __init__(self):
         super().__init__()
-        self.table = nn.Embedding(10, 8)
-        self.layers = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        self.head = nn.Linear(8, 8)
         self.register_buffer("total", torch.zeros(8))
 
     def forward(self, x, ids):
@@ -35,15 +28,7 @@ class Block(nn.Module):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("block")
-    shapes = ({0: Dim("rows", min=1, max=64)},) * 2
-    plan = Plan.from_dict(
-        {"parameters": {"layers.1.*": "Shard(0)", "layers.3.weight": "Shard(1)", "head.*": "Shard(0)"}}
-    )
-    args = torch.randn(2, 8), torch.tensor([1, 2])
-    export(Block(), args, name="block", out=out, dynamic_shapes=shapes, plan=plan, tensor_parallel=RANKS)
-    return [out / f"device{rank}" / "block.graph.json" for rank in range(RANKS)]
+    return export_lookup(Block, tmp_path_factory.mktemp("block"))
 
 
 class StandIn:

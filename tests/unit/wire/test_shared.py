@@ -332,8 +332,9 @@ def test_what_lies_in_shared_memory_needs_no_memory_of_the_reader():
     receiver.close()
 
 
-def test_what_can_not_be_mapped_is_told_and_counts_as_read():
-    size = 64 << 20
+@contextlib.contextmanager
+def sharing():
+    """Sender and receiver, which takes shared memory by now."""
     with contextlib.ExitStack() as closing:
         sender, receiver = (
             closing.enter_context(contextlib.closing(FrameSocket(end, Note, share=True))) for end in socket.socketpair()
@@ -342,6 +343,12 @@ def test_what_can_not_be_mapped_is_told_and_counts_as_read():
         sender.send(Note(0))
         receiver.receive()
         sender.take_acceptance()
+        yield sender, receiver
+
+
+def test_what_can_not_be_mapped_is_told_and_counts_as_read():
+    size = 64 << 20
+    with sharing() as (sender, receiver):
         sender.send(Note(1), [b"\1" * size])
         sender.send(Note(2))
         with memory_left(size // 2):
@@ -367,14 +374,7 @@ def test_without_mappings_a_payload_is_dropped_and_counts_as_read(monkeypatch, m
         left.pop()
         return map_memory(*args, **named)
 
-    with contextlib.ExitStack() as closing:
-        sender, receiver = (
-            closing.enter_context(contextlib.closing(FrameSocket(end, Note, share=True))) for end in socket.socketpair()
-        )
-        sender._shared.ready()
-        sender.send(Note(0))
-        receiver.receive()
-        sender.take_acceptance()
+    with sharing() as (sender, receiver):
         sender.send(Note(1), [b"\1" * LARGE])
         with monkeypatch.context() as patch:
             patch.setattr(shared, "map_memory", refuse)

@@ -280,13 +280,19 @@ async def test_the_death_under_a_lone_suspect_that_nobody_waits_for_any_more_is_
     assert c.take("forgive") == [(0,)]
 
 
-@asynchronous
-async def test_the_death_under_a_batch_is_forgiven_when_nobody_waits_for_any_of_its_calls():
+def batch_whose_rank_died():
+    """A group that has lost its rank under a batch of two calls, and those."""
     c = Cluster(window=1, batch=2)
     c.submit(0)
     calls = [c.submit(i) for i in (1, 2)]
     c.output(0, [0])
     c.groups[0].lost(c.agents[0])
+    return c, calls
+
+
+@asynchronous
+async def test_the_death_under_a_batch_is_forgiven_when_nobody_waits_for_any_of_its_calls():
+    c, calls = batch_whose_rank_died()
     calls[0].answer.cancel()
     assert c.take("forgive") == []
     calls[1].answer.cancel()
@@ -295,11 +301,7 @@ async def test_the_death_under_a_batch_is_forgiven_when_nobody_waits_for_any_of_
 
 @asynchronous
 async def test_a_death_counts_when_a_call_went_well_after_it_or_several_batches_were_under_it():
-    c = Cluster(window=1, batch=2)
-    c.submit(0)
-    calls = [c.submit(i) for i in (1, 2)]
-    c.output(0, [0])
-    c.groups[0].lost(c.agents[0])
+    c, calls = batch_whose_rank_died()
     calls[0].answer.cancel()
     c.join()
     # It runs again, and its client leaves meanwhile: what it does is seen all the same.

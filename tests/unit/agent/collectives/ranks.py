@@ -1,4 +1,4 @@
-"""Ranks of a group, each a forked process on the same memory."""
+"""Ranks of a group, each a forked process: on the same memory, or over gloo."""
 
 import contextlib
 import multiprocessing
@@ -8,10 +8,13 @@ import signal
 import traceback
 
 import torch
+from processes import run_processes
 
+from shardserve.agent.collectives.gloo import GlooCollective
 from shardserve.agent.collectives.memory import create_memory
 from shardserve.agent.collectives.shared_memory import SharedMemoryCollective
 from shardserve.agent.lifetime import Lifetime
+from shardserve.settings import Settings
 from shardserve.wire.messages import Generation
 
 SLOT = 4096
@@ -87,3 +90,24 @@ def _live(function, member, arguments, write):
     with contextlib.suppress(BrokenPipeError), open(write, "wb") as pipe:
         pipe.write(pickle.dumps(outcome))
     os._exit(0)
+
+
+class GlooMember:
+    """What a rank's function gets over gloo."""
+
+    def __init__(self, rank, size, store):
+        self.rank, self.size, self.store = rank, size, store
+
+    def join(self):
+        lifetime = Lifetime(Generation(1, 1))
+        return GlooCollective(self.store, self.rank, self.size, "127.0.0.1", lifetime, Settings())
+
+
+def _live_over_gloo(rank, size, function, folder, kind):
+    torch.set_num_threads(1)
+    function(kind(rank, size, torch.distributed.FileStore(os.fspath(folder / "store"), size)))
+
+
+def run_gloo(function, size, folder, kind=GlooMember):
+    """`function(member)` on each rank, a member of that kind; what one raises fails the test."""
+    run_processes(fork, _live_over_gloo, size, size, function, folder, kind)

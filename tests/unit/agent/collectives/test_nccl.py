@@ -13,20 +13,20 @@ from shardserve.agent.lifetime import GenerationEnded, Lifetime
 from shardserve.shards.config import DTYPES as DTYPE_NAMES
 from shardserve.wire.messages import Generation
 
-from .test_gloo import Member, run_gloo
+from .ranks import GlooMember, run_gloo
 from .test_shared_memory import every_operation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 CPU = torch.device("cpu")
 
 
-class OverGloo(Member):
+class OverGloo(GlooMember):
     def join(self):
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)]
         options._timeout = timedelta(seconds=30)
         self.lifetime = Lifetime(Generation(1, 1))
-        self.group = dist.ProcessGroupGloo(self._store, self.rank, self.size, options)
+        self.group = dist.ProcessGroupGloo(self.store, self.rank, self.size, options)
         return NcclCollective(self.group, self.rank, self.size, CPU, self.lifetime)
 
 
