@@ -6,6 +6,7 @@ import base64
 import binascii
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -82,10 +83,11 @@ def _refuse_duplicates(body: bytes) -> None:
     """Reads the body again, slowly, as there may be a key twice: the fast decoder takes the last one of them."""
 
     def check(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            name = next(name for index, name in enumerate(names) if name in names[:index])
-            raise InvalidInput(f"the body has an object with the key {name!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidInput(f"the body has an object with the key {name!r} twice")
+            seen.add(name)
 
     # msgspec has checked the rest.
     json.loads(body, object_pairs_hook=check)
@@ -183,12 +185,24 @@ def _numbers(
         if min(leaves) < limits.min or max(leaves) > limits.max:
             raise wrong(lambda leaf: not limits.min <= leaf <= limits.max, f"a number that {target.name} can't hold")
         return np.array(leaves, target).reshape(shape)
+    try:
+        wide = np.array(leaves, np.float64)
+    except OverflowError:
+        wide = np.array([_nearest(leaf) for leaf in leaves])
     with np.errstate(over="ignore"):
-        array = np.array(leaves, np.float64).astype(target)
+        array = wide.astype(target)
     if target.kind != "b" and not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
         raise wrong(lambda leaf: leaf is leaves[index], f"a number that {target.name} can't hold")
     return array.reshape(shape)
+
+
+def _nearest(number: int | float) -> float:
+    """Infinity for an int that is larger than any float: numpy gives up on it."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _flatten(value: list[Any], path: str) -> tuple[tuple[int, ...], list[Any], set[type]]:

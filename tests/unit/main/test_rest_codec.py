@@ -1,4 +1,5 @@
 import base64
+import time
 import tracemalloc
 
 import ml_dtypes
@@ -91,6 +92,8 @@ def test_one_base64_string_or_bytes_is_itself():
         (-1, "uint8", "instances.x: a number that uint8 can't hold"),
         ([1, 1.5], "int64", "instances.x[1]: a fraction where int64 is expected"),
         ([1, 1e39], None, "instances.x[1]: a number that float32 can't hold"),
+        ([1.5, 10**400], "float64", "instances.x[1]: a number that float64 can't hold"),
+        ([-(10**400)], "float32", "instances.x[0]: a number that float32 can't hold"),
         ([True], "int64", "instances.x[0]: a bool where int64 is expected"),
         (True, "int64", "instances.x: a bool where int64 is expected"),
         ([[300]], "uint8", "instances.x[0][0]: a number that uint8 can't hold"),
@@ -167,6 +170,15 @@ def test_a_body_of_any_depth_is_read_or_refused(inner, depth):
 def test_a_key_that_is_there_twice_is_named(body, key):
     with pytest.raises(InvalidInput, match=f"^the body has an object with the key '{key}' twice$"):
         rest_codec.decode_request(body, {}, 10)
+
+
+def test_of_many_keys_one_that_is_there_twice_is_found_in_linear_time():
+    keys = ",".join(f'"{number}":0' for number in range(1 << 15))
+    body = f'{{"instances": {{{keys}, "32767": 0}}}}'.encode()
+    began = time.process_time()
+    with pytest.raises(InvalidInput, match="the key '32767' twice"):
+        rest_codec.decode_request(body, {}, 1)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
