@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shardserve.errors import InternalError, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
 from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
+from shardserve.main.health import Health
 from shardserve.main.router import Decoded, Router, check_count, infer
 from shardserve.main.servable import Result
 from shardserve.wire import proto
@@ -90,41 +91,13 @@ class Admin(shardserve_pb2_grpc.AdminServicer):
         raise AssertionError("abort raises")
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """grpc.health.v1; `end_watches` ends what would otherwise hold up a stop until its grace is over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
-        self._ended = False
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
-        try:
-            await super().Watch(request, context)
-        except asyncio.CancelledError:
-            if not self._ended:
-                raise
-            # gRPC ends a stream whose handler returns; one whose handler was cancelled it leaves open.
-        finally:
-            self._watches.discard(task)
-
-    def end_watches(self) -> None:
-        self._ended = True
-        for task in self._watches:
-            task.cancel()
-
-
 class GrpcFront:
     """One listening gRPC server."""
 
     def __init__(self, router: Router, server: grpc.aio.Server) -> None:
         self._router = router
         self._server = server
-        self._health = _Health()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._health = Health()
 
     @classmethod
     async def start(cls, router: Router, order: StartGrpc) -> GrpcFront:
@@ -155,29 +128,21 @@ class GrpcFront:
                 server.add_secure_port(address, tls.grpc_credentials(order.tls))
         except RuntimeError as error:
             raise StartError(f"gRPC address {order.address}: {error}") from error
-        await front._report_health()
+        front._report_health()
+        router.listeners.append(front._report_health)
         await server.start()
-        router.listeners.append(front._changed)
         return front
 
     async def stop(self, grace: float) -> None:
         """Takes no more calls and waits up to `grace` seconds until the answers of those under way have left."""
-        await self._health.enter_graceful_shutdown()
-        self._health.end_watches()
+        self._health.end()
         await self._server.stop(grace)
 
-    def _changed(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._report_health())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _report_health(self) -> None:
+    def _report_health(self) -> None:
         states = {"": self._router.ready, PREDICT: self._router.ready}
         for servable in self._router.servables:
             states[servable.name] = states.get(servable.name, False) or servable.state == "ready"
-        for service, ready in states.items():
-            serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-            await self._health.set(service, serving)
+        self._health.set(states)
 
 
 def _strings(request: pb.PredictRequest) -> int:
