@@ -61,16 +61,23 @@ def servable_spec(name: str, method: str, version: int) -> pb.ServableSpec:
 
 
 def encode_request(spec: pb.ServableSpec, instances: Instance | Sequence[Instance]) -> pb.PredictRequest:
-    """InvalidInput names the instance and the input that can't be sent."""
+    """InvalidInput names the instance and the input that can't be sent; MessageTooLarge: they are too many bytes."""
     request = pb.PredictRequest(servable_spec=spec)
     if isinstance(instances, Mapping):
         instances = [instances]
     if not isinstance(instances, Sequence) or isinstance(instances, str | bytes):
         raise InvalidInput(f"instances is a dict or a list of dicts, got {type(instances).__name__}")
+    size = 0
     for index, values in enumerate(instances):
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise InvalidInput(f"instance {index} isn't a dict with names of inputs as keys")
         metas, buffers = tensors.encode_instance(values, f"instance {index}")
+        size += proto.size_of(metas)
+        if size > proto.MAX_MESSAGE:
+            raise MessageTooLarge(
+                f"the first {index + 1} of {len(instances)} instances have {size} bytes; a message has at most "
+                f"{proto.MAX_MESSAGE}"
+            )
         try:
             proto.to_instance(request.instances.add(), metas, buffers)
         except UnicodeEncodeError:

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shardserve.errors import InternalError, ShardserveError, StartError
+from shardserve.errors import InternalError, MessageTooLarge, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
 from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
 from shardserve.main.health import Health
@@ -168,11 +168,17 @@ def _decode(instance: pb.Instance, index: int) -> Decoded:
 def _reply(spec: pb.ServableSpec, results: list[Result]) -> pb.PredictReply:
     reply = pb.PredictReply(servable_spec=spec)
     failed = False
+    size = 0
     for result in results:
         instance = reply.instances.add()
         if isinstance(result, ShardserveError):
             failed = True
         else:
+            size += proto.size_of(result[0])
+            if size > proto.MAX_MESSAGE:
+                raise MessageTooLarge(
+                    f"the outputs have {size} bytes and more; a gRPC message has at most {proto.MAX_MESSAGE}"
+                )
             proto.to_instance(instance, *result)
     if failed:
         reply.error_msg.extend(

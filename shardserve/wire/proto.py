@@ -11,6 +11,21 @@ from shardserve.wire.messages import TensorMeta
 from shardserve.wire.stubs import ms_service_pb2 as pb
 from shardserve.wire.tensors import BYTES, NAMES, NUMBERS, STRING, check_meta, to_text
 
+MAX_MESSAGE = (1 << 31) - (1 << 20)
+"""Bytes of instances in a message, which has 2 GiB at most. A larger one can't be written: gRPC's asyncio client then
+sends an empty one, its other one raises what isn't ours."""
+
+# Of what is around the values: field tags, lengths and the dtype of a tensor; a dim; a string of bytes_val.
+PER_TENSOR, PER_DIM, PER_STRING = 64, 10, 6
+
+
+def size_of(metas: Mapping[str, TensorMeta]) -> int:
+    """Bytes that an instance takes in a message, or a few more."""
+    return sum(
+        meta.nbytes + 4 * len(name) + PER_TENSOR + PER_DIM * len(meta.shape) + PER_STRING * len(meta.lengths or ())
+        for name, meta in metas.items()
+    )
+
 
 def from_tensor(tensor: pb.Tensor, where: str) -> tuple[TensorMeta, bytes]:
     """InvalidInput, naming `where`, if dtype, shape and sizes don't agree or a string isn't UTF-8."""

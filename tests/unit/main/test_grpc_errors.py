@@ -5,8 +5,10 @@ import pytest
 from main_harness import X, announce, echo, predict
 
 from shardserve.client import AsyncClient
-from shardserve.errors import Aborted, InternalError, InvalidInput, NotFound, StepError, Unavailable
+from shardserve.errors import Aborted, InternalError, InvalidInput, MessageTooLarge, NotFound, StepError, Unavailable
+from shardserve.main.grpc_front import _reply
 from shardserve.wire.messages import TensorMeta, front
+from shardserve.wire.stubs import ms_service_pb2 as pb
 
 
 def test_names_that_are_wrong_say_what_there_is():
@@ -90,6 +92,13 @@ def test_a_long_text_does_not_break_the_status():
             await client.infer(X)
 
     predict(test)
+
+
+def test_outputs_that_no_message_holds():
+    size = 2**31
+    result = {"y": TensorMeta("uint8", (size,), size)}, [np.zeros(size, np.uint8)]
+    with pytest.raises(MessageTooLarge, match=r"^the outputs have [0-9]+ bytes and more; a gRPC message has at most"):
+        _reply(pb.ServableSpec(), [result])
 
 
 def test_a_bug_in_main_is_an_internal_error_without_a_traceback():
