@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from shardserve.errors import InternalError, MessageTooLarge, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
@@ -97,6 +97,7 @@ class GrpcFront:
     def __init__(self, router: Router, server: grpc.aio.Server) -> None:
         self._router = router
         self._server = server
+        self._careful = CarefulServer(server)
         self._health = Health()
 
     @classmethod
@@ -116,11 +117,13 @@ class GrpcFront:
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         front = cls(router, server)
         quiet_late_answers()
-        careful = CarefulServer(server)
+        careful = front._careful
         ms_service_pb2_grpc.add_MSServiceServicer_to_server(Predict(router), careful)  # type: ignore[no-untyped-call]
         shardserve_pb2_grpc.add_AdminServicer_to_server(Admin(router), careful)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(front._health, careful)
-        reflection.enable_server_reflection((PREDICT, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        services = PREDICT, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME
+        reflecting = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflecting, careful)
         try:
             if order.tls is None:
                 server.add_insecure_port(address)
@@ -136,6 +139,7 @@ class GrpcFront:
     async def stop(self, grace: float) -> None:
         """Takes no more calls and waits up to `grace` seconds until the answers of those under way have left."""
         self._health.end()
+        self._careful.end_streams()
         await self._server.stop(grace)
 
     def _report_health(self) -> None:

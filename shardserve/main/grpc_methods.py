@@ -3,8 +3,9 @@ client has gone just before the answer."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -28,40 +29,72 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ShardserveEr
 
 
 class CarefulServer:
-    """The server as generated code registers methods with it: those of one request answer one that isn't their message
-    with InvalidInput."""
+    """The server as generated code registers methods with it: they answer a request that isn't their message with
+    InvalidInput."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server: Any = server  # Its stubs lack the newer of the two.
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._ended = False
 
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         # They go before the generic ones.
-        careful = {name: _careful(name, handler) for name, handler in handlers.items()}
+        careful = {name: self._careful(name, handler) for name, handler in handlers.items()}
         self._server.add_registered_method_handlers(service, careful)
 
+    def end_streams(self) -> None:
+        """Those of requests: one that its client leaves open would hold up a stop until its grace is over."""
+        self._ended = True
+        for task in self._streams:
+            task.cancel()
 
-def _careful(name: str, handler: Any) -> Any:
-    parse = handler.request_deserializer
-    run = handler.unary_unary or handler.unary_stream
-    if run is None:
-        return handler
+    def _careful(self, name: str, handler: Any) -> Any:
+        def read(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return InvalidInput(
+                    f"the request isn't a message of {name}: its {len(data)} bytes can't be read as one"
+                )
 
-    def read(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except DecodeError:
-            return InvalidInput(f"the request isn't a message of {name}: its {len(data)} bytes can't be read as one")
+        async def answer(request: Any, context: Any) -> Any:
+            if isinstance(request, InvalidInput):
+                await abort(context, request)
+            return await run(request, context)
 
-    async def answer(request: Any, context: Any) -> Any:
-        if isinstance(request, InvalidInput):
-            await abort(context, request)
-        return await run(request, context)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._careful_stream(handler.stream_stream), read, handler.response_serializer
+            )
+        run = handler.unary_unary or handler.unary_stream
+        kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
+        return kind(answer, read, handler.response_serializer)
 
-    kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
-    return kind(answer, read, handler.response_serializer)
+    def _careful_stream(self, run: Any) -> Any:
+        async def readable(requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
+            async for request in requests:
+                if isinstance(request, InvalidInput):
+                    await abort(context, request)
+                yield request
+
+        async def answers(requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
+            task = asyncio.current_task()
+            assert task is not None
+            self._streams.add(task)
+            try:
+                async for reply in run(readable(requests, context), context):
+                    yield reply
+            except asyncio.CancelledError:
+                if not self._ended:
+                    raise
+                # gRPC ends a stream whose handler returns; one whose handler was cancelled it leaves open.
+            finally:
+                self._streams.discard(task)
+
+        return answers
 
 
 def _concerns_the_server(record: logging.LogRecord) -> bool:

@@ -39,6 +39,10 @@ def test_a_request_that_can_not_be_read_is_told_so_without_a_line_of_the_log(met
             watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(junk)
             with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
                 await watching.read()
+            reflecting = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+            await reflecting.write(junk)
+            with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+                await reflecting.read()
             health = health_pb2_grpc.HealthStub(channel)
             good = await health.Check(health_pb2.HealthCheckRequest())
             assert good.status == health_pb2.HealthCheckResponse.SERVING

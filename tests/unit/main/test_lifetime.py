@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from main_harness import Launcher, Worker, attached, echo, free_port, keep
 
 from shardserve.client import AsyncClient
@@ -116,7 +117,11 @@ def test_stop_with_idle_connections_is_quick():
                 assert (await http.get("/healthz")).status_code == 200
                 watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
                 assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+                reflected = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+                await reflected.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+                assert (await reflected.read()).list_services_response.service
                 await asyncio.wait_for(launcher.order(launch.Stop, 30.0), 3)
+                assert await reflected.read() == grpc.aio.EOF
                 assert await asyncio.to_thread(launcher.process.wait, 10) == 0
 
     asyncio.run(run())
