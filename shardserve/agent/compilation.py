@@ -38,16 +38,21 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 1024
 
 
+Order = tuple[int, ...]
+"""The dims of a dense tensor, from the one whose elements lie farthest apart in memory."""
+
+
 class CompilationError(Exception):
     """Why steps stay eager."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
     """A variant: its library for each region, in order, by `library_name`, and the conditions of the dims under which
-    it may be used."""
+    it may be used. orders: of each region's inputs, how the library takes it (see `laid_out`)."""
 
     libraries: tuple[str, ...]
     conditions: tuple[str, ...]
+    orders: tuple[tuple[Order | None, ...], ...]
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -240,7 +245,11 @@ class Compilation:
         runs = {name: _library(folder / name) for name in set(manifest.libraries)}
         count = len(self._dims)
         regions = find_regions(self._program.graph, count)
-        graph = replace_regions(self._program.graph, count, regions, [runs[name] for name in manifest.libraries])
+        ordered = [
+            laid_out(runs[name], count, orders)
+            for name, orders in zip(manifest.libraries, manifest.orders, strict=True)
+        ]
+        graph = replace_regions(self._program.graph, count, regions, ordered)
         forward: Forward = fx.GraphModule(torch.nn.Module(), graph).forward
         return forward
 
@@ -257,6 +266,29 @@ def _library(path: Path) -> Run:
         return results
 
     return run
+
+
+def laid_out(run: Run, first: int, orders: Sequence[Order | None]) -> Run:
+    """`run`, for inputs that may lie otherwise in memory than it takes for granted, and would be misread: what some
+    operators give has other strides than what they give without data, by which it was compiled. orders: of the tensors
+    from `first` on; None: that one lies as it should.
+    """
+    checked = [
+        (position, order, order == tuple(range(len(order))), [order.index(dim) for dim in range(len(order))])
+        for position, order in enumerate(orders, first)
+        if order is not None
+    ]
+    if not checked:
+        return run
+
+    def lay_out(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        for position, order, straight, back in checked:
+            tensor = tensors[position] if straight else tensors[position].permute(order)
+            if not tensor.is_contiguous():
+                tensors[position] = tensor.contiguous().permute(back)
+        return run(tensors)
+
+    return lay_out
 
 
 @contextlib.contextmanager

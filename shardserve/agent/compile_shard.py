@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from shardserve.agent.compilation import Manifest, library_name, manifest_name
+from shardserve.agent.compilation import Manifest, Order, library_name, manifest_name
 from shardserve.shards import expressions, operators
 from shardserve.shards.config import DimRange, ShardConfig
 from shardserve.shards.graph import GraphFile, to_dtype
@@ -133,11 +133,17 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
         parameters = [torch.empty(p.shape, dtype=to_dtype(p.dtype)) for p in file.parameters]
         state = [torch.empty(buffer.shape, dtype=to_dtype(buffer.dtype)) for buffer in file.state]
         _Shapes(program).run(*dims.sizes.values(), *given, *parameters, *state)
-    libraries = []
+    libraries, orders = [], []
     names: dict[str, str] = {}
     for region in find_regions(program.graph, len(file.dims)):
         module = fx.GraphModule(torch.nn.Module(), region_graph(program.graph, len(file.dims), region))
-        values = [*dims.carriers, *(node.meta["val"] for node in region.inputs)]
+        taken = [None if _is_contiguous(node, program) else _order(node.meta["val"]) for node in region.inputs]
+        with dims.mode:
+            inputs = [
+                node.meta["val"] if order is None else _dense(node.meta["val"], order)
+                for node, order in zip(region.inputs, taken, strict=True)
+            ]
+        values = [*dims.carriers, *inputs]
         for node, value in zip(module.graph.nodes, values, strict=False):
             node.meta["val"] = value
         layouts = [(value.dtype, value.shape, value.stride()) for value in values]
@@ -149,7 +155,25 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
             names[code] = library_name(made)
             made.rename(folder / names[code])
         libraries.append(names[code])
-    return Manifest(tuple(libraries), dims.conditions())
+        orders.append(tuple(taken))
+    return Manifest(tuple(libraries), dims.conditions(), tuple(orders))
+
+
+def _is_contiguous(node: fx.Node, program: Program) -> bool:
+    """Whether it is one in every step, too: what the program is given, and what collectives give."""
+    return node.op == "placeholder" or node.target in program.issued
+
+
+def _order(value: Tensor) -> Order:
+    # By the typical sizes: to compare the strides themselves would make a condition of it.
+    strides = [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    return tuple(sorted(range(value.dim()), key=strides.__getitem__, reverse=True))
+
+
+def _dense(value: Tensor, order: Order) -> Tensor:
+    """As it, with its dims in this order in memory, without gaps."""
+    made = value.new_empty([value.shape[dim] for dim in order])
+    return made.permute([order.index(dim) for dim in range(len(order))])
 
 
 def _end_with(parent: int) -> None:

@@ -11,6 +11,8 @@ import psutil
 import pytest
 import torch
 import torch._inductor.config
+from torch import nn
+from torch.export import Dim
 
 from shardserve.agent import compile_shard
 from shardserve.agent.compilation import (
@@ -23,6 +25,7 @@ from shardserve.agent.compilation import (
     manifest_name,
     read_manifest,
 )
+from shardserve.export import export
 from shardserve.export.threads import ThreadGroup
 from shardserve.shards.program import Program
 from tests.models.lookup import RANKS, LookupLayers, export_lookup
@@ -118,6 +121,35 @@ def test_an_exception_between_two_collectives(shards, compiled):
     assert compiled[0].collective_count == 2
 
 
+class Normalized(nn.Module):
+    """What a normalization gives of columns lies otherwise in memory than what it gives without data."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        columns = x.transpose(1, 2)
+        return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1
+
+
+@needs_compiler
+def test_what_operators_give_may_lie_otherwise_in_memory_than_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shapes = ({0: Dim("batch", max=16), 1: Dim("length", max=64)},)
+    export(Normalized().eval(), (torch.randn(2, 8, 3),), name="net", out=tmp_path, dynamic_shapes=shapes)
+    shard = tmp_path / "device0" / "net.graph.json"
+    compiled, eager = prepared(shard), Program.load(shard)
+    assert compiled.compiled((4, 9)) is not None
+
+    def run(collective):
+        given = torch.arange(108.0).reshape(4, 9, 3) / 100
+        return [program.run({"batch": 4, "length": 9}, [given], collective) for program in (compiled, eager)]
+
+    [(mine, theirs)] = ThreadGroup(1).run(run)
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_the_variant_that_a_step_asks_for_is_wanted_once(shards):
     program = Program.load(shards[0])
     compilation = Compilation(program, str(shards[0]), None, 1)
@@ -131,7 +163,7 @@ def test_the_variant_that_a_step_asks_for_is_wanted_once(shards):
 def test_conditions_that_do_not_hold(shards):
     program = Program.load(shards[0])
     compilation = Compilation(program, str(shards[0]), None, 1)
-    compilation._ready[frozenset()] = program._forward, Manifest((), ("rows % 2 == 0", "rows < 50"))
+    compilation._ready[frozenset()] = program._forward, Manifest((), ("rows % 2 == 0", "rows < 50"), ())
     assert compilation.choose((4,)) is program._forward
     assert compilation.choose((5,)) is None
     assert compilation.choose((50,)) is None
@@ -218,7 +250,7 @@ def test_a_library_that_can_not_be_loaded_is_a_line_that_names_it(compiling_agai
     wrong.write_text("no library")
     wrong = wrong.rename(folder / library_name(wrong))
     count = len(read_manifest(folder / "manifest.json").libraries)
-    (folder / "manifest.json").write_bytes(Manifest((wrong.name,) * count, ()).encode())
+    (folder / "manifest.json").write_bytes(Manifest((wrong.name,) * count, (), ()).encode())
     compilation.prepare(frozenset())
     (record,) = caplog.records
     assert record.getMessage().startswith(f"rank 0: steps stay eager: {wrong} can't be loaded: ")
