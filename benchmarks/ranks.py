@@ -12,20 +12,23 @@ import torch
 
 from benchmarks.servers import free_port
 from shardserve.agent.collectives.gloo import GlooCollective
+from shardserve.agent.collectives.group import GroupCollective
 from shardserve.agent.collectives.memory import create_memory, slot_size
+from shardserve.agent.collectives.nccl import form_nccl
 from shardserve.agent.collectives.shared_memory import SharedMemoryCollective
+from shardserve.agent.forking import ENVIRONMENT
 from shardserve.agent.lifetime import Lifetime
 from shardserve.settings import Settings
-from shardserve.shards.collective import Collective
 from shardserve.wire.messages import Generation
 
-Work = Callable[[int, Collective], Any]
+Work = Callable[[int, GroupCollective], Any]
 
 
 def run(kind: str, size: int, work: Work) -> list[Any]:
     """What work(rank, collective) gives on each of `size` ranks of one thread each; it has to be JSON.
 
-    kind: shared_memory or gloo. RuntimeError with the traceback if a rank raises.
+    kind: shared_memory, gloo, or nccl, of which rank i has device i: this process must not have looked for devices.
+    RuntimeError with the traceback if a rank raises.
     """
     settings = Settings()
     fd = create_memory(size, slot_size(settings)) if kind == "shared_memory" else -1
@@ -72,12 +75,17 @@ def run(kind: str, size: int, work: Work) -> list[Any]:
 
 def _collective(
     kind: str, fd: int, rank: int, size: int, port: int, settings: Settings, gates: list[tuple[int, int]]
-) -> Collective:
+) -> GroupCollective:
     lifetime = Lifetime(Generation(1, 1))
-    if kind == "gloo":
+    if kind in ("gloo", "nccl"):
         # Made after the fork: its threads would not be there in a child.
         store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-        return GlooCollective(store, rank, size, "127.0.0.1", lifetime, settings)
+        if kind == "gloo":
+            return GlooCollective(store, rank, size, "127.0.0.1", lifetime, settings)
+        # As an agent has it.
+        os.environ.update(ENVIRONMENT)
+        torch.cuda.set_device(rank)
+        return form_nccl(store, rank, size, "127.0.0.1", torch.device("cuda", rank), lifetime, settings)
     collective = SharedMemoryCollective(fd, rank, size, slot_size(settings), lifetime, settings.step_timeout)
     # Every rank has its own before any uses it: each tells all others.
     for _, write in gates:
@@ -88,5 +96,5 @@ def _collective(
     return collective
 
 
-def barrier(collective: Collective) -> None:
+def barrier(collective: GroupCollective) -> None:
     collective.all_reduce(torch.zeros(1), "sum")
