@@ -4,8 +4,9 @@ client has gone just before the answer."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -34,8 +35,7 @@ class CarefulServer:
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server: Any = server  # Its stubs lack the newer of the two.
-        self._streams: set[asyncio.Task[Any]] = set()
-        self._ended = False
+        self._ended = asyncio.Event()
 
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         self._server.add_generic_rpc_handlers(handlers)
@@ -47,9 +47,7 @@ class CarefulServer:
 
     def end_streams(self) -> None:
         """Those of requests: one that its client leaves open would hold up a stop until its grace is over."""
-        self._ended = True
-        for task in self._streams:
-            task.cancel()
+        self._ended.set()
 
     def _careful(self, name: str, handler: Any) -> Any:
         def read(data: bytes) -> Any:
@@ -74,25 +72,30 @@ class CarefulServer:
         return kind(answer, read, handler.response_serializer)
 
     def _careful_stream(self, run: Any) -> Any:
-        async def readable(requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
-            async for request in requests:
-                if isinstance(request, InvalidInput):
-                    await abort(context, request)
-                yield request
+        async def readable(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+            ended = asyncio.ensure_future(self._ended.wait())
+            try:
+                while True:
+                    coming = asyncio.ensure_future(anext(requests))
+                    try:
+                        await asyncio.wait((coming, ended), return_when=asyncio.FIRST_COMPLETED)
+                        if not coming.done():
+                            return
+                        request = coming.result()
+                    except StopAsyncIteration:
+                        return
+                    finally:
+                        coming.cancel()
+                    if isinstance(request, InvalidInput):
+                        await abort(context, request)
+                    yield request
+            finally:
+                ended.cancel()
 
         async def answers(requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
-            task = asyncio.current_task()
-            assert task is not None
-            self._streams.add(task)
-            try:
-                async for reply in run(readable(requests, context), context):
+            async with contextlib.aclosing(readable(aiter(requests), context)) as readable_ones:
+                async for reply in run(readable_ones, context):
                     yield reply
-            except asyncio.CancelledError:
-                if not self._ended:
-                    raise
-                # gRPC ends a stream whose handler returns; one whose handler was cancelled it leaves open.
-            finally:
-                self._streams.discard(task)
 
         return answers
 
