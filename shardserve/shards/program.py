@@ -262,11 +262,16 @@ class _Builder:
         sends = [self.value(name) for name in graph.outputs]
         output = self.graph.output([*sends, *(self.value(update) for _, update in kept)])
         copied: list[int] = []
+        written: dict[fx.Node, fx.Node] = {}
         for place, (index, _) in enumerate(kept, len(sends)):
             # From the output each time: what is rewritten stands there in the place of what was.
             results = cast("list[fx.Node]", output.args[0])
-            if write_in_place(self.graph, self.values[graph.state[index].name], results[place]) is None:
+            buffer = self.values[graph.state[index].name]
+            write = write_in_place(self.graph, buffer, results[place], written)
+            if write is None:
                 copied.append(index)
+            else:
+                written[buffer] = write
         results = cast("list[fx.Node]", output.args[0])
         left = [value for (index, _), value in zip(kept, results[len(sends) :], strict=True) if index in copied]
         output.args = ([*results[: len(sends)], *left],)

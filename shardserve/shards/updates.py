@@ -7,7 +7,7 @@ the row alone is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,19 +28,22 @@ _FRESH = frozenset(
 )  # fmt: skip
 
 
-def write_in_place(graph: fx.Graph, buffer: fx.Node, update: fx.Node) -> fx.Node | None:
+def write_in_place(
+    graph: fx.Graph, buffer: fx.Node, update: fx.Node, others: Mapping[fx.Node, fx.Node]
+) -> fx.Node | None:
     """Rewrites the graph so that computing `update`, the buffer's value after the step, writes it into the buffer.
 
     Gives the node that does, in whose place `update` was; None, and the graph is as before, where that can't be.
+    others: what it has given for other buffers.
     """
     if update is buffer:
         return buffer
     found = _Lowering(buffer, update)
-    if not found.lower(update, ()) or not found.allowed(graph):
+    if not found.lower(update, ()) or not found.allowed(graph, others):
         return None
     with graph.inserting_before(update):
         written = buffer
-        for write, place, arguments in found.writes:
+        for write, place, arguments, _ in found.writes:
             written = graph.call_function(write, (buffer, place, *arguments))
     update.replace_all_uses_with(written)
     for node in reversed(list(graph.nodes)):
@@ -55,7 +58,8 @@ class _Lowering:
     def __init__(self, buffer: fx.Node, update: fx.Node) -> None:
         self.buffer = buffer
         self.update = update
-        self.writes: list[tuple[Callable[..., Tensor], Place, tuple[Any, ...]]] = []
+        # With the operator that had the arguments, when they had the value that is meant.
+        self.writes: list[tuple[Callable[..., Tensor], Place, tuple[Any, ...], fx.Node]] = []
         self.absorbed: set[fx.Node] = set()
         self.views: set[fx.Node] = set()
 
@@ -73,12 +77,12 @@ class _Lowering:
             # Of its first argument it takes the shape and dtype alone.
             if _name(base) in ("slice", "select"):
                 self.views.add(base)
-            self._add(copy_part, place, rest[0])
+            self._add(node, copy_part, place, rest[0])
             return True
         if not self.lower(base, place):
             return False
         if name in _WRITES:
-            self._add(_writer(node), place, *rest)
+            self._add(node, _writer(node), place, *rest)
             return True
         source, *where = rest
         assert isinstance(source, fx.Node)
@@ -86,16 +90,19 @@ class _Lowering:
         before = list(self.writes), set(self.absorbed)
         if not self.lower(source, (*place, step)):
             self.writes, self.absorbed = before
-            self._add(copy_part, (*place, step), source)
+            self._add(node, copy_part, (*place, step), source)
         return True
 
-    def _add(self, write: Callable[..., Tensor], place: Place, *arguments: Any) -> None:
-        self.writes.append((write, place, arguments))
+    def _add(self, node: fx.Node, write: Callable[..., Tensor], place: Place, *arguments: Any) -> None:
+        self.writes.append((write, place, arguments, node))
 
     def _is_at(self, node: fx.Node, place: Place) -> bool:
         """Whether the node is this part of the buffer, as a view."""
         if not place:
             return node is self.buffer
+        if self.writes:
+            # It is a view of the old value, and the part may hold another by then.
+            return False
         kind, *where = place[-1]
         if _name(node) != kind or not isinstance(node.args[0], fx.Node):
             return False
@@ -106,22 +113,25 @@ class _Lowering:
         self.views.add(node)
         return True
 
-    def allowed(self, graph: fx.Graph) -> bool:
-        """Whether nobody reads the old value once it is written, and nothing is written from it."""
+    def allowed(self, graph: fx.Graph, others: Mapping[fx.Node, fx.Node]) -> bool:
+        """Whether nobody reads the old value once it is written, nothing is written from it, and nothing from what
+        another buffer held before it was written in place."""
         if not all(node is self.update or self._only_inside(node) for node in self.absorbed):
             return False
         order = {node: index for index, node in enumerate(graph.nodes)}
         last = order[self.update]
-        old = {self.buffer}
-        for node in graph.nodes:
-            if node in self.absorbed or not any(source in old for source in node.all_input_nodes):
-                continue
-            if order[node] > last:
-                return False
-            if not _is_fresh(node):
-                old.add(node)
-        sources = [node for _, place, arguments in self.writes for node in _nodes((place, arguments))]
-        return not any(node in old for node in sources)
+        old, readers = _views(graph, self.buffer, self.absorbed)
+        if any(order[reader] > last for reader in readers):
+            return False
+        if any(source in old for *_, place, arguments, _ in self.writes for source in _nodes((place, arguments))):
+            return False
+        # The writes come where the update is, however early the operators are that they stand for.
+        for other in (other for other, written in others.items() if order[written] < last):
+            views, _ = _views(graph, other, ())
+            for _, place, arguments, node in self.writes:
+                if order[node] < order[others[other]] and any(source in views for source in _nodes((place, arguments))):
+                    return False
+        return True
 
     def _only_inside(self, node: fx.Node) -> bool:
         """Whether nobody else has this value between two writes, and would find that of the last."""
@@ -129,6 +139,17 @@ class _Lowering:
             user in self.absorbed or (user in self.views and all(_takes_shape(other, user) for other in user.users))
             for user in node.users
         )
+
+
+def _views(graph: fx.Graph, buffer: fx.Node, without: Collection[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
+    """The buffer and what may be a view of it, and all that read those but the nodes that are left out."""
+    views, readers = {buffer}, []
+    for node in graph.nodes:
+        if node not in without and any(source in views for source in node.all_input_nodes):
+            readers.append(node)
+            if not _is_fresh(node):
+                views.add(node)
+    return views, readers
 
 
 def _takes_shape(node: fx.Node, view: fx.Node) -> bool:

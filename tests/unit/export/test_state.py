@@ -234,6 +234,39 @@ def test_all_ways_to_change_a_buffer(tmp_path: Path, tp: int) -> None:
         assert set(shards.stages[0][0].copied) == {"last", "before", "sums", "picked", "biased"}
 
 
+class Old(nn.Module):
+    """x [4]: what is written depends on what a part held before another write, of the same buffer or of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("done", torch.zeros(4, dtype=torch.bool))
+        for name in ("current", "kept", "masked", "cleared", "previous"):
+            self.register_buffer(name, torch.arange(8.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        kept = torch.slice_scatter(self.kept, x, 0, 0, 4)
+        self.kept.copy_(torch.slice_scatter(kept, self.kept[2:6], 0, 2, 6))
+        masked = torch.slice_scatter(self.masked, x, 0, 0, 4)
+        self.masked.copy_(torch.slice_scatter(masked, self.masked[2:6].masked_fill(x > 0, 7.0), 0, 2, 6))
+        self.cleared[:4].masked_fill_(self.done, -5.0)
+        self.done[:2] = x[:2] > 0
+        self.cleared[5] = x[0]
+        self.previous[:6] = self.current[2:]
+        self.current[:4] = x
+        return self.kept + 0, self.masked + 0, self.cleared + 0, self.previous + 0, self.current + 0
+
+
+def test_a_write_in_place_takes_no_value_that_came_later(tmp_path: Path) -> None:
+    model = Old()
+    export(model, (torch.randn(4),), name="old", out=tmp_path)
+    shards = Shards(tmp_path, "old")
+    for seed in range(4):
+        x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            torch.testing.assert_close(tuple(shards.run({"x": x})), model(x))
+    assert set(shards.stages[0][0].copied) == {"current", "kept", "cleared"}
+
+
 class ChangesInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x.add_(1)
