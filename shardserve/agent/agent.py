@@ -51,8 +51,10 @@ def run_agent(request: ForkRequest, shared_memory: int | None, last_words: int) 
         torch.set_num_threads(request.threads)
         # SIGALRM's default action ends the process, whatever keeps the load from ending.
         signal.setitimer(signal.ITIMER_REAL, settings.load_timeout)
-        agent = Agent(request, shared_memory, settings, LoadingTeller(last_words))
+        teller = LoadingTeller(last_words)
+        agent = Agent(request, shared_memory, settings, teller)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        teller.loaded()
         with torch.inference_mode():
             agent.serve()
         LastWords("", "told to leave").write(last_words)

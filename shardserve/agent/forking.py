@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from typing import Any
 
 import msgspec
@@ -110,7 +111,11 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
     total: int
 
 
-Said: Any = LastWords | Loading
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """An agent has its shard, and goes to the Worker."""
+
+
+Said: Any = LastWords | Loading | Loaded
 
 
 class LoadingTeller:
@@ -126,19 +131,25 @@ class LoadingTeller:
             self._said = now
             _say(self._pipe, Loading(done, total))
 
+    def loaded(self) -> None:
+        _say(self._pipe, Loaded())
 
-def _say(pipe: int, message: LastWords | Loading) -> None:
+
+def _say(pipe: int, message: LastWords | Loading | Loaded) -> None:
     # Nobody listens any more where the supervisor has ended, and this agent is about to.
     with contextlib.suppress(BrokenPipeError):
         os.write(pipe, msgspec.json.encode(message) + b"\n")
 
 
 class AgentProcess:
-    """A forked agent: pidfd becomes readable when the process ends, `words` when it has said something."""
+    """A forked agent: pidfd becomes readable when the process ends, `words` when it has said something. forked_at,
+    loaded_at (None: it hasn't said so): on CLOCK_MONOTONIC, in seconds."""
 
     def __init__(self, pid: int, pidfd: int, words: int) -> None:
         os.set_blocking(words, False)
         self.pid, self.pidfd, self.words = pid, pidfd, words
+        self.forked_at = time.monotonic()
+        self.loaded_at: float | None = None
         self.loading: Loading | None = None
         self._last_words: LastWords | None = None
         self._unread = b""
@@ -153,11 +164,14 @@ class AgentProcess:
         for line in lines:
             # A process that was killed while it spoke leaves half a message.
             with contextlib.suppress(msgspec.DecodeError):
-                message: Loading | LastWords = msgspec.json.decode(line, type=Said)
-                if isinstance(message, Loading):
-                    self.loading = message
-                else:
-                    self._last_words = message
+                message: LastWords | Loading | Loaded = msgspec.json.decode(line, type=Said)
+                match message:
+                    case Loading():
+                        self.loading = message
+                    case Loaded():
+                        self.loaded_at = time.monotonic()
+                    case LastWords():
+                        self._last_words = message
         return bool(data)
 
     def read_last_words(self) -> LastWords | None:

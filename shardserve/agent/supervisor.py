@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from shardserve.agent.absences import Absences
 from shardserve.agent.connecting import Connector
 from shardserve.agent.forking import AgentProcess, ForkServer
 from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
@@ -63,6 +64,7 @@ class Supervisor:
         # By which the Worker knows this supervisor and its agents again.
         self._name = uuid.uuid4().hex
         self._slots: list[AgentSlot] = []
+        self._absences = Absences(settings, self._kill)
         self._fork_server: ForkServer | None = None
         self._fork_server_restarts = RestartBudget(settings)
         # Before the first agents were there. Not within a window: each takes start_timeout, which may be as long.
@@ -184,6 +186,7 @@ class Supervisor:
 
     def _lost(self, reason: Exception | None) -> None:
         self._stream = None
+        self._absences.told((), self._slots)
         if isinstance(reason, JoinRefused):
             self._fail(reason)
         elif not self._stopping.is_set() and not self._ended.is_set():
@@ -205,13 +208,15 @@ class Supervisor:
             case group.Enlisted():
                 self._spawn(lambda: self._enlisted(message))
             case group.HostWaits(missing=missing):
+                self._absences.told(missing, self._slots)
                 self._waits(len(self._slots) or len(missing), missing)
             case group.HostReady():
+                self._absences.told((), self._slots)
                 self._waits(len(self._slots), ())
                 # They say so before they register, but on another way.
                 for slot in self._slots:
                     if slot.process is not None:
-                        self._says(slot.process)
+                        self._says(slot, slot.process)
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):
                 self._kill(rank, pid, reason)
@@ -298,14 +303,16 @@ class Supervisor:
             return
         slot.process = process
         self._loop.add_reader(process.pidfd, self._died, slot, process)
-        self._loop.add_reader(process.words, self._says, process)
+        self._loop.add_reader(process.words, self._says, slot, process)
+        self._absences.watch(slot)
         if self._stopping.is_set():
             process.kill()
 
-    def _says(self, process: AgentProcess) -> None:
+    def _says(self, slot: AgentSlot, process: AgentProcess) -> None:
         """How far an agent's loading is, or its last words, which are wanted when it has ended."""
         if not process.read():
             self._loop.remove_reader(process.words)
+        self._absences.watch(slot)
         if self._ready is None:
             return
         known = [slot.process.loading for slot in self._slots if slot.process and slot.process.loading]
@@ -321,6 +328,7 @@ class Supervisor:
         words = process.read_last_words()
         process.close()
         slot.process = None
+        self._absences.watch(slot)
         if self._stopping.is_set() or self._ended.is_set():
             if not any(other.process for other in self._slots):
                 self._all_dead.set()
@@ -392,6 +400,7 @@ class Supervisor:
         if server is not None:
             self._loop.remove_reader(server.pidfd)
             server.close()
+        self._absences.told((), self._slots)
         for slot in self._slots:
             if slot.process is not None:
                 self._loop.remove_reader(slot.process.pidfd)

@@ -22,13 +22,14 @@ GroupStream = FrameStream[group.FromGroup]
 
 @dataclass(eq=False)
 class HostHandle:
-    """A supervisor and the ranks that it keeps. name: a random one, of its own."""
+    """A supervisor and the ranks that it keeps. name: a random one, of its own. missing: those of its ranks of which it
+    was told last that they aren't there; None: nothing yet."""
 
     pid: int
     name: str
     stream: GroupStream
     ranks: tuple[int, ...] = ()
-    ready: bool = False
+    missing: tuple[int, ...] | None = None
 
 
 class Registry:
@@ -132,7 +133,7 @@ class Registry:
         for rank in ranks:
             if rank in self._kills and self._keepers[rank] == host.name:
                 host.stream.send(self._kills[rank])
-        self.tell_ready()
+        self.tell_hosts()
 
     def _forget(self, host: HostHandle) -> None:
         """The same supervisor came again: it has lost its connection, and this side hasn't noticed yet."""
@@ -185,7 +186,7 @@ class Registry:
         self._keepers[message.rank] = message.supervisor
         stream.send(group.Registered(incarnation))
         self._groups[replica].add(agent)
-        self.tell_ready()
+        self.tell_hosts()
         return self._groups[replica], agent
 
     def _replaces(self, message: group.Register) -> bool:
@@ -254,15 +255,15 @@ class Registry:
                         f"{len(signature.outputs)}"
                     )
 
-    def tell_ready(self) -> None:
-        """HostReady to each supervisor whose agents have come, HostWaits to the others."""
+    def tell_hosts(self) -> None:
+        """HostReady to each supervisor whose agents have come, HostWaits to the others, where that is news."""
         for host in self.hosts:
-            if host.ranks and not host.ready:
-                # A supervisor that has ended may have left agents whose connections haven't ended yet.
-                missing = tuple(
-                    rank for rank in host.ranks if self.agent(rank) is None or self._keepers.get(rank) != host.name
-                )
-                host.ready = not missing
+            # A supervisor that has ended may have left agents whose connections haven't ended yet.
+            missing = tuple(
+                rank for rank in host.ranks if self.agent(rank) is None or self._keepers.get(rank) != host.name
+            )
+            if host.ranks and missing != host.missing:
+                host.missing = missing
                 host.stream.send(group.HostWaits(missing) if missing else group.HostReady())
 
     def give_up(self, rank: int, reason: str) -> None:

@@ -160,6 +160,7 @@ class Worker:
     def group_changed(self) -> None:
         if self._state == "stopping" or self._python_stages.closed:
             return
+        self._registry.tell_hosts()
         self._tell_waiting()
         state, reason = self._derived_state()
         if state == "failed" and self._state != "failed":

@@ -31,6 +31,22 @@ def test_the_worker(transformer):
         assert up.stop() == 0
 
 
+def test_the_worker_while_a_rank_hangs(transformer):
+    """The next Worker has never seen that rank, whose supervisor ends it."""
+    with transformer.up(SHARDSERVE_STEP_TIMEOUT="2") as up:
+        before = up.pids()
+        (worker,) = up.of("shardserve.worker")
+        with Load(up, transformer.model, clients=2) as load:
+            os.kill(before[2], signal.SIGSTOP)
+            os.kill(worker, signal.SIGKILL)
+            # The step's timeout, from when the next Worker has the supervisor, then abort_timeout.
+            assert load.wait(1) < 2 + 1 + SECONDS_TO_RECOVER
+            load.wait(5)
+            after = up.pids()
+            assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, True]
+        assert up.stop() == 0
+
+
 def test_main(transformer):
     """Connections end with it; clients that call again are answered."""
     with transformer.up() as up:

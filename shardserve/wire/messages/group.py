@@ -73,13 +73,13 @@ class Enlisted(Message, frozen=True):
 
 
 class HostWaits(Message, frozen=True):
-    """To a supervisor: of its host's agents, an agent has registered, and those of these ranks have not."""
+    """To a supervisor, when it has enlisted and at each change: its host's agents of these ranks aren't there."""
 
     missing: tuple[int, ...]
 
 
 class HostReady(Message, frozen=True):
-    """To a supervisor: all of its host's agents are registered."""
+    """As HostWaits: all of its host's agents are there."""
 
 
 class Kill(Message, frozen=True):

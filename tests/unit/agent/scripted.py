@@ -65,19 +65,28 @@ def logged(text):
 
 
 class Peer:
-    """A supervisor's or an agent's connection."""
+    """A supervisor's or an agent's connection. It has arrived when it says something: who finds the TCP listener before
+    its local twin is there leaves without a word."""
 
     def __init__(self, worker):
+        worker.peers.append(self)
+        self._worker = worker
+        self._arrived = False
         self.frames = asyncio.Queue()
         self.lost = asyncio.Event()
         self.payload = None
         self.stream = FrameStream(
             group.FromGroup,
-            lambda *frame: self.frames.put_nowait(frame),
+            self._frame,
             lambda _: self.lost.set(),
-            on_made=lambda _: worker.arrive(self),
             share=True,
         )
+
+    def _frame(self, *frame):
+        self.frames.put_nowait(frame)
+        if not self._arrived:
+            self._arrived = True
+            self._worker.arrived.put_nowait(self)
 
     async def next(self, kind):
         """The next message, which must be of this kind."""
@@ -112,11 +121,6 @@ class ScriptedWorker:
             peer.stream.abort()
             await peer.lost.wait()
         self.peers.clear()
-
-    def arrive(self, peer):
-        self.peers.append(peer)
-        self.arrived.put_nowait(peer)
-        return True
 
     async def introduced(self):
         """The next connection, which must be a supervisor's, and its Enlist."""

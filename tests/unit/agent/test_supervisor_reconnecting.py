@@ -1,6 +1,8 @@
 """A Worker that is gone, and comes back or stays away."""
 
 import os
+import signal
+import time
 
 import pytest
 
@@ -40,6 +42,37 @@ async def test_the_worker_comes_back(tmp_path, ports):
                     again["supervisor"] = message.pid
             assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
             assert not host.life.done()
+
+
+@asynchronous
+async def test_an_agent_that_hangs_while_the_worker_is_replaced_is_killed(tmp_path, ports, caplog):
+    """The new Worker doesn't know it; the one that comes a little later may have been in a step, and stays."""
+    models = write_shards(tmp_path)
+    worker = ScriptedWorker(ports[0], 2)
+    async with Host(ports[0], models, ports[1], step_timeout=0.5, abort_timeout=0.1) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0, 1)
+            late, hung = await worker.agents(2)
+            supervisor.send(group.HostReady())
+            await host.ready
+            for agent in (late, hung):
+                os.kill(agent.register.pid, signal.SIGSTOP)
+        async with worker:
+            supervisor = await worker.supervisor(0, 1)
+            supervisor.send(group.HostWaits((0, 1)))
+            began = time.monotonic()
+            os.kill(late.register.pid, signal.SIGCONT)
+            [late_again] = await worker.agents(1)
+            supervisor.send(group.HostWaits((1,)))
+            [reborn] = await worker.agents(1)
+            assert time.monotonic() - began > 0.6
+            assert (late_again.register.rank, late_again.register.pid) == (0, late.register.pid)
+            assert reborn.register.rank == 1
+            assert reborn.register.pid != hung.register.pid
+            killed = f"rank 1 (pid {hung.register.pid}) is killed: it did not come to the Worker within step_timeout"
+            assert f"{killed} (0.5 s)" in caplog.text
+            assert f"pid {late.register.pid}) is killed" not in caplog.text
+            assert not late_again.lost.is_set()
 
 
 @asynchronous
