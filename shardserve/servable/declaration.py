@@ -22,11 +22,14 @@ MODEL_FORMAT = "shardserve"
 
 @dataclass
 class Servable:
-    """name: that of the directory that holds servable_config.py. models: one, or several that are not distributed."""
+    """name: that of the directory that holds servable_config.py. models: one, or several that are not distributed.
+    search_path: sys.path as that file had it at its end, where its functions look for what they import when they run.
+    """
 
     name: str
     models: list[Model] = field(default_factory=list)
     methods: dict[str, Method] = field(default_factory=dict)
+    search_path: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> Model | None:
@@ -189,6 +192,7 @@ def load_servable(directory: str, name: str) -> Servable:
     try:
         with declaring(name) as servable:
             runpy.run_path(str(path), run_name="servable_config")
+        servable.search_path = list(sys.path)
     except ShardserveError as error:
         raise ConfigError(f"{path}{_line_in(path, error)}: {shortened(text_of(error))}") from error
     except (Exception, SystemExit) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 from contextvars import ContextVar
 from typing import Any
@@ -47,6 +48,7 @@ class StageProcess:
         except ConfigError as error:
             self._connection.send(stages.LoadFailed(str(error)))
             return
+        sys.path[:] = self._servable.search_path
         self._stateful = any(model.stateful for model in self._servable.models)
         callers = _callers(self._servable)
         set_caller(self._call)

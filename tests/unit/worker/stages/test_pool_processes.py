@@ -201,6 +201,30 @@ async def test_a_start_that_fails_leaves_no_process(tmp_path, monkeypatch):
 
 
 @asynchronous
+async def test_a_function_imports_what_is_beside_the_config_when_it_runs(tmp_path):
+    source = """
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=1, stage_size=1)
+
+
+def late(x):
+    from beside_the_config import SEVEN
+
+    return x * SEVEN
+
+
+@register.register_method(["y"])
+def run(x):
+    return register.add_stage(late, x, outputs_count=1)
+"""
+    async with Setting(tmp_path, source=source) as s:
+        [config] = tmp_path.rglob("servable_config.py")
+        config.with_name("beside_the_config.py").write_text("SEVEN = 7\n")
+        assert (await s.run("run", 6))[0].tolist() == [42]
+
+
+@asynchronous
 async def test_a_servable_that_can_not_be_loaded_there(tmp_path):
     guard = """
 import os
