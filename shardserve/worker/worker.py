@@ -98,9 +98,10 @@ class Worker:
             self._launcher.send(launch.Waiting(len(self._table.entries), missing, reason))
 
     def _waited_enough(self) -> None:
-        if self._ready_order is None:
-            return
         total, missing = len(self._table.entries), self._registry.missing
+        if self._ready_order is None or not missing:
+            # All have come: groups that form and processes of Python stages have limits of their own.
+            return
         reason = f"; {self._registry.given_up_first}" if self._registry.given_up_first else ""
         self._refuse_start(
             StartError(

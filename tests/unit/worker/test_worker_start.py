@@ -49,6 +49,21 @@ async def test_agents_that_came_in_time(tmp_path, free_port):
 
 
 @asynchronous
+async def test_a_start_goes_on_whose_agents_have_come_in_time(tmp_path, free_port):
+    """What else it waits for, a group or the processes of Python stages, has limits of its own."""
+    async with Scene(tmp_path, free_port, wait=0.2) as scene:
+        agents = [await scene.agent(rank) for rank in range(2)]
+        forms = [await agent.next(group.Form) for agent in agents]
+        passed = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.3, passed.set)
+        await passed.wait()
+        assert scene.launcher.take(launch.Refused) == []
+        for agent, form in zip(agents, forms, strict=True):
+            agent.send(group.Formed(form.generation))
+        await scene.said(launch.Done)
+
+
+@asynchronous
 async def test_incarnation_is_greater_than_any_agents(tmp_path, free_port):
     async with Scene(tmp_path, free_port, incarnation=100) as scene:
         agents = [await scene.agent(0, incarnation=100), await scene.agent(1, incarnation=170)]
