@@ -78,19 +78,31 @@ class Sessions:
         if session.spoiled:
             raise Aborted(session.spoiled)
         if session.group is None and session not in self._waiting:
-            # It may have a process that those wait for who have a group, or will have one.
-            if self._holding and not self._free_groups():
-                raise Aborted("a generation of the group ended before this method call's first step; no other is free")
-            self._waiting.insert(0, session)
+            self._wait_again(session)
         session.calls.append(call)
+
+    def _wait_again(self, session: Session) -> None:
+        """It lost its group before its first step. Aborted where others hold all groups: it may have a process that
+        they wait for, or will."""
+        if self._holding and not self._free_groups():
+            raise Aborted("a generation of the group ended before this method call's first step; no other is free")
+        self._waiting.insert(0, session)
 
     def pump(self) -> None:
         """Sends what can be sent, and gives free groups to those that wait."""
         if not self._holding and not self._waiting:
             return
-        for session in list(self._holding):
+        holding = list(self._holding)
+        for session in holding:
             self._check_generation(session)
             self._next(session)
+        for session in holding:
+            if session.group is None and session.calls:
+                # The generation ended between a call and its sending.
+                try:
+                    self._wait_again(session)
+                except Aborted as error:
+                    session.refuse(error)
         free = self._free_groups()
         while self._waiting and free:
             session, group = self._waiting.pop(0), free.pop()

@@ -202,6 +202,34 @@ async def test_the_end_of_a_generation_before_the_first_step_is_nothing_lost():
     await other
 
 
+@pytest.mark.parametrize("others_hold", [False, True])
+@asynchronous
+async def test_a_generation_that_ends_while_the_first_step_is_about_to_be_sent(others_hold):
+    """In the turn of the loop between the call and its sending."""
+    s = Setting(replicas=1 + others_hold)
+    session, other = s.models.session(), s.models.session()
+    s.hold(session)
+    await turn()
+    if others_hold:
+        s.hold(other)
+        await turn()
+    step = s.begin(session, 1)
+    while not session.calls:
+        await asyncio.sleep(0)
+    replica = s.groups.index(session.group)
+    s.groups[replica].lost(s.agents[replica])
+    assert session.group is None
+    if others_hold:
+        with pytest.raises(Aborted, match="before this method call's first step; no other is free"):
+            await step
+        return
+    s.join()
+    await turn()
+    assert s.steps() == [(0, [1])]
+    s.output(0, [10])
+    assert (await step)[0].tolist() == [10]
+
+
 @asynchronous
 async def test_whoever_lost_its_group_before_the_first_step_waits_for_no_other_holder():
     """That one may wait for the process of this one's Python stage."""
