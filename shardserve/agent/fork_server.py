@@ -16,7 +16,7 @@ import msgspec
 from shardserve.agent.agent import run_agent
 from shardserve.agent.forking import MESSAGE_LIMIT, EndingReply, ForkReply, ForkRequest, ToForkServer
 from shardserve.log import configure_logging
-from shardserve.wire.process import die_with_parent, raise_descriptor_limit
+from shardserve.wire.process import control_of_parent, die_with_parent, raise_descriptor_limit
 
 
 def serve(control: socket.socket) -> None:
@@ -110,12 +110,11 @@ def reap(codes: dict[int, int]) -> None:
 
 
 def main() -> None:
-    die_with_parent(os.getppid())
+    control = control_of_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("agent")
     raise_descriptor_limit()
-    control = socket.socket(fileno=int(sys.argv[1]))
     # Objects of the parent that the collector never touches again stay shared with the children.
     gc.collect()
     gc.freeze()

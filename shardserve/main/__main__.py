@@ -10,8 +10,7 @@ import uvloop
 
 from shardserve.log import configure_logging
 from shardserve.main.app import Main
-from shardserve.wire.process import die_with_parent, raise_descriptor_limit
-from shardserve.wire.sockets import peer_of
+from shardserve.wire.process import control_of_parent, raise_descriptor_limit
 
 
 def main(fd: int) -> None:
@@ -20,9 +19,8 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("main")
     raise_descriptor_limit()
-    launcher = socket.socket(fileno=fd)
+    launcher = control_of_parent(fd)
     launcher.setblocking(False)
-    die_with_parent(peer_of(launcher).pid)
     uvloop.run(_run(launcher))
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import signal
-import socket
 import sys
 
 from shardserve.errors import InternalError, ShardserveError, from_wire
@@ -20,7 +18,7 @@ from shardserve.main.servable import Result
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import Buffer, Payload, split
 from shardserve.wire.messages import Message, bodies, front
-from shardserve.wire.process import die_with_parent
+from shardserve.wire.process import control_of_parent
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +68,13 @@ def results_of(results: list[front.InstanceOutputs | front.InstanceError], paylo
 
 
 def main(fd: int) -> None:
-    die_with_parent(os.getppid())
+    control = control_of_parent(fd)
     # The launcher drives the stop; a Ctrl-C reaches every process of the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("json")
     with contextlib.suppress(EOFError, OSError):
-        serve(FrameSocket(socket.socket(fileno=fd), bodies.ToProcess))
+        serve(FrameSocket(control, bodies.ToProcess))
 
 
 if __name__ == "__main__":

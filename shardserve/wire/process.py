@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from shardserve.errors import StartError
+from shardserve.wire.sockets import peer_of
 
 PR_SET_PDEATHSIG = 1
 
@@ -39,6 +40,16 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # It died before the kernel was told.
         os._exit(1)
+
+
+def control_of_parent(fd: int) -> socket.socket:
+    """This process's end of the socketpair with the one that started it, whose death is its own from here on.
+
+    The other end says who that was: one that died while this process was being imported would have left another parent.
+    """
+    control = socket.socket(fileno=fd)
+    die_with_parent(peer_of(control).pid)
+    return control
 
 
 class Spawned(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from shardserve.log import configure_logging, servable_in_words, work_for
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import launch
-from shardserve.wire.process import die_with_parent, raise_descriptor_limit
+from shardserve.wire.process import control_of_parent, raise_descriptor_limit
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.worker import Worker
 
@@ -72,14 +71,13 @@ async def run(control: socket.socket, listeners: list[socket.socket]) -> None:
 
 
 def main() -> None:
-    die_with_parent(os.getppid())
+    control = control_of_parent(int(sys.argv[1]))
     # The launcher drives the stop; a Ctrl-C reaches every process of the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging("worker")
     raise_descriptor_limit()
-    control, *listeners = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:])
-    uvloop.run(run(control, listeners))
+    uvloop.run(run(control, [socket.socket(fileno=int(fd)) for fd in sys.argv[2:]]))
 
 
 if __name__ == "__main__":
