@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from shardserve.agent.absences import Absences
@@ -103,7 +103,7 @@ class Supervisor:
         try:
             # First, since it imports torch meanwhile.
             self._start_fork_server()
-            await self._join(None)
+            self._spawn(lambda: self._join(None))
             await self._ended.wait()
         except Exception as error:
             logger.debug("the supervisor ends", exc_info=error)
@@ -117,6 +117,10 @@ class Supervisor:
         self._stopping.set()
         self._report(Unavailable("stopped before all agents were registered"))
         self._ended.set()
+
+    @property
+    def _leaving(self) -> bool:
+        return self._stopping.is_set() or self._ended.is_set()
 
     def _report(self, error: Exception | None) -> None:
         if self._reminder is not None:
@@ -147,10 +151,10 @@ class Supervisor:
         self._report(error)
         self._ended.set()
 
-    def _spawn(self, work: Callable[[], object]) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         async def guarded() -> None:
             try:
-                await work()  # type: ignore[misc]
+                await work()
             except Exception as error:
                 logger.debug("the supervisor ends", exc_info=error)
                 self._fail(_named(error))
@@ -164,10 +168,14 @@ class Supervisor:
     async def _join(self, seconds: float | None) -> None:
         """Connects and introduces itself; None waits for ever, as long as nobody stops it."""
         connected = await self._connector.connect(float("inf") if seconds is None else seconds)
+        if self._leaving:
+            # Nobody has waited for a host that answers nothing.
+            if connected is not None:
+                connected.close()
+            return
         if connected is None:
-            if not self._stopping.is_set():
-                silence = f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"
-                self._fail(StartError(silence + self._connector.hindrance))
+            silence = f"no Worker at {self._address} for {seconds} s (reconnect_timeout)"
+            self._fail(StartError(silence + self._connector.hindrance))
             return
         stream: FrameStream[group.ToSupervisor] = FrameStream(
             group.ToSupervisor,
@@ -189,7 +197,7 @@ class Supervisor:
         self._absences.told((), self._slots)
         if isinstance(reason, JoinRefused):
             self._fail(reason)
-        elif not self._stopping.is_set() and not self._ended.is_set():
+        elif not self._leaving:
             gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
             # Whoever runs the server in this process knows of its Worker's end, and of the reason, already.
             level = logging.INFO if self._missed or self._options.with_server else logging.WARNING
@@ -289,7 +297,7 @@ class Supervisor:
         self._log(logging.ERROR, f"the fork server (pid {server.pid}) {server.ending}; starting another")
 
     async def _fork(self, slot: AgentSlot) -> None:
-        while not (self._stopping.is_set() or self._ended.is_set()):
+        while not self._leaving:
             try:
                 server = self._fork_server or self._start_fork_server()
                 process = await server.fork(slot.request, slot.shared_memory, self._settings.start_timeout)
@@ -329,7 +337,7 @@ class Supervisor:
         process.close()
         slot.process = None
         self._absences.watch(slot)
-        if self._stopping.is_set() or self._ended.is_set():
+        if self._leaving:
             if not any(other.process for other in self._slots):
                 self._all_dead.set()
             return
@@ -353,7 +361,7 @@ class Supervisor:
             # One that has ended, too, is replaced when it is asked for the next agent.
             with contextlib.suppress(OSError):
                 ending = await self._fork_server.ending_of(pid, self._settings.start_timeout)
-        if not (self._stopping.is_set() or self._ended.is_set()):
+        if not self._leaving:
             self._fork_anew(slot, f"pid {pid} {ending}")
 
     def _restart(self, slot: AgentSlot, reason: str) -> None:

@@ -1,11 +1,16 @@
 """A Worker that is gone, and comes back or stays away."""
 
+import asyncio
+import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 
 import pytest
 
+from shardserve.errors import Unavailable
 from shardserve.wire.messages import group
 
 from .scripted import HOST, Host, ScriptedWorker, asynchronous
@@ -111,3 +116,24 @@ async def test_the_worker_stays_away(tmp_path, ports, caplog):
             assert f"no Worker at {HOST}:{ports[0]} for 0.3 s (reconnect_timeout)" in caplog.text
     finally:
         del os.environ["SHARDSERVE_RECONNECT_TIMEOUT"]
+
+
+@asynchronous
+async def test_a_stop_does_not_wait_for_a_host_that_answers_nothing(tmp_path, ports):
+    """As a Ctrl-C of agents whose server's host is off."""
+    models = write_shards(tmp_path, 1)
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server((HOST, ports[0]), backlog=0))
+        # The backlog takes one; the kernel drops what the others send.
+        for _ in range(3):
+            other = stack.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(silent.getsockname())
+        async with Host(ports[0], models, ports[1]) as host:
+            await host.fork_server()
+            while not [thread for thread in threading.enumerate() if thread.name == "connect"]:
+                await asyncio.sleep(0)
+            host.supervisor.stop()
+            await asyncio.wait_for(host.life, 5)
+            with pytest.raises(Unavailable, match="stopped before all agents were registered"):
+                await host.ready
