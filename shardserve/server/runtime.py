@@ -49,7 +49,7 @@ class RuntimeEnded(StartError):
 
 
 class Runtime:
-    """One for the process, as long as any resident lives."""
+    """One for the process, as long as any resident lives. StartError without the descriptors that it needs."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,16 +64,25 @@ class Runtime:
         self._stopping = False
         self.failure: ShardserveError | None = None
         self._signals = 0
+        self._unable: OSError | None = None
         self._thread.start()
         self._started.wait()
+        if self._unable is not None:
+            raise StartError(f"the background thread of this process can't be started: {self._unable}")
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._ended
 
     def _run(self) -> None:
+        main = self._main()
         try:
-            asyncio.run(self._main())
+            asyncio.run(main)
+        except OSError as error:
+            # Without descriptors there is no event loop; nothing in it raises any.
+            main.close()
+            self._unable = error
+            self._started.set()
         finally:
             self._done.set()
         if self.failure is not None and not threading.main_thread().is_alive():

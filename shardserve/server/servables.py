@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shardserve.agent.slots import HostOptions, LoadedWeights
 from shardserve.agent.supervisor import Supervisor
-from shardserve.errors import ConfigError, ShardserveError, Unavailable
+from shardserve.errors import ConfigError, Unavailable
 from shardserve.progress import Progress, quietly
 from shardserve.server.arguments import LAST_VERSION, check_integer, check_path, check_servable_name, is_integer
 from shardserve.server.front import launcher
@@ -132,6 +132,8 @@ class _Start:
         ready: Future[LoadedWeights | None] = Future()
         ready.add_done_callback(self._agents_ready)
         self._supervisor = self._runtime.settle(lambda: Supervisor(host, settings, ready))
+        # Also where nobody waits for this one any more, since another has failed.
+        self._served.add_done_callback(self._end_agents_if_failed)
 
     def _agents_ready(self, ready: Future[LoadedWeights | None]) -> None:
         error = ready.exception()
@@ -141,16 +143,17 @@ class _Start:
             self._served.cancel()
 
     def wait(self) -> None:
-        """Returns when the servable is ready; raises why it can't be, and then its agents end, too."""
+        """Returns when the servable is ready; raises why it can't be."""
         try:
             self._served.result()
         except CancelledError:
             assert self._agents_error is not None
             raise self._agents_error from None
-        except ShardserveError:
+
+    def _end_agents_if_failed(self, served: Future[None]) -> None:
+        if served.cancelled() or served.exception() is not None:
             with contextlib.suppress(RuntimeEnded):  # So have the agents.
-                self._runtime.call(self._stop_agents())
-            raise
+                self._runtime.begin(self._stop_agents())
 
     async def _stop_agents(self) -> None:
         self._supervisor.stop()

@@ -42,13 +42,14 @@ class Script:
     """`with`; `line` is the next that it prints, `end` its exit code and what it wrote to stderr. launched_by: a
     command that execs the rest of its line."""
 
-    def __init__(self, directory, text, launched_by=(), **environment):
+    def __init__(self, directory, text, launched_by=(), stdin=None, **environment):
         file = directory / "serve.py"
         file.write_text(
             "from shardserve import server\nfrom shardserve.server import distributed\n" + textwrap.dedent(text)
         )
         self.process = subprocess.Popen(
             [*launched_by, sys.executable, str(file)],
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

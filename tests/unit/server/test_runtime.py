@@ -116,6 +116,28 @@ def test_wrong_settings_that_are_caught_leave_nothing_running(tmp_path, free_por
         assert script.end()[0] == 0
 
 
+def test_without_descriptors_for_the_background_thread_the_start_is_an_error(tmp_path):
+    """And no wait for a thread that has died; with some again, it is one like any other."""
+    text = """
+        import os, resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        try:
+            server.start_restful_server('127.0.0.1:1')
+        except Exception as error:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            print(type(error).__name__, error, flush=True)
+        server.start_grpc_server('unix:grpc.sock')
+        print("up", flush=True)
+        server.stop()
+    """
+    with Script(tmp_path, text) as script:
+        said = "StartError the background thread of this process can't be started: [Errno 24] Too many open files"
+        assert script.line() == said
+        assert script.line() == "up"
+        assert script.end()[0] == 0
+
+
 def test_stop_twice_and_start_again(tmp_path, free_port):
     text = f"""
         server.stop()

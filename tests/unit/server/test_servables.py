@@ -1,7 +1,9 @@
 """Servables that are not distributed: what start_servables refuses, and a server with several of them."""
 
 import re
+import subprocess
 
+import psutil
 import pytest
 from agent.shards import write_shards
 
@@ -111,6 +113,27 @@ def test_several_servables_in_one_server_and_what_they_are_refused_with(tmp_path
         assert sorted(script.line() for _ in range(3)) == ["net 1 ready 1", "net 2 ready 2", "other 1 ready 2"]
         code, stderr = script.end()
         assert code == 0, stderr
+
+
+def test_of_several_servables_that_fail_none_leaves_its_agents(tmp_path):
+    for name in ("net", "other"):
+        write_servable(tmp_path, LOCAL, name=name)
+        (tmp_path / name / "1").mkdir()
+    text = f"""
+        import sys
+        configs = [server.ServableStartConfig({str(tmp_path)!r}, name) for name in ("net", "other")]
+        try:
+            server.start_servables(configs)
+        except Exception as error:
+            print(error, flush=True)
+        sys.stdin.read()
+        server.stop()
+    """
+    with Script(tmp_path, text, stdin=subprocess.PIPE) as script:
+        assert "servable 'net': there is no file" in script.line()
+        servers = [child for child in script.children() if "shardserve.agent.fork_server" in child.cmdline()]
+        assert not psutil.wait_procs(servers, 20)[1]
+        assert script.end() == (0, "")
 
 
 def test_a_shard_that_can_not_be_loaded_ends_the_script(tmp_path):
