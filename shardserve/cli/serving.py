@@ -28,13 +28,16 @@ def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
     try:
         with shown_progress() as progress:
             line = start(progress)
-    except ShardserveError:
-        stop()
+        print(f"ready: {line}", flush=True)
+    except (ShardserveError, OSError):
+        # Also where the line can't be written: whoever waits for it would wait for ever. A signal meanwhile asks for
+        # what is being done, and what went wrong is told all the same.
+        with contextlib.suppress(SystemExit):
+            stop()
         raise
     except SystemExit:
         # A signal, before anything was ready: what was asked for was not done.
         return INTERRUPTED
-    print(f"ready: {line}", flush=True)
     # What a ready server is asked to do by a signal, it has done.
     with contextlib.suppress(SystemExit):
         join()

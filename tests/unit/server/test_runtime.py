@@ -317,3 +317,49 @@ def test_a_command_ends_whose_server_ended_as_soon_as_it_was_ready(tmp_path, fre
     with Script(tmp_path, text) as script:
         assert script.line() == "ready: all"
         assert script.end()[0] == 0
+
+
+def test_a_command_ends_whose_ready_line_can_not_be_written(tmp_path, free_port):
+    text = f"""
+        from shardserve.cli.serving import in_foreground
+
+        def start(progress):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            return "all"
+
+        try:
+            in_foreground("up", start)
+        except OSError as error:
+            # As the command does with it; nothing reaches the hook of uncaught ones.
+            raise SystemExit(error.strerror)
+    """
+    with Script(tmp_path, text, launched_by=("bash", "-c", 'exec "$@" >/dev/full', "bash")) as script:
+        assert script.end() == (1, "No space left on device\n")
+
+
+def test_a_command_says_why_it_failed_although_a_signal_comes_while_it_stops(tmp_path, free_port):
+    text = f"""
+        import signal
+        from shardserve.cli.serving import in_foreground
+        from shardserve.errors import ConfigError, ShardserveError
+        from shardserve.server.runtime import Runtime
+
+        wait = Runtime.wait
+
+        def wait_and_be_told(self):
+            Runtime.wait = wait
+            signal.raise_signal(signal.SIGTERM)
+            wait(self)
+
+        def start(progress):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            Runtime.wait = wait_and_be_told
+            raise ConfigError("nothing of it is right")
+
+        try:
+            in_foreground("up", start)
+        except ShardserveError as error:
+            raise SystemExit(str(error))
+    """
+    with Script(tmp_path, text) as script:
+        assert script.end() == (1, "nothing of it is right\n")
