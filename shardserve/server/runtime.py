@@ -49,7 +49,7 @@ class RuntimeEnded(StartError):
 
 
 class Runtime:
-    """One for the process, as long as any resident lives. StartError without the descriptors that it needs."""
+    """One for the process, as long as any resident lives."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -57,16 +57,22 @@ class Runtime:
         self._residents: list[Resident] = []
         self._idle: asyncio.Event | None = None
         self._lock = threading.Lock()
-        self._settling = 0
         self._ended = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shardserve")
         self._stopping = False
         self.failure: ShardserveError | None = None
         self._signals = 0
-        self._unable: OSError | None = None
-        self._thread.start()
-        self._started.wait()
+        self._unable: Exception | None = None
+
+    def start(self) -> None:
+        """StartError without the descriptors and memory that it needs."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._unable = error
+        else:
+            self._started.wait()
         if self._unable is not None:
             raise StartError(f"the background thread of this process can't be started: {self._unable}")
 
@@ -94,12 +100,13 @@ class Runtime:
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._started.set()
+        if self._stopping:
+            self._stop_residents()
         while not self._ended:
             await self._idle.wait()
             self._idle.clear()
             with self._lock:
-                # Who is about to settle is promised that the loop runs.
-                self._ended = not self._residents and not self._settling
+                self._ended = not self._residents
         # What was begun before has its first turn, so that it can say that it was too late.
         await asyncio.sleep(0)
 
@@ -111,12 +118,12 @@ class Runtime:
 
         async def settle() -> R:
             assert self._idle is not None
+            if self._ended:
+                raise RuntimeEnded
             try:
                 resident = make()
                 self._residents.append(resident)
             finally:
-                with self._lock:
-                    self._settling -= 1
                 # Without any resident nothing would ever end this thread, and with it the script.
                 if not self._residents:
                     self._idle.set()
@@ -124,10 +131,6 @@ class Runtime:
             task.add_done_callback(_raise_in_loop)
             return resident
 
-        with self._lock:
-            if self._ended:
-                raise RuntimeEnded
-            self._settling += 1
         return self.call(settle())
 
     async def _live(self, resident: Resident) -> None:
@@ -164,13 +167,19 @@ class Runtime:
 
     def request_stop(self) -> None:
         """Asks every resident to end; returns at once, from any thread or signal handler."""
-        assert self._loop is not None
+        # Either the thread that is being started sees this, or this sees its loop.
+        self._stopping = True
+        if self._loop is None:
+            return
         # Without the lock, which may be held where a signal handler runs.
         with contextlib.suppress(RuntimeError):  # The loop is closed.
             self._loop.call_soon_threadsafe(self._stop_residents)
 
     def _stop_residents(self) -> None:
-        self._stopping = True
+        if not self._residents:
+            # A signal has ended the call that was to bring one.
+            assert self._idle is not None
+            self._idle.set()
         first = [resident for resident in self._residents if resident.needs_others]
         for resident in first or list(self._residents):
             resident.stop()
@@ -182,8 +191,8 @@ class Runtime:
             raise self.failure
 
     def wait(self) -> None:
-        """Waits until the last resident has ended; not in the thread where they live."""
-        if threading.current_thread() is self._thread:
+        """Waits until the last resident has ended; not in the thread where they live, nor for one that never began."""
+        if threading.current_thread() is self._thread or self._thread.ident is None:
             return
         # Not Thread.join: up to Python 3.12 one that a signal handler's exception interrupts takes the thread for ended
         # (bpo-45274), and the interpreter would no longer wait for it.
@@ -211,8 +220,10 @@ def _living_runtime() -> Runtime:
         if _runtime is None:
             warn_of_unknown()
         _runtime = Runtime()
+        # First: nobody else could end the thread if a signal came before anybody has settled.
         _handle_signals(_runtime)
         _stop_on_uncaught(_runtime)
+        _runtime.start()
     return _runtime
 
 
