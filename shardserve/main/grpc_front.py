@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from shardserve.errors import InternalError, MessageTooLarge, ShardserveError, StartError
+from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
 from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
 from shardserve.main.health import Health
@@ -33,6 +33,12 @@ ADMIN = "shardserve.v1.Admin"
 MANY_STRINGS = 10_000
 """In one message; more of them take the event loop some 5 ms, and go to a thread: unlike JSON's, their loops let others
 run in between."""
+
+STRINGS_OF_TENSOR = 10
+"""How many strings take as long as a tensor by itself."""
+
+MOST_SHOWN = 100
+"""Inputs over those of the method that are decoded, so that the error can name them."""
 
 PENDING_CALLS = 1 << 14
 """Calls that gRPC's core keeps until its Python half takes them; more where twice max_calls is. Of each it may hold a
@@ -56,12 +62,13 @@ class Predict(ms_service_pb2_grpc.MSServiceServicer):
             left = context.time_remaining()
             deadline = None if left is None else time.monotonic() + left
             check_count(len(request.instances), self._router.settings.max_instances)
-            if _strings(request) > MANY_STRINGS:
-                instances = await asyncio.to_thread(_decode_all, request)
+            most = len(info.inputs) + MOST_SHOWN
+            if _is_large(request, most):
+                instances = await asyncio.to_thread(_decode_all, request, most)
             else:
-                instances = _decode_all(request)
+                instances = _decode_all(request, most)
             results = await infer(servable, spec.method_name, info, instances, deadline)
-            if _strings_of(results) > MANY_STRINGS:
+            if _are_large(results):
                 return await asyncio.to_thread(_reply, spec, results)
             return _reply(spec, results)
         except ShardserveError as error:
@@ -149,20 +156,31 @@ class GrpcFront:
         self._health.set(states)
 
 
-def _strings(request: pb.PredictRequest) -> int:
-    return sum(len(tensor.bytes_val) for instance in request.instances for tensor in instance.items.values())
+def _is_large(request: pb.PredictRequest, most: int) -> bool:
+    """Whether what is decoded of it is more than MANY_STRINGS."""
+    strings = 0
+    for instance in request.instances:
+        items = instance.items
+        if len(items) <= most:
+            strings += STRINGS_OF_TENSOR * len(items)
+            strings += sum(len(tensor.bytes_val) for tensor in items.values())
+        if strings > MANY_STRINGS:
+            return True
+    return False
 
 
-def _strings_of(results: list[Result]) -> int:
-    good = [result for result in results if not isinstance(result, ShardserveError)]
-    return sum(len(meta.lengths or ()) for metas, _ in good for meta in metas.values())
+def _are_large(results: list[Result]) -> bool:
+    good = [result[0] for result in results if not isinstance(result, ShardserveError)]
+    return sum(STRINGS_OF_TENSOR + len(meta.lengths or ()) for metas in good for meta in metas.values()) > MANY_STRINGS
 
 
-def _decode_all(request: pb.PredictRequest) -> list[Decoded]:
-    return [_decode(instance, index) for index, instance in enumerate(request.instances)]
+def _decode_all(request: pb.PredictRequest, most: int) -> list[Decoded]:
+    return [_decode(instance, index, most) for index, instance in enumerate(request.instances)]
 
 
-def _decode(instance: pb.Instance, index: int) -> Decoded:
+def _decode(instance: pb.Instance, index: int, most: int) -> Decoded:
+    if len(instance.items) > most:
+        return InvalidInput(f"instance {index}: {len(instance.items)} inputs, far more than the method takes")
     try:
         return proto.from_instance(instance, f"instance {index}")
     except ShardserveError as error:

@@ -9,7 +9,7 @@ from shardserve.errors import InvalidInput
 from shardserve.wire.frames import Buffer, Payload
 from shardserve.wire.messages import TensorMeta
 from shardserve.wire.stubs import ms_service_pb2 as pb
-from shardserve.wire.tensors import BYTES, NAMES, NUMBERS, STRING, check_meta, to_text
+from shardserve.wire.tensors import BYTES, MAX_DIMS, NAMES, NUMBERS, STRING, check_meta, to_text, too_deep
 
 MAX_MESSAGE = (1 << 31) - (1 << 20)
 """Bytes of instances in a message, which has 2 GiB at most. A larger one can't be written: gRPC's asyncio client then
@@ -32,7 +32,10 @@ def from_tensor(tensor: pb.Tensor, where: str) -> tuple[TensorMeta, bytes]:
     name = NAMES.get(tensor.dtype)
     if name is None:
         raise InvalidInput(f"{where}: unknown dtype number {tensor.dtype}")
-    shape = tuple(tensor.shape.dims)
+    dims = tensor.shape.dims
+    if len(dims) > MAX_DIMS:
+        raise too_deep(len(dims), where)
+    shape = tuple(dims)
     if tensor.dtype in (STRING, BYTES):
         parts = list(tensor.bytes_val)
         data = b"".join(parts)

@@ -65,12 +65,16 @@ NAMES: dict[int, str] = {dtype.number: dtype.name for dtype in DTYPES.values()} 
 NUMBERS: dict[str, int] = {name: number for number, name in NAMES.items()}
 
 
+def too_deep(dims: int, where: str) -> InvalidInput:
+    return InvalidInput(f"{where}: a shape of {dims} dims; at most {MAX_DIMS} are possible")
+
+
 def elements(shape: Sequence[int], where: str) -> int:
     """How many elements a shape has; InvalidInput for one that no array can have (negative, too large, too deep)."""
+    if len(shape) > MAX_DIMS:  # First: there may be millions of them.
+        raise too_deep(len(shape), where)
     if any(dim < 0 for dim in shape):
         raise InvalidInput(f"{where}: shape {list(shape)} has a negative dim")
-    if len(shape) > MAX_DIMS:
-        raise InvalidInput(f"{where}: a shape of {len(shape)} dims; at most {MAX_DIMS} are possible")
     # An empty tensor, too: numpy multiplies the other dims.
     if math.prod(max(dim, 1) for dim in shape) > MAX_ELEMENTS:
         raise InvalidInput(f"{where}: shape {list(shape)} is larger than any tensor can be")

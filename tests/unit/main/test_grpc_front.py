@@ -16,6 +16,8 @@ from main_harness import Launcher, Worker, X, announce, attached, echo, keep, pr
 from shardserve.client import AsyncClient, status
 from shardserve.errors import MessageTooLarge, Unavailable
 from shardserve.wire.messages import front, launch
+from shardserve.wire.stubs import ms_service_pb2 as pb
+from shardserve.wire.stubs.ms_service_pb2_grpc import MSServiceStub
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -86,6 +88,33 @@ def test_many_strings_and_small_calls_meanwhile():
         assert first["x"].tolist() == many.tolist()
         assert second["x"].tolist() == [["a"], ["b"]]
         assert small
+
+    predict(test)
+
+
+def test_what_no_method_takes_is_refused_before_it_is_decoded():
+    async def test(launcher, worker, client, address):
+        async with AsyncClient(address, "echo", "predict") as lenient:
+            crowd = {str(number): 1 for number in range(50_000)}
+            results = await lenient.infer([X, crowd, X])
+            assert results[1] == {"error": "instance 1: 50000 inputs, far more than the method takes"}
+            assert [list(result) for result in results] == [["x"], ["error"], ["x"]]
+        request = pb.PredictRequest(servable_spec=pb.ServableSpec(name="echo", method_name="predict"))
+        tensor = request.instances.add().items["x"]
+        tensor.dtype = pb.MS_INT8
+        tensor.shape.dims.extend([-1] * 1_000_000)
+        async with grpc.aio.insecure_channel(address) as channel:
+            reply = await MSServiceStub(channel).Predict(request)
+        text = b"instance 0, input 'x': a shape of 1000000 dims; at most 32 are possible"
+        assert [entry.error_msg for entry in reply.error_msg] == [text]
+
+    predict(test)
+
+
+def test_many_tensors_come_back_in_their_order():
+    async def test(launcher, worker, client, address):
+        results = await client.infer([{"x": number} for number in range(4000)])
+        assert [int(result["x"][0]) for result in results] == list(range(4000))
 
     predict(test)
 

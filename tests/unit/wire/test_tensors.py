@@ -92,6 +92,7 @@ def test_mindspore_numbers():
         (TensorMeta("float32", (2, 2), 12), bytes(12), r"float32 of shape \[2, 2\] is 16 bytes, got 12"),
         (TensorMeta("float32", (-1,), 4), bytes(4), "negative"),
         (TensorMeta("float32", (1,) * 33, 4), bytes(4), "a shape of 33 dims; at most 32"),
+        (TensorMeta("float32", (-1,) * 1000, 4), bytes(4), "a shape of 1000 dims; at most 32"),
         (TensorMeta("float32", (0, 2**62, 2**62), 0), b"", "larger than any tensor can be"),
         (TensorMeta("float99", (1,), 4), bytes(4), "unknown dtype 'float99'"),
         (TensorMeta("float32", (1,), 4), bytes(8), "8 bytes came where 4"),
