@@ -124,6 +124,8 @@ class Batching:
         )
         self._dim: str | None = None
         self._size: int | None = None
+        # Whether its outputs can't be split: then a batch is of one instance, and nothing is added to it.
+        self._mixes = False
         # The batch dim's maximum.
         self.exported_size = 1
         self._instance: Signature | None = None
@@ -169,8 +171,7 @@ class Batching:
             largest = self._signature.dims[front].max or UNBOUNDED_BATCH
         self.exported_size = largest
         self.max_size = min(self._model.max_batch_size or largest, largest)
-        if self.max_size > 1:
-            self._check_outputs(front)
+        self._check_outputs(front)
         return front
 
     def _instance_signature(self, front: int | str) -> Signature | None:
@@ -188,11 +189,15 @@ class Batching:
         return Signature(dims, inputs, ())
 
     def _check_outputs(self, dim: int | str) -> None:
-        """No part of an output may be of several instances: each would get what was computed for the others."""
+        """No part of an output may be of several instances, be it of one and its copies: each would get what was
+        computed for the others."""
         for spec in self._signature.outputs:
             rest = spec.shape[1:]
             mixed = any(isinstance(size, str) and dim in parse(size).names for size in rest)
-            if spec.shape[:1] != (dim,) or mixed:
+            if spec.shape[:1] == (dim,) and not mixed:
+                continue
+            self._mixes = True
+            if self.max_size > 1 or self._smallest > 1:
                 raise ConfigError(
                     f"with_batch_dim=True, but output {spec.name}{describe(spec.shape)} can't be split into instances: "
                     f"the batch dim {dim} has to be its first, and only that; a model that mixes the instances of a "
@@ -316,7 +321,11 @@ class Batching:
         refusal = self._signature.refusal(dims)
         if refusal is None:
             return count, dims
-        if self._dim is not None and all(holds(condition, dims) for condition in self._other_conditions):
+        if (
+            self._dim is not None
+            and not self._mixes
+            and all(holds(condition, dims) for condition in self._other_conditions)
+        ):
             size = self._first_taken(dims, range(count + 1, self.exported_size + 1))
             if size is not None:
                 return size, {**dims, self._dim: size}

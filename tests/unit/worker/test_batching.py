@@ -127,6 +127,34 @@ def test_bfloat16_and_bool(call):
     assert [m.item() for _, m in results] == [True, False]
 
 
+@pytest.mark.parametrize(("size", "dims"), [("batch", {"batch": (2, 8)}), ("4", {})], ids=["least", "static"])
+def test_what_mixes_instances_is_refused_where_one_alone_is_filled_up_with_copies(size, dims):
+    with pytest.raises(ConfigError, match=r"output y\[3\] can't be split into instances"):
+        batching([f"x float32 {size} 3"], ["y float32 3"], model={"max_batch_size": 1}, **dims)
+
+
+def test_what_mixes_instances_is_never_filled_up_to_meet_a_condition():
+    batches = batching(
+        ["x float32 batch n"],
+        ["y float32 n"],
+        ["(batch * n) % 2 == 0"],
+        {"max_batch_size": 1},
+        batch=(1, 8),
+        n=(1, 8),
+    )
+    assert batches.key([np.ones(2, np.float32)])
+    with pytest.raises(InvalidInput, match=r"\(batch \* n\) % 2 == 0"):
+        batches.key([np.ones(3, np.float32)])
+
+
+def test_what_mixes_instances_may_be_served_one_at_a_time(call):
+    batches = batching(["x float32 batch 3"], ["y float32 3"], model={"max_batch_size": 1}, batch=(1, 8))
+    batch = batches.make_batch([call(np.ones(3, np.float32))])
+    assert batch.dims == {"batch": 1}
+    [(y,)] = batches.split_batch(batch, payload(np.ones(3, np.float32)))
+    same(y, np.ones(3, np.float32))
+
+
 def test_static_batch_is_padded_with_the_last_instance(call):
     batches = batching(["x float32 4 2"], ["y float32 4"])
     assert batches.max_size == 4
