@@ -7,7 +7,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -71,7 +71,7 @@ def throughput(make: Callable[[], Call], clients: int, seconds: float) -> float:
 
 
 def interleaved_throughput(
-    makes: dict[str, Callable[[], Call]], rounds: int, clients: int, seconds: float
+    makes: Mapping[str, Callable[[], Call]], rounds: int, clients: int, seconds: float
 ) -> dict[str, float]:
     """For each, the median over the rounds of its calls a second; in turns, after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in makes}

@@ -26,15 +26,28 @@ BLOCKS_PLAN = {
 
 def matmul(folder: Path, ranks: int, seed: int | None = None) -> nn.Module:
     """The reference example on so many ranks: x float32 [128, 96] → y float32 [128, 16]."""
-    sys.path.insert(0, str(MATMUL))
-    from net import Net
-
-    net = Net(seed)
+    net = _net(seed)
     plan = Plan({"w": "Shard(0)"} if ranks > 1 else {})
     names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
     x = torch.ones(128, 96)
     export(net, (x,), name="matmul", out=folder / "model", tensor_parallel=ranks, plan=plan, **names)
     write_servable(folder, "matmul", "x", "y", rank_size=ranks, stage_size=1, with_batch_dim=False)
+    return net
+
+
+def matmul_of_batches(folder: Path, largest: int) -> None:
+    """The same product on one rank, of instances: x float32 [batch, 128, 96] → y float32 [batch, 128, 16]."""
+    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=largest)}}
+    export(_net(None), (torch.ones(3, 128, 96),), name="matmul", out=folder / "model", dynamic_shapes=dims, **names)
+    write_servable(folder, "matmul", "x", "y", rank_size=1, stage_size=1)
+
+
+def _net(seed: int | None) -> nn.Module:
+    sys.path.insert(0, str(MATMUL))
+    from net import Net
+
+    net: nn.Module = Net(seed)
     return net.eval()
 
 
