@@ -101,7 +101,7 @@ def declare_distributed(
     instance waits at most for others to fill its batch, counted from when it came. pad: input → (dim, value) or (dim,
     value, multiple): instances that differ in this dim (counted without the batch dim) may share a batch; they are
     filled up with `value`, to a multiple of `multiple`, and each one's outputs are cut back to its own length.
-    stateful: a method call holds one group of agents for itself from its first step to its end, unbatched; others
+    stateful: a method call holds one group of agents for itself from its beginning to its end, unbatched; others
     queue. When that group's generation ends, its state is lost and the holder gets Aborted.
     """
     model = Model(

@@ -41,7 +41,7 @@ class Model:
     splits. without_batch_dim_inputs: positions of the inputs that have none nevertheless. enable_pipeline_infer:
     several steps are in flight at once. max_batch_size: None takes the exported batch dim's greatest value.
     max_batch_delay_ms: how long an instance waits for others to fill its batch while the agents could take it. pad: the
-    inputs that are padded. stateful: a method call holds one group for itself from its first `call` to its end,
+    inputs that are padded. stateful: a method call holds one group for itself from its beginning to its end,
     unbatched.
 
     files: of a model that is not distributed the graph files, one a subgraph, relative to the servable's version

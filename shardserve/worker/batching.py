@@ -141,6 +141,9 @@ class Batching:
         front_of_outputs = self._dim or self._size
         self._divided = [bool(spec.shape) and spec.shape[0] == front_of_outputs for spec in signature.outputs]
         self._dtypes = tuple(spec.dtype for spec in signature.inputs)
+        self._scalars = [
+            i for i, spec in enumerate(signature.inputs) if len(spec.shape) == (1 if self._batched[i] else 0)
+        ]
         self._output_dtypes = [dtype_of(spec) for spec in signature.outputs]
         # Whether they hold depends on the batch's size; whether the others do doesn't.
         self._conditions_of_size = [text for text in signature.conditions if self._dim in parse_condition(text).names]
@@ -210,6 +213,17 @@ class Batching:
         if given != taken:
             names = ", ".join(spec.name for spec in self._signature.inputs)
             raise InvalidInput(f"the model takes {taken} inputs ({names}), got {given}")
+
+    def inputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """An instance's inputs. Clients send a plain number as an array of shape [1]: where the model takes one of
+        shape [], it gets that."""
+        if not self._scalars:
+            return tuple(values)
+        given = list(values)
+        for i in self._scalars:
+            if isinstance(given[i], np.ndarray) and given[i].shape == (1,):
+                given[i] = given[i].reshape(())
+        return tuple(given)
 
     def key(self, arrays: Sequence[Array | str | bytes]) -> Key:
         """Calls of the same key may share a batch. InvalidInput if the model doesn't take these values."""

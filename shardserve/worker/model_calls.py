@@ -73,7 +73,7 @@ class ModelCalls:
             raise InvalidInput(f"subgraph={subgraph}: the model has {count}, numbered from 0")
         batching = batchings[number]
         batching.check_count(len(values))
-        arrays = tuple(values)
+        arrays = batching.inputs(values)
         key = batching.key(arrays)
         return Call(arrays, key, deadline, Answer(), number, session, lengths=batching.lengths(arrays))
 

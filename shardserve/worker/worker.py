@@ -61,7 +61,8 @@ class Worker:
         self._python_stages = StagePool(
             self._servable,
             stages.Load(serve.servable_directory, serve.servable_name, serve.version),
-            max(1, serve.num_parallel_workers),
+            # Each replica's holder of a stateful servable may be in one at a time.
+            max(1, serve.num_parallel_workers, len(self._groups) if model.stateful else 0),
             self._model_calls,
             settings,
             self.group_changed,

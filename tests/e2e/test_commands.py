@@ -1,5 +1,6 @@
 """`up`, `serve` and `agents` as users call them: subgraphs, servables that are not distributed, TLS, progress."""
 
+import json
 import shutil
 import signal
 import ssl
@@ -86,8 +87,13 @@ def test_up_takes_a_model_dir_for_each_subgraph(subgraphs):
     with Served(subgraphs) as served:
         flags = (*served.fronts, *served.agents, "--num-parallel-workers", 2)
         up = served.run("up", ".", "--model-dir", "model/read", "--model-dir", "model/step", *flags)
-        assert len(generate(served.grpc)) == 5
+        words = generate(served.grpc)
+        assert len(words) == 5
         assert len(served.of("shardserve.worker.stages")) == 2
+        # Plain integers reach a Python function as int32; the model takes int64.
+        body = b'{"instances": {"ids": [0, 1, 2, 3, 4, 5], "count": 5}}'
+        with urllib.request.urlopen(f"http://{served.rest}/model/words:generate", body, timeout=60) as reply:
+            assert json.load(reply)["instances"] == [{"words": words}]
         served.stop(up)
 
 

@@ -9,7 +9,8 @@ model = distributed.declare_servable(rank_size=4, stage_size=2, stateful=True)
 
 def write(ids, count):
     """One instance: ids int64 [t], count int64 [1] → the words that follow, int64 [count]."""
-    words = [model.call(ids, subgraph=0).argmax()]
+    # Over REST plain integers come as int32.
+    words = [model.call(ids.astype(np.int64), subgraph=0).argmax()]
     while len(words) < count[0]:
         words.append(model.call(words[-1], subgraph=1).argmax())
     return np.stack(words)

@@ -13,7 +13,8 @@ def next_word(scores):
 
 def write(ids, count):
     """One instance: ids int64 [6], count int64 [1] → the words that follow, int64 [count]."""
-    scores, state = model.call(ids, subgraph=0)
+    # Over REST plain integers come as int32.
+    scores, state = model.call(ids.astype(np.int64), subgraph=0)
     words = [next_word(scores)]
     while len(words) < count[0]:
         scores, state = model.call(state, words[-1], subgraph=1)

@@ -54,6 +54,25 @@ def same(array, expected):
     np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "with_batch_dim"), [(["x float32 batch 1", "z int64 batch"], True), (["x float32 1", "z int64"], False)]
+)
+def test_a_plain_number_goes_to_an_input_of_no_dims(shapes, with_batch_dim):
+    batches = batching(
+        shapes,
+        ["y float32 batch" if with_batch_dim else "y float32"],
+        batch=(1, 8),
+        model={"with_batch_dim": with_batch_dim},
+    )
+    x, z = batches.inputs([np.ones(1, np.float32), np.array([3])])
+    same(x, np.ones(1, np.float32))
+    same(z, np.array(3))
+    batches.key((x, z))
+    with pytest.raises(InvalidInput, match=r"'z' must have shape \[\], got \[2\]"):
+        batches.key(batches.inputs([x, np.array([3, 4])]))
+    assert batches.inputs([x, "3"]) == (x, "3")
+
+
 def test_stack_and_split(call):
     batches = batching(["x float32 batch 3"], ["y float32 batch 2", "z int64 batch"], batch=(1, 8))
     assert batches.max_size == 8

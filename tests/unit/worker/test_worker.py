@@ -5,6 +5,7 @@ import os
 import socket
 
 import numpy as np
+import psutil
 import pytest
 from limits import memory_left
 
@@ -54,6 +55,33 @@ async def test_a_request_that_comes_before_the_agents_waits_for_them(tmp_path, f
         await leader.next(group.Step)
         leader.send(group.Output(generation, 0), X.tobytes())
         assert (await main.next(front.Reply)).request == 1
+
+
+STATEFUL = """
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=2, stage_size=1, stateful=True)
+
+def twice(x):
+    return model.call(model.call(x))
+
+@register.register_method(output_names=["y"])
+def predict(x):
+    return register.add_stage(twice, x, outputs_count=1)
+"""
+
+
+@asynchronous
+async def test_a_stateful_servable_has_a_process_of_python_stages_for_each_replica(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, replicas=3, servable=STATEFUL) as scene:
+        main = await scene.main()
+        await scene.agents(0, 1)
+        await scene.agents(2, 3)
+        await scene.agents(4, 5)
+        await state(main, "ready")
+        stages = [child for child in psutil.Process().children() if "shardserve.worker.stages" in child.cmdline()]
+        assert len(stages) == 3
+        await scene.worker.stop()
 
 
 @pytest.mark.parametrize("pipelined", [True, False])
