@@ -9,6 +9,7 @@ The last words are for those to whom a receiver relays the bytes: see wire/relay
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -212,10 +213,13 @@ class Pool:
         return segment
 
     def _trim_later(self) -> None:
-        self._trimming = threading.Timer(self._idle, self._trim)
-        self._trimming.name = TRIMMING
-        self._trimming.daemon = True
-        self._trimming.start()
+        timer = threading.Timer(self._idle, self._trim)
+        timer.name = TRIMMING
+        timer.daemon = True
+        # Where no thread is to be had now, the next new segment tries again.
+        with contextlib.suppress(RuntimeError):
+            timer.start()
+            self._trimming = timer
 
     def _trim(self) -> None:
         with self._lock:

@@ -275,6 +275,21 @@ def test_what_is_not_needed_for_long_is_given_up(pair, monkeypatch):
     assert holds(kept[0], 0)
 
 
+def test_without_a_thread_a_segment_is_had_all_the_same():
+    pool = Pool(1 << 30, 60)
+    before = threading.stack_size(1 << 46)  # No thread can have that.
+    try:
+        first = pool.take(LARGE)
+    finally:
+        threading.stack_size(before)
+    assert first is not None
+    assert pool._trimming is None
+    assert pool.take(LARGE) is not first
+    assert pool._trimming.is_alive()
+    pool.leave(object())
+    assert pool._trimming is None
+
+
 @pytest.mark.parametrize("kind", ["pipe", "directory"])
 def test_an_offer_of_what_is_no_probe_is_not_taken(kind):
     read, write = os.pipe()
