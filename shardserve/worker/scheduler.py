@@ -250,6 +250,9 @@ class Scheduler:
             for call in batch.calls:
                 if call.session is not None:
                     call.fail(Aborted("a generation of the group ended, and with it the state of this method call"))
+                    if death is not None:
+                        # It had the group for itself, and has no second run that would tell.
+                        self._forgive_once(death)
                     continue
                 call.endings += 1
                 if death is not None:

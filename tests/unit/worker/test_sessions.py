@@ -168,6 +168,28 @@ async def test_the_end_of_a_generation_voids_the_state_of_its_holder_alone():
 
 
 @asynchronous
+async def test_a_death_under_a_step_is_forgiven_and_one_between_two_steps_counts():
+    """A client whose calls kill their rank, over and over, doesn't have it given up for the others."""
+    s = Setting()
+    for deaths in range(1, 4):
+        running = s.begin(s.models.session(), 1)
+        await turn()
+        s.lose()
+        with pytest.raises(Aborted):
+            await running
+        assert s.take("forgive") == [(0,)] * deaths
+        for session in [*s.turns]:
+            s.models.end(session)
+    session = s.models.session()
+    one = s.begin(session, 1)
+    await turn()
+    s.output(0, [1])
+    await one
+    s.lose()
+    assert len(s.take("forgive")) == 3
+
+
+@asynchronous
 async def test_a_generation_that_ended_between_two_steps_voids_it_too():
     s = Setting()
     session = s.models.session()
