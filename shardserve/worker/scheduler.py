@@ -14,6 +14,7 @@ from shardserve.errors import (
     InternalError,
     InvalidInput,
     Overloaded,
+    ShardserveError,
     StepError,
     Unavailable,
 )
@@ -190,7 +191,9 @@ class Scheduler:
         except Exception as error:
             # These calls are out of the queue: whatever it is, it is theirs, and not that of whoever has called `pump`.
             logger.exception("a batch could not be made")
-            wrong = InternalError(f"a batch could not be made: {type(error).__name__}")
+            wrong: ShardserveError = InternalError(f"a batch could not be made: {type(error).__name__}")
+            if isinstance(error, MemoryError):
+                wrong = Overloaded("the Worker has no memory for the inputs of a step")
             for call in calls:
                 call.fail(wrong)
                 if call.session is not None:

@@ -2,11 +2,16 @@ import asyncio
 import time
 import weakref
 
+import numpy as np
 import pytest
 
 from shardserve.errors import DeadlineExceeded, InternalError, Overloaded, StepError, Unavailable
+from shardserve.servable import Model, PadRule
 from shardserve.settings import Settings
+from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.messages import group
+from shardserve.worker.answer import Answer
+from shardserve.worker.batching import Batching, Call
 from shardserve.worker.scheduler import Scheduler
 
 from .harness import Cluster, asynchronous, quick, value
@@ -260,16 +265,31 @@ async def test_a_batch_that_can_not_be_made_fails_its_own_calls(monkeypatch, cap
     c.submit(0)
     call = c.submit(1)
 
-    def out_of_memory(calls):
-        raise MemoryError
+    def has_a_bug(calls):
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(c.batching, "make_batch", out_of_memory)
+    monkeypatch.setattr(c.batching, "make_batch", has_a_bug)
     c.steps()
     c.output(0, [0])
-    with pytest.raises(InternalError, match="MemoryError"):
+    with pytest.raises(InternalError, match="ZeroDivisionError"):
         call.answer.result()
     monkeypatch.undo()
     after = c.submit(2)
     [(number, values)] = c.steps()
     c.output(number, values)
     assert after.answer.result()[0].tolist() == [2]
+
+
+@asynchronous
+async def test_a_batch_that_there_is_no_memory_for_is_no_bug():
+    cluster = Cluster()
+    # More than any address space has.
+    model = Model(rank_size=1, stage_size=1, pad={"x": PadRule(0, 0.0, multiple=1 << 48)})
+    x = TensorSpec("x", "float32", ("batch", "n"))
+    batching = Batching(model, Signature({"batch": DimRange(1, 4), "n": DimRange(1, None)}, (x,), (x,)))
+    cluster.scheduler.set_models([batching])
+    arrays = (np.ones(3, np.float32),)
+    call = Call(arrays, batching.key(arrays), None, Answer(), lengths=batching.lengths(arrays))
+    cluster.scheduler.submit(call)
+    with pytest.raises(Overloaded, match="no memory for the inputs of a step"):
+        call.answer.result()
