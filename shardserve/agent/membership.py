@@ -148,7 +148,8 @@ class Membership:
             text = shortened(described(error), MAX_STEP_TEXT)
             logger.warning("step %d raised %s", step.step, text, exc_info=config.coordinate == 0)
             self._report(step, text)
-            return self._finished(program.drain(step.dims, self._collective))
+        # Not while the exception is there, with all that the step held when it ran out of memory.
+        return self._finished(program.drain(step.dims, self._collective))
 
     def _finished(self, outputs: list[Tensor]) -> list[Tensor]:
         """What of the outputs is sent, once it is there. After an error that CUDA doesn't recover from it raises again

@@ -163,6 +163,31 @@ async def test_inputs_without_memory_for_them_fail_their_step(tmp_path, ports):
 
 
 @asynchronous
+async def test_what_a_step_that_ran_out_of_memory_held_is_there_to_be_drained_with(tmp_path, ports):
+    def node(name, op, *args, **kwargs):
+        return {"name": name, "op": op, "args": list(args), **kwargs}
+
+    mega = 1 << 18  # of float32
+    then = [
+        node("held", "aten.full.default", [40 * mega], 0.5),
+        node("large", "aten.full.default", [80 * mega], 0.5),
+        node("reduced", "collective.all_reduce", {"node": "large"}, "sum", shape=[80 * mega], dtype="float32"),
+        node("one", "aten.sum.default", {"node": "reduced"}),
+        node("other", "aten.sum.default", {"node": "held"}),
+        node("sum", "aten.add.Tensor", {"node": "one"}, {"node": "other"}),
+        node("y", "aten.add.Tensor", {"node": "a"}, {"node": "sum"}),
+    ]
+    async with registered(tmp_path, ports, 1, 1, then) as (worker, [agent]):
+        generation = await worker.form([agent])
+        with memory_left(100 << 20, agent.register.pid):
+            send_step([agent], generation, 0, X)
+            failed = await agent.next(group.StepFailed)
+            assert "allocate memory" in failed.message
+            agent.send(group.FailureNoted(generation, 0))
+            assert await agent.next(group.Output) == group.Output(generation, 0)
+
+
+@asynchronous
 async def test_payload_of_another_size_breaks_the_generation(tmp_path, ports):
     async with registered(tmp_path, ports, 1, 1) as (worker, agents):
         generation = await worker.form(agents)
