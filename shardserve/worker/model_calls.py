@@ -64,7 +64,7 @@ class ModelCalls:
     def call(
         self, model: Model, subgraph: int, values: Sequence[Any], deadline: float | None, session: Session | None = None
     ) -> Call:
-        """One instance's call, for `submit`. InvalidInput if the model doesn't take these values."""
+        """One instance's call, for `enqueue`. InvalidInput if the model doesn't take these values."""
         batchings = self._scheduler.known_models
         assert batchings is not None
         number = program_number(self._servable, model, subgraph)
@@ -90,5 +90,5 @@ class ModelCalls:
         """One instance's outputs. InvalidInput if the model doesn't take these values."""
         await self._scheduler.models_known()
         call = self.call(model, subgraph, values, deadline, session)
-        self._scheduler.submit_soon(call)
+        self._scheduler.submit(call)
         return await call.answer

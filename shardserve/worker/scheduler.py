@@ -101,12 +101,7 @@ class Scheduler:
         return self._batchings
 
     def submit(self, call: Call) -> None:
-        """Overloaded if the queue is full, Unavailable if the servable has ended, Aborted if its session is void."""
-        self.enqueue(call)
-        self.pump()
-
-    def submit_soon(self, call: Call) -> None:
-        """As `submit`; calls that come in the same turn of the loop may share a batch."""
+        """As `enqueue`, and sent in the loop's next turn: calls that come in the same one may share a batch."""
         self.enqueue(call)
         if not self._pumping:
             self._pumping = True
@@ -117,7 +112,8 @@ class Scheduler:
         self.pump()
 
     def enqueue(self, call: Call) -> None:
-        """As `submit`, but what it may share a batch with is still to come: `pump` then."""
+        """Overloaded if the queue is full, Unavailable if the servable has ended, Aborted if its session is void.
+        `pump` when all are there that it may share a batch with."""
         if self._closed is not None:
             raise Unavailable(self._closed)
         if call.session is not None:

@@ -177,7 +177,8 @@ class Cluster(Owner):
 
     def submit(self, value, n=1, deadline=None):
         call = self.call(value, n, deadline)
-        self.scheduler.submit(call)
+        self.scheduler.enqueue(call)
+        self.scheduler.pump()
         return call
 
     # As the Worker does.

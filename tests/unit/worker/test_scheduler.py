@@ -231,7 +231,8 @@ async def test_a_batch_never_mixes_subgraphs():
     for number, subgraph in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 0)):
         call = cluster.call(number)
         call.subgraph = subgraph
-        cluster.scheduler.submit(call)
+        cluster.scheduler.enqueue(call)
+        cluster.scheduler.pump()
     ran = []
     for step in range(3):
         [sent] = cluster.agents[0].stream.take(group.Step)
@@ -290,6 +291,7 @@ async def test_a_batch_that_there_is_no_memory_for_is_no_bug():
     cluster.scheduler.set_models([batching])
     arrays = (np.ones(3, np.float32),)
     call = Call(arrays, batching.key(arrays), None, Answer(), lengths=batching.lengths(arrays))
-    cluster.scheduler.submit(call)
+    cluster.scheduler.enqueue(call)
+    cluster.scheduler.pump()
     with pytest.raises(Overloaded, match="no memory for the inputs of a step"):
         call.answer.result()
