@@ -25,6 +25,10 @@ from shardserve.settings import Settings
 HOST = re.compile(r"[^\s/\[\]]+|\[[^\s/\[\]]+\]")
 
 
+# A listener may be bound to them; another host that connects to them finds itself.
+EVERY_ADDRESS = ("0.0.0.0", "::")
+
+
 class Address(NamedTuple):
     host: str
     port: int
@@ -174,11 +178,13 @@ def connect_within(
 
 
 def is_local(host: str) -> bool:
-    """Whether this host has the address: only its own can be bound."""
+    """Whether this host has the address: only its own can be bound. 0.0.0.0 and its kin are no address of any."""
+    if "\0" in host:
+        return False
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((host, 0))
         except OSError:
             return False
-    return True
+        return probe.getsockname()[0] not in EVERY_ADDRESS

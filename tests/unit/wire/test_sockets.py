@@ -185,7 +185,11 @@ def test_attempts_end(free_port):
 
 @pytest.mark.parametrize(
     ("host", "local"),
-    [("127.0.0.1", True), ("127.3.4.5", True), ("localhost", True), ("192.0.2.1", False), ("2001:db8::1", False)],
+    [
+        *(("127.0.0.1", True), ("127.3.4.5", True), ("localhost", True), ("192.0.2.1", False), ("2001:db8::1", False)),
+        # Those that another host would find itself by, and what can be no host.
+        *((host, False) for host in ("0.0.0.0", "0", "::", "", "a\0b")),
+    ],
 )
 def test_is_local(host, local):
     assert is_local(host) is local
