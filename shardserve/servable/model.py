@@ -79,6 +79,8 @@ class Model:
         size = self.max_batch_size
         if size is not None and not _is_integer(size, least=1):
             raise ConfigError(f"{where}: max_batch_size={size!r} is not an integer of at least 1")
+        if size is not None and not self.with_batch_dim:
+            raise ConfigError(f"{where}: max_batch_size needs with_batch_dim=True")
         delay = self.max_batch_delay_ms
         if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay < math.inf:
             raise ConfigError(f"{where}: max_batch_delay_ms={delay!r} is not a number of milliseconds of at least 0")

@@ -30,7 +30,7 @@ def model_batchings(servable: Servable, signatures: Sequence[Signature]) -> list
         largest = max(
             batching.exported_size for batching, owner in zip(batchings, owners, strict=True) if owner is model
         )
-        if asked is not None and model.with_batch_dim and asked > largest:
+        if asked is not None and asked > largest:
             raise ConfigError(
                 f"max_batch_size={asked} is more than the {largest} that the model was exported for; export it with a "
                 "larger maximum of the batch dim"

@@ -26,6 +26,7 @@ from shardserve.servable.model import pad_rules
         ({"max_batch_size": 0}, "max_batch_size=0 is not an integer of at least 1"),
         ({"max_batch_size": "8"}, "max_batch_size='8' is not an integer"),
         ({"max_batch_size": True}, "max_batch_size=True is not an integer"),
+        ({"max_batch_size": 8, "with_batch_dim": False}, "max_batch_size needs with_batch_dim=True"),
         ({"max_batch_delay_ms": -1}, "max_batch_delay_ms=-1 is not a number of milliseconds of at least 0"),
         ({"max_batch_delay_ms": "5"}, "max_batch_delay_ms='5' is not a number"),
         ({"max_batch_delay_ms": float("nan")}, "max_batch_delay_ms=nan is not a number"),
