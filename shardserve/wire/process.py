@@ -76,6 +76,9 @@ def spawn(
                     [sys.executable, "-m", module, *map(str, inherited)],
                     pass_fds=inherited,
                     stdin=subprocess.DEVNULL,
+                    # Where one was closed, the first socket would get its number, and what a library prints.
+                    stdout=subprocess.DEVNULL if sys.__stdout__ is None else None,
+                    stderr=subprocess.DEVNULL if sys.__stderr__ is None else None,
                     env={**environment, **os.environ},
                     # A terminal's Ctrl-C is for the parent, which ends its children in order.
                     start_new_session=True,

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -216,6 +217,16 @@ def test_main_is_respawned_with_its_front_ends(tmp_path, free_port):
         code, stderr = script.end()
         assert code == 0
         assert f"Main (pid {main.pid}) ended with code -9; it is respawned" in stderr
+
+
+def test_where_standard_error_is_closed_no_socket_of_a_child_has_its_number(tmp_path, free_port):
+    text = f"server.start_restful_server('127.0.0.1:{free_port}')\nprint('up', flush=True)"
+    with Script(tmp_path, text, launched_by=("bash", "-c", 'exec "$@" 2>&-', "bash")) as script:
+        assert script.line() == "up"
+        [main] = script.children()
+        assert os.readlink(f"/proc/{main.pid}/fd/2") == "/dev/null"
+        script.process.send_signal(signal.SIGTERM)
+        assert script.end()[0] == 0
 
 
 def test_all_die_with_the_script(tmp_path, free_port):
