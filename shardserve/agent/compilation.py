@@ -30,7 +30,7 @@ from torch import fx
 from shardserve.shards.config import CONFIG_FILE
 from shardserve.shards.expressions import parse_condition
 from shardserve.shards.program import Forward, Program
-from shardserve.shards.regions import Run, find_regions, replace_regions
+from shardserve.shards.regions import Run, find_regions, region_graph, replace_regions
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,13 @@ class CompilationError(Exception):
 
 class Manifest(msgspec.Struct, frozen=True):
     """A variant: its library for each region, in order, by `library_name`, and the conditions of the dims under which
-    it may be used. orders: of each region's inputs, how the library takes it (see `laid_out`)."""
+    it may be used. orders: of each region's inputs, how the library takes it (see `laid_out`). regions: each by its
+    `region_name`."""
 
     libraries: tuple[str, ...]
     conditions: tuple[str, ...]
     orders: tuple[tuple[Order | None, ...], ...]
+    regions: tuple[str, ...]
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -66,6 +68,11 @@ def manifest_name(ones: frozenset[str]) -> str:
 def library_name(path: Path) -> str:
     """Of the library in this file: the checksum of what is in it, so that a damaged one doesn't have its name."""
     return hashlib.sha256(path.read_bytes()).hexdigest() + ".so"
+
+
+def region_name(region: fx.GraphModule) -> str:
+    """Of its code: another release may make other regions of the same graph."""
+    return hashlib.sha256(region.code.encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -205,14 +212,23 @@ class Compilation:
         target = folder / manifest_name(ones)
         if target.exists():
             try:
-                return read_manifest(target)
+                return self._read(target)
             except CompilationError as error:
                 logger.warning("rank %d: is compiled anew: %s", self._program.config.rank, error)
                 # All of it: what inductor left there, and would take again, may be damaged as well.
                 shutil.rmtree(folder)
                 folder.mkdir(0o700, exist_ok=True)
         self._run_compiler(folder, ones, target.with_suffix(".log"))
-        return read_manifest(target)
+        return self._read(target)
+
+    def _read(self, path: Path) -> Manifest:
+        """As read_manifest; it has to be of the regions that this process makes, too."""
+        manifest = read_manifest(path)
+        graph, count = self._program.graph, len(self._dims)
+        alone = [region_graph(graph, count, region) for region in find_regions(graph, count)]
+        if manifest.regions != tuple(region_name(fx.GraphModule(torch.nn.Module(), each)) for each in alone):
+            raise CompilationError(f"{path}: is of another release")
+        return manifest
 
     def _run_compiler(self, folder: Path, ones: frozenset[str], log: Path) -> None:
         arguments = [*self._files, os.fspath(folder), str(self._threads), ",".join(sorted(ones)), str(os.getpid())]

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from shardserve.agent.compilation import Manifest, Order, library_name, manifest_name
+from shardserve.agent.compilation import Manifest, Order, library_name, manifest_name, region_name
 from shardserve.shards import expressions, operators
 from shardserve.shards.config import DimRange, ShardConfig
 from shardserve.shards.graph import GraphFile, to_dtype
@@ -133,7 +133,7 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
         parameters = [torch.empty(p.shape, dtype=to_dtype(p.dtype)) for p in file.parameters]
         state = [torch.empty(buffer.shape, dtype=to_dtype(buffer.dtype)) for buffer in file.state]
         _Shapes(program).run(*dims.sizes.values(), *given, *parameters, *state)
-    libraries, orders = [], []
+    libraries, orders, regions = [], [], []
     names: dict[str, str] = {}
     for region in find_regions(program.graph, len(file.dims)):
         module = fx.GraphModule(torch.nn.Module(), region_graph(program.graph, len(file.dims), region))
@@ -156,7 +156,8 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
             made.rename(folder / names[code])
         libraries.append(names[code])
         orders.append(tuple(taken))
-    return Manifest(tuple(libraries), dims.conditions(), tuple(orders))
+        regions.append(region_name(module))
+    return Manifest(tuple(libraries), dims.conditions(), tuple(orders), tuple(regions))
 
 
 def _is_contiguous(node: fx.Node, program: Program) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -27,6 +28,7 @@ from shardserve.agent.compilation import (
 )
 from shardserve.export import export
 from shardserve.export.threads import ThreadGroup
+from shardserve.shards import regions
 from shardserve.shards.program import Program
 from tests.models.lookup import RANKS, LookupLayers, export_lookup
 
@@ -163,7 +165,7 @@ def test_the_variant_that_a_step_asks_for_is_wanted_once(shards):
 def test_conditions_that_do_not_hold(shards):
     program = Program.load(shards[0])
     compilation = Compilation(program, str(shards[0]), None, 1)
-    compilation._ready[frozenset()] = program._forward, Manifest((), ("rows % 2 == 0", "rows < 50"), ())
+    compilation._ready[frozenset()] = program._forward, Manifest((), ("rows % 2 == 0", "rows < 50"), (), ())
     assert compilation.choose((4,)) is program._forward
     assert compilation.choose((5,)) is None
     assert compilation.choose((50,)) is None
@@ -244,13 +246,30 @@ def test_what_is_whole_is_not_compiled_again(compiling_again, tmp_path):
 
 
 @needs_compiler
+def test_what_another_release_compiled_is_not_used(compiling_again, tmp_path, shards, monkeypatch, caplog):
+    _, compilation, program = compiling_again
+    monkeypatch.setattr(regions, "COMPILED", regions.COMPILED - {"layer_norm"})
+    # The compiler, too, is another release: it was installed since this process began.
+    compilation.prepare(frozenset())
+    assert (tmp_path / "ran").read_text() == "again\n"
+    anew, eager = caplog.messages
+    assert anew.startswith("rank 0: is compiled anew: ")
+    assert eager.startswith("rank 0: steps stay eager: ")
+    assert anew.endswith("manifest.json: is of another release")
+    assert eager.endswith("manifest.json: is of another release")
+    wanted = step([Program.load(shard) for shard in shards], 3)
+    torch.testing.assert_close(step([program, Program.load(shards[1])], 3), wanted)
+
+
+@needs_compiler
 def test_a_library_that_can_not_be_loaded_is_a_line_that_names_it(compiling_again, caplog):
     folder, compilation, program = compiling_again
     wrong = folder / "wrong"
     wrong.write_text("no library")
     wrong = wrong.rename(folder / library_name(wrong))
-    count = len(read_manifest(folder / "manifest.json").libraries)
-    (folder / "manifest.json").write_bytes(Manifest((wrong.name,) * count, (), ()).encode())
+    manifest = read_manifest(folder / "manifest.json")
+    libraries = (wrong.name,) * len(manifest.libraries)
+    (folder / "manifest.json").write_bytes(msgspec.structs.replace(manifest, libraries=libraries).encode())
     compilation.prepare(frozenset())
     (record,) = caplog.records
     assert record.getMessage().startswith(f"rank 0: steps stay eager: {wrong} can't be loaded: ")
