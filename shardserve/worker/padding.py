@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -186,4 +187,6 @@ def _fits(value: int | float | bool, dtype: str) -> bool:
     if dtype.startswith(("int", "uint")):
         limits = np.iinfo(dtype)
         return isinstance(value, int) and not isinstance(value, bool) and limits.min <= value <= limits.max
-    return not isinstance(value, bool)
+    # The range of bfloat16 is that of float32.
+    greatest = float(np.finfo(dtype if dtype in ("float16", "float64") else "float32").max)
+    return not isinstance(value, bool) and (abs(value) <= greatest or value != value or abs(value) == math.inf)

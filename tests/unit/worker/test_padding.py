@@ -128,6 +128,13 @@ def test_under_conditions_only_equal_sizes_share_a_batch(call):
     assert call(batches, 3).key == call(batches, 4).key != call(batches, 5).key
 
 
+def test_infinity_is_of_any_floating_dtype():
+    batches = padded(["x float16 batch length"], ["y float16 batch length"], pad={"x": (0, -np.inf)})
+    arrays = [np.ones(length, np.float16) for length in (2, 3)]
+    calls = [Call((x,), batches.key([x]), None, Answer(), lengths=batches.lengths([x])) for x in arrays]
+    same(batches.make_batch(calls).arrays[0], np.array([[1, 1, -np.inf], [1, 1, 1]], np.float16))
+
+
 def test_two_dims(call):
     batches = padded(
         ["image float32 batch 1 h w"], ["mask float32 batch h w"], pad={"image": (1, 0.0)}, h=(1, 9), w=(1, 9)
@@ -143,6 +150,11 @@ def test_two_dims(call):
         ({"pad": {"ids": (1, 0), "mask": (0, 0)}}, r"pad=\{'ids': …\}: an instance of \[length\] has no dim 1"),
         ({"pad": {"ids": (0, 0.5), "mask": (0, 0)}}, r"pad=\{'ids': …\}: 0.5 is no int64"),
         ({"pad": {"ids": (0, 2**63), "mask": (0, 0)}}, r"9223372036854775808 is no int64"),
+        ({"pad": {"ids": (0, 0), "mask": (0, 10**400)}}, r"pad=\{'mask': …\}: 10{400} is no float32"),
+        (
+            {"inputs": ["x float16 batch length"], "outputs": ["y float16 batch length"], "pad": {"x": (0, -1e9)}},
+            r"pad=\{'x': …\}: -1000000000.0 is no float16",
+        ),
         ({"pad": {"ids": (0, 0)}}, r"dim length is padded, but input 'mask' has it at dim 0 and isn't"),
         ({"pad": {"ids": (0, 0, 4), "mask": (0, 0)}}, r"pad=\{'mask': …\}: dim length is padded to another multiple"),
         ({"inputs": ["ids int64 batch 2*length"], "pad": {"ids": (0, 0)}}, r"is exported as 2\*length"),
