@@ -95,6 +95,8 @@ class RestFront:
         self._server.config.timeout_graceful_shutdown = math.ceil(grace)
         self._server.should_exit = True
         await self._serving
+        if cancelled := self._server.server_state.tasks:
+            await asyncio.wait(cancelled, timeout=grace)  # They answer at once.
         await self._bodies.close()
 
     async def _predict(self, request: Request) -> Response:
@@ -104,6 +106,12 @@ class RestFront:
             return Response(status_code=499)  # Nobody reads it.
         except ShardserveError as error:
             return _failed(error)
+        except asyncio.CancelledError:
+            assert self._server is not None
+            if not self._server.should_exit:
+                raise
+            # By uvicorn, when the grace of a stop is over.
+            return _failed(Unavailable("the server stopped before it had answered this request"))
 
     async def _answer(self, request: Request) -> Response:
         parameters = request.path_params

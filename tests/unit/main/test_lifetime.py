@@ -91,6 +91,37 @@ def test_stop_ends_what_is_not_answered_within_the_grace():
     asyncio.run(run())
 
 
+def test_stop_answers_bodies_that_are_still_being_received_and_read(capfd):
+    large = {"instances": {"x": [0.5] * 100_000}}
+
+    async def run():
+        worker = Worker()
+        async with Launcher() as launcher:
+            address = await launcher.rest()
+            async with (
+                attached(launcher, worker),
+                httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as http,
+            ):
+                assert (await http.post("/model/echo:predict", json=large)).status_code == 200
+                (json_process,) = psutil.Process(launcher.process.pid).children()
+                json_process.suspend()
+                post = asyncio.create_task(http.post("/model/echo:predict", json=large))
+                reader, writer = await asyncio.open_connection(*address.split(":"))
+                writer.write(b"POST /model/echo:predict HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{")
+                assert (await http.get("/healthz")).status_code == 200  # Main has read what came before.
+                await launcher.order(launch.Stop, 0.1)
+                text = "the server stopped before it had answered this request"
+                assert ((await post).status_code, (await post).json()) == (503, {"error_msg": text})
+                half = await asyncio.wait_for(reader.read(), 10)
+                assert half.startswith(b"HTTP/1.1 503 ")
+                assert text.encode() in half
+                writer.close()
+                assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+
+    asyncio.run(run())
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [launch.StartGrpc, launch.StartRest])
 def test_a_front_end_that_is_being_opened_when_the_stop_comes_is_closed(kind, capfd):
     async def run():
