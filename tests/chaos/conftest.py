@@ -20,6 +20,14 @@ def transformer(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return Transformer(tmp_path_factory.mktemp("transformer"))
 
 
+@pytest.fixture(scope="module")
+def up(transformer: Transformer) -> Iterator[Up]:
+    """One server for all deaths that it has to survive as it is, with every default; after them it can be stopped."""
+    with transformer.up() as up:
+        yield up
+        assert up.stop() == 0
+
+
 class Slow:
     """tests/models/slow.py on two tensor-parallel ranks."""
 

@@ -17,18 +17,16 @@ from shardserve.client import Client
 RECONNECT_SECONDS = 2
 
 
-def test_the_worker(transformer):
+def test_the_worker(transformer, up):
     """Main keeps the requests, the agents their weights."""
-    with transformer.up() as up:
-        before = up.pids()
-        (worker,) = up.of("shardserve.worker")
-        with Load(up, transformer.model) as load:
-            os.kill(worker, signal.SIGKILL)
-            assert load.wait(1) < SECONDS_TO_RECOVER
-            load.wait(20)
-            assert up.pids() == before
-            assert up.of("shardserve.worker") != [worker]
-        assert up.stop() == 0
+    before = up.pids()
+    (worker,) = up.of("shardserve.worker")
+    with Load(up, transformer.model) as load:
+        os.kill(worker, signal.SIGKILL)
+        assert load.wait(1) < SECONDS_TO_RECOVER
+        load.wait(20)
+        assert up.pids() == before
+        assert up.of("shardserve.worker") != [worker]
 
 
 def test_the_worker_while_a_rank_hangs(transformer):
@@ -47,17 +45,15 @@ def test_the_worker_while_a_rank_hangs(transformer):
         assert up.stop() == 0
 
 
-def test_main(transformer):
+def test_main(transformer, up):
     """Connections end with it; clients that call again are answered."""
-    with transformer.up() as up:
-        before = up.pids()
-        (main,) = up.of("shardserve.main")
-        with Load(up, transformer.model, allowed_errors=("UNAVAILABLE",)) as load:
-            os.kill(main, signal.SIGKILL)
-            assert load.wait(1) < SECONDS_TO_RECOVER
-            load.wait(20)
-            assert up.pids() == before
-        assert up.stop() == 0
+    before = up.pids()
+    (main,) = up.of("shardserve.main")
+    with Load(up, transformer.model, allowed_errors=("UNAVAILABLE",)) as load:
+        os.kill(main, signal.SIGKILL)
+        assert load.wait(1) < SECONDS_TO_RECOVER
+        load.wait(20)
+        assert up.pids() == before
 
 
 @pytest.mark.parametrize("role", ["worker", "main"])
@@ -75,18 +71,16 @@ def test_one_that_is_frozen_is_replaced(transformer, role):
         assert up.stop() == 0
 
 
-def test_the_fork_server(transformer):
+def test_the_fork_server(transformer, up):
     """Its agents die with it; another one forks them anew."""
-    with transformer.up() as up:
-        before = up.pids()
-        server = fork_server(up, before)
-        with Load(up, transformer.model) as load:
-            os.kill(server, signal.SIGKILL)
-            # A new fork server imports torch first.
-            assert load.wait(1) < 2 * SECONDS_TO_RECOVER
-            load.wait(20)
-            assert not set(up.pids()) & set(before)
-        assert up.stop() == 0
+    before = up.pids()
+    server = fork_server(up, before)
+    with Load(up, transformer.model) as load:
+        os.kill(server, signal.SIGKILL)
+        # A new fork server imports torch first.
+        assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+        load.wait(20)
+        assert not set(up.pids()) & set(before)
 
 
 def fork_server(processes, agents):
@@ -100,17 +94,15 @@ def test_the_launcher_with_its_supervisor(transformer):
         up.wait_all_ended(5)
 
 
-def test_every_process_in_turn_leaves_a_server_that_can_be_stopped(transformer):
-    with transformer.up() as up:
-        agents = up.pids()
-        victims = [*agents, fork_server(up, agents), *up.of("shardserve.worker"), *up.of("shardserve.main")]
-        with Load(up, transformer.model, clients=2, allowed_errors=("UNAVAILABLE",)) as load:
-            for pid in victims:
-                # One of the fork server's deaths may have taken this agent already.
-                if pid in up.alive():
-                    os.kill(pid, signal.SIGKILL)
-                    load.wait(2)
-        assert up.stop() == 0
+def test_every_process_in_turn(transformer, up):
+    agents = up.pids()
+    victims = [*agents, fork_server(up, agents), *up.of("shardserve.worker"), *up.of("shardserve.main")]
+    with Load(up, transformer.model, clients=2, allowed_errors=("UNAVAILABLE",)) as load:
+        for pid in victims:
+            # One of the fork server's deaths may have taken this agent already.
+            if pid in up.alive():
+                os.kill(pid, signal.SIGKILL)
+                load.wait(2)
 
 
 class Scripts(Processes):
@@ -183,19 +175,17 @@ def wait_until_gone(processes, pids):
     raise AssertionError(f"still alive: {processes.alive()}")
 
 
-def test_the_fork_server_while_it_forks(transformer):
+def test_the_fork_server_while_it_forks(transformer, up):
     """All ranks die at once, and the fork server with them, before it could fork any of them anew."""
-    with transformer.up() as up:
-        with Load(up, transformer.model, clients=2) as load:
-            for _ in range(2):
-                agents = up.pids()
-                server = fork_server(up, agents)
-                for pid in (*agents, server):
-                    if pid in up.alive():
-                        os.kill(pid, signal.SIGKILL)
-                assert load.wait(1) < 2 * SECONDS_TO_RECOVER
-                load.wait(5)
-        assert up.stop() == 0
+    with Load(up, transformer.model, clients=2) as load:
+        for _ in range(2):
+            agents = up.pids()
+            server = fork_server(up, agents)
+            for pid in (*agents, server):
+                if pid in up.alive():
+                    os.kill(pid, signal.SIGKILL)
+            assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+            load.wait(5)
 
 
 def test_main_dies_too_often(transformer, capfd):

@@ -26,23 +26,20 @@ def kill_and_recover(up, load, victims):
         assert (old == new) == (rank not in victims), f"rank {rank}: pid {old} became {new}"
 
 
-def test_each_rank_in_turn_under_load(transformer):
-    with transformer.up() as up:
-        with Load(up, transformer.model) as load:
-            for rank in range(4):
-                generation = up.replica()["generation"]
-                kill_and_recover(up, load, {rank})
-                assert up.replica()["generation"] != generation
-        assert up.replica()["restarts"] == 4
-        assert up.stop() == 0
+def test_each_rank_in_turn_under_load(transformer, up):
+    restarts = up.replica()["restarts"]
+    with Load(up, transformer.model) as load:
+        for rank in range(4):
+            generation = up.replica()["generation"]
+            kill_and_recover(up, load, {rank})
+            assert up.replica()["generation"] != generation
+    assert up.replica()["restarts"] == restarts + 4
 
 
 @pytest.mark.parametrize("victims", [{0, 3}, {0, 1, 2, 3}], ids=["two", "all"])
-def test_several_ranks_at_once(transformer, victims):
-    with transformer.up() as up:
-        with Load(up, transformer.model) as load:
-            kill_and_recover(up, load, victims)
-        assert up.stop() == 0
+def test_several_ranks_at_once(transformer, up, victims):
+    with Load(up, transformer.model) as load:
+        kill_and_recover(up, load, victims)
 
 
 def test_a_rank_over_gloo(transformer):
@@ -72,14 +69,13 @@ def test_a_rank_that_hangs_is_ended_after_the_step_timeout(transformer):
         assert up.stop() == 0
 
 
-def test_a_rank_that_dies_while_nothing_is_under_way(transformer):
+def test_a_rank_that_dies_while_nothing_is_under_way(transformer, up):
     ids = token_ids(1, 6, seed=1)
-    with transformer.up() as up, up.client(raise_errors=True) as client:
+    with up.client(raise_errors=True) as client:
         for rank in range(4):
             os.kill(up.pids()[rank], signal.SIGKILL)
             (result,) = client.infer(transformer_instances(ids), timeout=SECONDS_TO_RECOVER)
             np.testing.assert_allclose(result["logits"], transformer_reference(transformer.model, ids)[0], atol=1e-5)
-        assert up.stop() == 0
 
 
 def test_a_request_under_which_two_generations_end_is_given_up_and_others_are_answered(slow_model):
