@@ -58,19 +58,17 @@ def unsqueeze(emitter: Emitter, call: Call) -> Result:
 
 @rule("squeeze")
 def squeeze(emitter: Emitter, call: Call) -> Result:
-    x = call["self"]
-    placement = x.placement
+    """Only what has size 1 in the whole model goes, at every size: a rank's part of a sharded dim may have size 1, and
+    so may a dynamic dim, which the trace took for a larger one.
+    """
+    x, placement = call["self"], call["self"].placement
+    given = call.get("dim")
+    dims = range(x.ndim) if given is None else [given] if isinstance(given, int) else given
+    gone = sorted({_positive(dim, x.ndim) for dim in dims if x.ndim and x.shape[dim] == 1})
     if isinstance(placement, Shard):
-        given = call.get("dim")
-        if given is None:
-            return None
-        dims = {_positive(dim, x.ndim) for dim in (given if isinstance(given, (list, tuple)) else [given])}
-        # A rank's part of the sharded dim may be of size 1, where the whole isn't and stays.
-        gone = sorted(dim for dim in dims if dim != placement.dim and x.shape[dim] == 1)
         placement = Shard(placement.dim - sum(1 for dim in gone if dim < placement.dim), placement.blocks)
-        op, args = ("aten.squeeze.dims", (x, gone)) if gone else ("aten.alias.default", (x,))
-        return emitter.call(op, args, {}, call.shape, call.dtype, placement, call.name)
-    return call.emit(emitter, placement)
+    op, args = ("aten.squeeze.dims", (x, gone)) if gone else ("aten.alias.default", (x,))
+    return emitter.call(op, args, {}, call.shape, call.dtype, placement, call.name)
 
 
 @rule("expand", "broadcast_to")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardserve.shards.graph import dtype_name
+
 
 def abs_error(got: Tensor, wanted: Tensor) -> float:
     """The largest difference of two elements, of complex ones of a real or imaginary part; infinite for tensors of
@@ -95,7 +97,9 @@ class Worst:
         """Another comparison."""
         error = abs_error(got, wanted)
         if error > self._abs or not self._where:
-            self._abs, self._where = error, where
+            kinds = [f"{dtype_name(tensor.dtype)} {list(tensor.shape)}" for tensor in (got, wanted)]
+            differ = f", where it is {kinds[0]} and the model's {kinds[1]}" if kinds[0] != kinds[1] else ""
+            self._abs, self._where = error, where + differ
         self._relative = max(self._relative, relative_error(got, wanted))
         if not wanted.numel():
             return

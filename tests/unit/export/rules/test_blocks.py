@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models.pairs import Pairs
 from torch import Tensor, nn
 
-from shardserve.export import Plan, export, verify
+from shardserve.export import Plan, VerifyResult, export, verify
 
 
 class Net(nn.Module):
@@ -76,6 +76,44 @@ def test_squeezed_where_a_rank_has_one(dims: tuple[int, ...], tmp_path: Path) ->
         return x.flip(x.ndim - 1).reshape(3, 16)
 
     run(Net(between), PAIR, {"all_reduce": 1}, tmp_path, torch.randn(3, 8))
+
+
+class Then(nn.Module):
+    """A function of what two layers make."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.after = Net(torch.relu), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(x))
+
+
+@pytest.mark.parametrize("dim", [None, 0, (0, -1)])
+def test_a_dim_that_varies_is_squeezed_at_no_size(dim: int | tuple[int, ...] | None, tmp_path: Path) -> None:
+    """At batch 1 a shard gave its group a tensor of fewer dims than its files say."""
+
+    def after(x: Tensor) -> Tensor:
+        x = x.unsqueeze(-1)
+        return torch.relu(x.squeeze() if dim is None else x.squeeze(dim)).reshape(-1, 8)
+
+    result = at_any_batch(Then(after), tmp_path)
+    assert result.passed, result
+
+
+def test_where_a_model_squeezes_what_its_shards_keep_verify_says_so(tmp_path: Path) -> None:
+    result = at_any_batch(Then(torch.squeeze), tmp_path)
+    assert not result.passed
+    assert result.worst.endswith("with batch = 1, where it is float32 [1, 8] and the model's float32 [8]")
+
+
+def at_any_batch(net: nn.Module, out: Path) -> VerifyResult:
+    """Two layers cut, exported with a batch from 1 on."""
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=8)}}
+    example = (torch.randn(3, 8),)
+    plan = Plan({f"net.{pattern}": placement for pattern, placement in PAIR.items()})
+    export(net, example, name="m", out=out, tensor_parallel=2, plan=plan, dynamic_shapes=dims)
+    return verify(net, example, None, out, "m", atol=1e-5, rtol=1e-5, dynamic_shapes=dims)
 
 
 class Summed(Pairs):
