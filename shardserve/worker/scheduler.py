@@ -40,12 +40,16 @@ class Scheduler:
     collect. What was under way when a generation ended is suspect: each batch runs again as it was, in a group whose
     window it has for itself, one at a time in all groups. A call under which a second one ends, and which was alone
     then, is given up; a batch of several is taken apart.
-    `forgive(rank)` is told of deaths that were a request's fault.
+    `forgive(rank)` is told of deaths that were a request's fault. `hopeless`: as `Sessions` has it.
     Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
 
     def __init__(
-        self, groups: list[ReplicaGroup], settings: Settings, forgive: Callable[[int], None] = lambda rank: None
+        self,
+        groups: list[ReplicaGroup],
+        settings: Settings,
+        forgive: Callable[[int], None] = lambda rank: None,
+        hopeless: Callable[[ReplicaGroup], str | None] = lambda group: group.failure,
     ) -> None:
         self._batchings: Sequence[Batching] | None = None
         self._models_known = asyncio.Event()
@@ -56,7 +60,7 @@ class Scheduler:
         self._delay_over: asyncio.TimerHandle | None = None
         self._pumping = False
         self._others_turn = False
-        self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]))
+        self._sessions = Sessions(groups, settings.queue_limit, lambda group, call: self._send(group, [call]), hopeless)
         self._closed: str | None = None
 
     def set_models(self, batchings: Sequence[Batching]) -> None:

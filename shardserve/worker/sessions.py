@@ -2,8 +2,9 @@
 
 A session is one method call. From its beginning to its end it has a group for itself, unbatched; others wait in the
 order in which they came, before their first stage: whoever waits for a process of the Python stages has a group
-already, so nobody who has such a process waits for a group. Its first step resets what the agents keep. When the
-group's generation ends after that, or a step raises, that is lost: the session has no further step.
+already, so nobody who has such a process waits for a group of others. Its first step resets what the agents keep. When
+the group's generation ends before that, nothing is lost: it goes on with the next one, or with another group that is
+free when it needs one. After that, or when a step raises, the session has no further step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shardserve.errors import Aborted, Overloaded, ShardserveError
+from shardserve.errors import Aborted, Overloaded, ShardserveError, Unavailable
 from shardserve.wire.messages import Generation
 from shardserve.worker.answer import Answer
 from shardserve.worker.batching import Call
@@ -25,8 +26,8 @@ NO_GENERATION = Generation(0, 0)
 @dataclass(eq=False)
 class Session:
     """One method call. turn: done when it is given a group, or told why not. group: what it holds, or held last. begun:
-    whether it had a step. void: why its state is lost. spoiled: why it has no further step, whatever it makes of those
-    that it had."""
+    whether it had a step; generation: that of its first one. void: why its state is lost. spoiled: why it has no
+    further step, whatever it makes of those that it had."""
 
     turn: Answer[None] = field(default_factory=Answer)
     group: ReplicaGroup | None = None
@@ -55,12 +56,20 @@ class Session:
 
 
 class Sessions:
-    """The sessions that hold a group or wait for one. `send(group, call)` runs a call as the group's next step."""
+    """The sessions that hold a group or wait for one. `send(group, call)` runs a call as the group's next step;
+    `hopeless(group)` says why a group that doesn't serve won't before an operator has done something."""
 
-    def __init__(self, groups: Sequence[ReplicaGroup], limit: int, send: Callable[[ReplicaGroup, Call], None]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ReplicaGroup],
+        limit: int,
+        send: Callable[[ReplicaGroup, Call], None],
+        hopeless: Callable[[ReplicaGroup], str | None],
+    ) -> None:
         self._groups = groups
         self._limit = limit
         self._send = send
+        self._hopeless = hopeless
         self._holding: list[Session] = []
         self._waiting: list[Session] = []
 
@@ -77,36 +86,19 @@ class Sessions:
         session.check()
         if session.spoiled:
             raise Aborted(session.spoiled)
-        if session.group is None and session not in self._waiting:
-            self._wait_again(session)
         session.calls.append(call)
-
-    def _wait_again(self, session: Session) -> None:
-        """It lost its group before its first step. Aborted where others hold all groups: it may have a process that
-        they wait for, or will."""
-        if self._holding and not self._free_groups():
-            raise Aborted("a generation of the group ended before this method call's first step; no other is free")
-        self._waiting.insert(0, session)
 
     def pump(self) -> None:
         """Sends what can be sent, and gives free groups to those that wait."""
         if not self._holding and not self._waiting:
             return
-        holding = list(self._holding)
-        for session in holding:
+        for session in list(self._holding):
             self._check_generation(session)
             self._next(session)
-        for session in holding:
-            if session.group is None and session.calls:
-                # The generation ended between a call and its sending.
-                try:
-                    self._wait_again(session)
-                except Aborted as error:
-                    session.refuse(error)
         free = self._free_groups()
         while self._waiting and free:
-            session, group = self._waiting.pop(0), free.pop()
-            session.group, session.generation = group, group.generation
+            session = self._waiting.pop(0)
+            session.group = free.pop()
             self._holding.append(session)
             if not session.turn.done():
                 session.turn.set_result(None)
@@ -119,24 +111,36 @@ class Sessions:
         ]
 
     def _check_generation(self, session: Session) -> None:
+        """Of one that holds a group."""
         group = session.group
         assert group is not None
-        if group.state == "serving" and group.generation == session.generation:
-            return
-        self._holding.remove(session)
-        if not session.begun:
-            # Nothing is lost yet: another group, or the next generation, is as good.
-            session.group = None
-            return
-        session.void = f"generation {session.generation} of the group ended, and with it the state of this method call"
-        session.refuse(Aborted(session.void))
+        if session.begun and not (group.state == "serving" and group.generation == session.generation):
+            self._holding.remove(session)
+            session.void = (
+                f"generation {session.generation} of the group ended, and with it the state of this method call"
+            )
+            session.refuse(Aborted(session.void))
+        elif session.calls and group.state != "serving":
+            self._find_other(session, group)
+
+    def _find_other(self, session: Session, group: ReplicaGroup) -> None:
+        """Its group doesn't serve, before its first step. It waits for that one, which nobody else can have meanwhile,
+        and for none that is held: it may have a process of Python stages that the holder waits for."""
+        if free := self._free_groups():
+            session.group = free[0]
+        elif (reason := self._hopeless(group)) is not None:
+            session.refuse(Unavailable(reason))
 
     def _next(self, session: Session) -> None:
         self._drop_answered(session)
-        if session.calls and session.group is not None and not session.void and not session.group.in_flight:
-            call = session.calls.popleft()
-            call.begins, session.begun = not session.begun, True
-            self._send(session.group, call)
+        group = session.group
+        if not session.calls or session.void or group is None or group.state != "serving" or group.in_flight:
+            return
+        call = session.calls.popleft()
+        call.begins = not session.begun
+        if call.begins:
+            session.begun, session.generation = True, group.generation
+        self._send(group, call)
 
     @staticmethod
     def _drop_answered(session: Session) -> None:

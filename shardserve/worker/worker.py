@@ -51,7 +51,7 @@ class Worker:
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
-        self._scheduler = Scheduler(self._groups, settings, self.forgive)
+        self._scheduler = Scheduler(self._groups, settings, self.forgive, self._hopeless)
         self._registry = Registry(
             self._servable, serve.version, self._table, self._groups, self._models_came, model_files
         )
@@ -184,12 +184,16 @@ class Worker:
             complete = all(replica.state == "serving" for replica in self._groups) and self._python_stages.ready
             self._was_ready = self._was_ready or complete
             return ("ready", "") if self._was_ready else ("starting", "")
-        failures = [self._registry.given_up(replica.replica) or replica.failure for replica in self._groups]
+        failures = [self._hopeless(replica) for replica in self._groups]
         if all(failures):
             return "failed", failures[0] or ""
         if self._registry.missing or not self._was_ready:
             return "recovering" if self._was_ready else "starting", self._waits
         return "recovering", "the group re-forms"
+
+    def _hopeless(self, replica: ReplicaGroup) -> str | None:
+        """Why an operator has to look after this replica."""
+        return self._registry.given_up(replica.replica) or replica.failure
 
     @property
     def _waits(self) -> str:
@@ -336,7 +340,7 @@ class Worker:
                 state: front.RankState = "serving" if replica.state == "serving" else "joined"
                 ranks.append(front.RankStatus(entry.rank, stage, entry.host, agent.device, agent.pid, state))
         missing = [rank.rank for rank in ranks if rank.state == "absent"]
-        reason = self._registry.given_up(replica.replica) or replica.failure or ""
+        reason = self._hopeless(replica) or ""
         if missing and not reason:
             reason = f"waits for {agents_waited_for(size, missing)}"
         return front.ReplicaStatus(

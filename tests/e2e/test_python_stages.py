@@ -1,7 +1,10 @@
 """Methods with Python stages in a whole server: what dies, hangs or is wrong takes nothing else along."""
 
 import concurrent.futures
+import contextlib
+import json
 import os
+import select
 import signal
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from serving import Up
 from torch.export import Dim
 
-from shardserve.client import Client
+from shardserve.client import Client, status
 from shardserve.export import export
 
 SERVABLE = """
@@ -56,6 +59,20 @@ def loop_for_ever(x):
         x = model.call(x)
 
 
+def pause(until):
+    # FIFOs, which the test holds open.
+    with open(os.environ["HERE"], "wb", 0) as here, open(os.environ[until], "rb", 0) as go_on:
+        here.write(b".")
+        go_on.read(1)
+
+
+def step_between_pauses(x):
+    pause("FIRST")
+    x = model.call(x)
+    pause("SECOND")
+    return x
+
+
 @register.register_method(output_names=["y", "sum"])
 def around(x):
     y = register.add_stage(model, register.add_stage(prepare, x, outputs_count=1), outputs_count=1)
@@ -75,6 +92,11 @@ def repeat(x, count):
 @register.register_method(output_names=["y"])
 def endless(x):
     return register.add_stage(loop_for_ever, x, outputs_count=1)
+
+
+@register.register_method(output_names=["y"])
+def paused(x):
+    return register.add_stage(step_between_pauses, x, outputs_count=1)
 """
 
 
@@ -97,10 +119,10 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-def up(folder, model_dir, options="", **environment):
+def up(folder, model_dir, options="", *arguments, **environment):
     (folder / "net").mkdir()
     (folder / "net" / "servable_config.py").write_text(SERVABLE.replace("{options}", options))
-    return Up(folder, model_dir, "net", SHARDSERVE_STAGE_GRACE="0.1", **environment)
+    return Up(folder, model_dir, "net", *arguments, SHARDSERVE_STAGE_GRACE="0.1", **environment)
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +221,49 @@ def test_a_stateful_method_call_is_aborted_when_its_group_ends_and_others_are_an
             os.kill(pid, signal.SIGKILL)
             assert holder.result()["error"].startswith("ABORTED")
             assert waiting.result()[0]["y"][0] == 3
+
+
+def test_a_stateful_method_call_loses_nothing_by_a_death_before_its_first_step(model_dir, tmp_path):
+    """Its replica's: the other one is held by a method call that may wait for this one's process."""
+    devices = [{"device_id": str(rank), "device_ip": "127.0.0.1", "rank_id": str(rank)} for rank in range(2)]
+    table = {"server_count": "1", "server_list": [{"server_id": "127.0.0.1", "device": devices}]}
+    (tmp_path / "ranks.json").write_text(json.dumps(table))
+    arguments = ("--rank-table", str(tmp_path / "ranks.json"), "--num-parallel-workers", "2")
+    fifos = {name: tmp_path / name.lower() for name in ("HERE", "FIRST", "SECOND")}
+    with contextlib.ExitStack() as stack:
+        ends = {}
+        for name, path in fifos.items():
+            os.mkfifo(path)
+            # Both ends, so that neither opening it nor reading it depends on who else has it open.
+            ends[name] = os.open(path, os.O_RDWR)
+            stack.callback(os.close, ends[name])
+
+        def one_is_here():
+            ready, _, _ = select.select([ends["HERE"]], [], [], 30)
+            assert ready
+            os.read(ends["HERE"], 1)
+
+        server = stack.enter_context(
+            up(tmp_path, model_dir, ", stateful=True", *arguments, **{name: str(path) for name, path in fifos.items()})
+        )
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+        # Also where the test fails: nobody is kept waiting.
+        for name in ("FIRST", "SECOND"):
+            stack.callback(os.write, ends[name], b"..")
+        calls = [pool.submit(ask, server, "paused", x(value)) for value in range(2)]
+        one_is_here()
+        one_is_here()
+        replicas = status(server.grpc)["servables"][0]["replicas"]
+        agents = [rank["pid"] for replica in replicas for rank in replica["ranks"]]
+        [fork_server] = set(server.of("shardserve.agent.fork_server")) - set(agents)
+        os.kill(fork_server, signal.SIGSTOP)
+        os.kill(agents[0], signal.SIGKILL)
+        while server.replica()["state"] == "serving":
+            pass
+        os.write(ends["FIRST"], b"..")
+        one_is_here()
+        # The other one waits for its group.
+        os.kill(fork_server, signal.SIGCONT)
+        one_is_here()
+        os.write(ends["SECOND"], b"..")
+        assert [call.result()[0]["y"][0] for call in calls] == [1, 2]

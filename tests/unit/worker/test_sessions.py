@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ from shardserve.servable import add_stage, declare_distributed, declaring, regis
 from shardserve.wire.messages import group
 from shardserve.worker.model_calls import ModelCalls
 
-from .harness import Cluster, asynchronous, quick
+from .harness import Cluster, agent, asynchronous, quick
 
 
 def servable():
@@ -240,42 +241,98 @@ async def test_a_generation_that_ends_while_the_first_step_is_about_to_be_sent(o
         await asyncio.sleep(0)
     replica = s.groups.index(session.group)
     s.groups[replica].lost(s.agents[replica])
-    assert session.group is None
-    if others_hold:
-        with pytest.raises(Aborted, match="before this method call's first step; no other is free"):
-            await step
-        return
-    s.join()
+    s.join(replica)
     await turn()
-    assert s.steps() == [(0, [1])]
-    s.output(0, [10])
+    assert s.steps(replica) == [(0, [1])]
+    s.output(0, [10], replica)
     assert (await step)[0].tolist() == [10]
 
 
-@asynchronous
-async def test_whoever_lost_its_group_before_the_first_step_waits_for_no_other_holder():
-    """That one may wait for the process of this one's Python stage."""
-    s = Setting(replicas=2)
-    first, second, third = (s.models.session() for _ in range(3))
+async def two_holders(s):
+    """Both have a group and no step yet; then that of the second one is gone."""
+    first, second = s.models.session(), s.models.session()
     for session in (first, second):
         s.hold(session)
     await turn()
-    s.groups[1].lost(s.agents[1])
-    [loser] = [session for session in (first, second) if session.group is None]
-    with pytest.raises(Aborted, match="a generation of the group ended before this method call's first step; no other"):
-        await s.begin(loser, 1)
-    # Where another is free, that one will do.
-    s.models.end(second if loser is first else first)
-    again = s.begin(loser, 1)
+    replica = s.groups.index(second.group)
+    s.groups[replica].lost(s.agents[replica])
+    return first, second, replica
+
+
+@asynchronous
+async def test_whoever_lost_its_group_before_the_first_step_has_its_next_generation_and_waits_for_no_other_holder():
+    """That one may wait for the process of this one's Python stage."""
+    s = Setting(replicas=2)
+    holder, loser, replica = await two_holders(s)
+    newcomer = s.models.session()
+    s.hold(newcomer)
+    one = s.begin(loser, 1)
     await turn()
-    assert s.steps(0) == [(0, [1])]
-    s.output(0, [10])
-    await again
-    s.hold(third)
-    s.join(1)
-    assert third.group is None
+    assert not one.done()
+    s.join(replica)
     await turn()
-    assert third.group is s.groups[1]
+    # The other has made no step, and nobody has left: this was its own.
+    assert s.steps(replica) == [(0, [1])]
+    assert newcomer.group is None
+    s.output(0, [10], replica)
+    assert (await one)[0].tolist() == [10]
+    s.models.end(loser)
+    await turn()
+    assert newcomer.group is s.groups[replica]
+    holder.check()
+
+
+@asynchronous
+async def test_nobody_takes_the_next_generation_of_a_holder_that_makes_its_first_step_later():
+    s = Setting(replicas=2)
+    _, loser, replica = await two_holders(s)
+    newcomer = s.models.session()
+    s.hold(newcomer)
+    s.join(replica)
+    await turn()
+    assert newcomer.group is None
+    one = s.begin(loser, 1)
+    await turn()
+    assert s.steps(replica) == [(0, [1])]
+    s.output(0, [10], replica)
+    await one
+    # From here on its state would be lost.
+    s.lose(replica)
+    with pytest.raises(Aborted, match="generation"):
+        await s.begin(loser, 2)
+
+
+@asynchronous
+async def test_whoever_lost_its_group_before_the_first_step_takes_one_that_is_free():
+    s = Setting(replicas=2)
+    holder, loser, replica = await two_holders(s)
+    newcomer = s.models.session()
+    one = s.begin(loser, 1)
+    await turn()
+    s.models.end(holder)
+    await turn()
+    assert s.steps(1 - replica) == [(0, [1])]
+    s.output(0, [10], 1 - replica)
+    await one
+    s.hold(newcomer)
+    s.join(replica)
+    await turn()
+    assert newcomer.group is s.groups[replica]
+
+
+@asynchronous
+async def test_whoever_lost_its_group_before_the_first_step_hears_that_it_will_not_come_back():
+    s = Setting(replicas=2, settings=quick(max_formings=1))
+    _, loser, replica = await two_holders(s)
+    one = s.begin(loser, 1)
+    await turn()
+    newcomer = s.agents[replica] = dataclasses.replace(agent(0, 1, 1), rank=replica)
+    s.groups[replica].add(newcomer)
+    assert not one.done()
+    s.say(group.Broken(s.groups[replica].generation, "no memory"), replica)
+    with pytest.raises(Unavailable, match=f"replica {replica} could not form, 1 times in a row: .*no memory"):
+        await one
+    loser.check()
 
 
 @asynchronous
