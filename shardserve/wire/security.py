@@ -133,18 +133,18 @@ class Door:
         if tls is None and security.secret is None and not closed:
             return None
         joining = Joining(security.secret, self.purpose, listens=self.address is None)
-        return Entrance(tls, joining, self._peer(connection), closed)
+        peer = peer_in_words(connection) if self.address is None else f"the {self.purpose} at {self.address}"
+        return Entrance(tls, joining, peer, closed)
 
-    def _peer(self, connection: socket.socket) -> str:
-        """How errors call the other side."""
-        if self.address is not None:
-            return f"the {self.purpose} at {self.address}"
-        if connection.family == socket.AF_UNIX:
-            return "a local process"
-        try:
-            return str(Address(*connection.getpeername()[:2]))
-        except OSError:
-            return "a peer that has left"
+
+def peer_in_words(connection: socket.socket) -> str:
+    """How errors call the other side of a connection that this side has accepted."""
+    if connection.family == socket.AF_UNIX:
+        return "a local process"
+    try:
+        return str(Address(*connection.getpeername()[:2]))
+    except OSError:
+        return "a peer that has left"
 
 
 class Joining:

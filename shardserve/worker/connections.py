@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 from typing import TYPE_CHECKING
 
 from shardserve.errors import JoinRefused, Overloaded, ShardserveError
 from shardserve.wire.frames import FrameError, NoMemory, Payload
 from shardserve.wire.messages import front, group
+from shardserve.wire.security import peer_in_words
 from shardserve.wire.sockets import same_user
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.group import AgentHandle, ReplicaGroup
@@ -30,13 +32,15 @@ class GroupConnection:
         self._host: HostHandle | None = None
         self._agent: AgentHandle | None = None
         self._group: ReplicaGroup | None = None
+        self._peer = ""
+        self._admitted = False
         self.stream: FrameStream[group.FromGroup] = FrameStream(
             group.FromGroup,
             self._frame,
             self._lost,
             on_made=self._made,
             door=worker.door,
-            on_admitted=lambda: worker.admitted(self.stream),
+            on_admitted=self._came_in,
             share=True,
             relay=True,
             on_no_memory=self._no_memory,
@@ -45,8 +49,13 @@ class GroupConnection:
     def _made(self, connection: socket.socket) -> bool:
         if not _may_connect(connection):
             return False
+        self._peer = peer_in_words(connection)
         self._worker.came(self.stream, connection)
         return True
+
+    def _came_in(self) -> None:
+        self._admitted = True
+        self._worker.admitted(self.stream)
 
     def _frame(self, message: group.FromGroup, payload: Payload) -> None:
         if self._agent is not None and self._group is not None:
@@ -83,11 +92,24 @@ class GroupConnection:
             raise error
         self._group.handle(self._agent, message, error)
 
+    @property
+    def _who(self) -> str:
+        if self._agent is not None:
+            return f"rank {self._agent.rank} (pid {self._agent.pid}, {self._peer})"
+        if self._host is not None:
+            ranks = f" of ranks {', '.join(map(str, self._host.ranks))}" if self._host.ranks else ""
+            return f"the supervisor{ranks} (pid {self._host.pid}, {self._peer})"
+        return self._peer if self._admitted else f"{self._peer}, which was not admitted yet"
+
     def _lost(self, reason: Exception | None) -> None:
-        if isinstance(reason, (JoinRefused, TimeoutError)):
+        if isinstance(reason, JoinRefused) or (isinstance(reason, TimeoutError) and reason.errno is None):
+            # Not let in by the door, or not in time: both say whom.
             logger.warning("refused %s", reason)
         elif isinstance(reason, FrameError):
             logger.warning("a connection on the distributed address ends: %s", reason)
+        elif isinstance(reason, OSError) and not isinstance(reason, (ConnectionError, ssl.SSLError)):
+            # The network's doing. Of a ConnectionError the usual cause is the other side's end, which others tell.
+            logger.warning("%s: its connection is lost: %s", self._who, reason)
         self._worker.left(self.stream, self._host)
         if self._agent is not None and self._group is not None:
             self._group.lost(self._agent)

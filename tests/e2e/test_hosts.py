@@ -212,6 +212,8 @@ def test_a_host_that_is_cut_off_and_comes_back(scene, layout, tmp_path):
             try:
                 pending = client.infer_async(transformer_instances(scene.ids), timeout=60)
                 on_hosts.wait_in_log(0, "is gone")
+                on_hosts.wait_in_log(0, f", {scene.hosts.address(2)}:")
+                on_hosts.wait_in_log(0, "): its connection is lost: ")
                 assert on_hosts.replica()["state"] != "serving"
             finally:
                 scene.hosts.mend(2)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 
 import pytest
 from strangers import stranger
@@ -164,3 +166,44 @@ async def test_only_so_many_that_have_proved_nothing(tmp_path, free_port):
         await agent.admitted.wait()
         agent.send(group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [config(0)]))
         await agent.next(group.Registered)
+
+
+@asynchronous
+async def test_whose_connection_the_network_ended_is_said(tmp_path, free_port, caplog):
+    async with Scene(tmp_path, free_port, insecure=True) as scene:
+
+        def ended(number):
+            """As the transport says it (peer_timeout); of the only connection."""
+            [stream] = scene.worker._connections
+            stream._end(OSError(number, os.strerror(number)))
+
+        supervisor = await scene.supervisor()
+        await supervisor.next(group.Enlisted)
+        ended(errno.ETIMEDOUT)
+        await supervisor.lost.wait()
+        agent = await scene.agent_by_tcp(0)
+        await agent.next(group.Registered)
+        port = agent.stream.peer_socket.getsockname()[1]
+        ended(errno.EHOSTUNREACH)
+        await agent.lost.wait()
+    assert "the supervisor of ranks 0, 1 (pid 55, a local process): its connection is lost: [Errno 110]" in caplog.text
+    assert f"rank 0 (pid 1000, 127.0.0.1:{port}): its connection is lost: [Errno 113]" in caplog.text
+    assert "refused" not in caplog.text
+
+
+@asynchronous
+async def test_a_connection_that_the_network_ends_before_it_is_let_in_is_named(tmp_path, free_port, caplog):
+    secret = tmp_path / "secret"
+    secret.touch(0o600)
+    secret.write_text("a secret")
+    async with Scene(tmp_path, free_port, secret=str(secret)) as scene:
+        reader, writer = await asyncio.open_connection(*scene.address)
+        while not scene.worker._joining:
+            await asyncio.sleep(0.005)
+        [stream] = scene.worker._joining
+        port = writer.get_extra_info("sockname")[1]
+        stream._end(OSError(errno.ETIMEDOUT, "Connection timed out"))
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+    assert f"127.0.0.1:{port}, which was not admitted yet: its connection is lost: [Errno 110]" in caplog.text
