@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from shardserve.errors import ConfigError, JoinRefused, ShardError, Unavailable
+from shardserve.errors import ConfigError, JoinRefused, ShardError, ShardserveError, Unavailable
 from shardserve.servable import ModelStage, Servable
 from shardserve.shards.config import ShardConfig, Signature
 from shardserve.wire.messages import group
@@ -16,6 +17,9 @@ from shardserve.worker.model_calls import program_number
 from shardserve.worker.rank_table import RankTable
 
 logger = logging.getLogger(__name__)
+
+# How a reason begins that says itself which rank it is about.
+NAMES_A_RANK = re.compile(r"rank \d")
 
 GroupStream = FrameStream[group.FromGroup]
 
@@ -58,6 +62,8 @@ class Registry:
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
         self._given_up: dict[int, str] = {}
+        # Of ranks that didn't fit the agents that were here: the refusal, and what those had brought.
+        self._at_odds: dict[int, tuple[str, tuple[str, ...]]] = {}
         # Said again to a supervisor that comes back: it may have lost its connection before it read it.
         self._kills: dict[int, group.Kill] = {}
         # Of the agents that are there, or were last: the names of their supervisors.
@@ -216,10 +222,25 @@ class Registry:
                     f"rank {message.rank}{which}: needs the shard device{local}, was given device{config.rank}"
                 )
         self._groups[0].check_device(message.rank, message.device)
-        others = [agent for group in self._groups for agent in group.agents.values()]
-        if not others:
-            return
-        other = others[0]
+        others = self._there
+        if others:
+            try:
+                self._check_beside(others[0], message, configs)
+            except ShardserveError as error:
+                self._at_odds[message.rank] = str(error), self._brought
+                raise
+
+    @property
+    def _there(self) -> list[AgentHandle]:
+        return [agent for group in self._groups for agent in group.agents.values()]
+
+    @property
+    def _brought(self) -> tuple[str, ...]:
+        """What all agents that are here have alike, and others have to fit; () if none is."""
+        there = self._there
+        return (there[0].device.partition(":")[0], *(config.export_id for config in self._exports)) if there else ()
+
+    def _check_beside(self, other: AgentHandle, message: group.Register, configs: Sequence[ShardConfig]) -> None:
         if len(configs) != len(self._exports):
             raise ShardError(
                 f"rank {message.rank}: brings {len(configs)} subgraphs, rank {other.rank} brought {len(self._exports)}"
@@ -268,20 +289,29 @@ class Registry:
 
     def give_up(self, rank: int, reason: str) -> None:
         """Its host doesn't fork this rank again."""
-        prefix = f"rank {rank}: "
-        self._given_up[rank] = prefix + reason.removeprefix(prefix)
+        self._given_up[rank] = reason
 
     def given_up(self, replica: int) -> str | None:
         """Why a replica will not be complete before an operator has done something."""
-        for rank, reason in self._given_up.items():
-            if rank // self._model.rank_size == replica:
-                return reason
-        return None
+        return next((why for rank, why in self._reasons() if rank // self._model.rank_size == replica), None)
 
     @property
     def given_up_first(self) -> str:
         """Why the first of the ranks that won't come won't; "" if none is given up."""
-        return next(iter(self._given_up.values()), "")
+        return next((why for _, why in self._reasons()), "")
+
+    def _reasons(self) -> Iterator[tuple[int, str]]:
+        """The ranks that won't come, and why: without those of which all that is known is no longer so."""
+        brought, at_odds = self._brought, dict(self._at_odds.values())
+        for rank, reason in self._given_up.items():
+            # By its words: a supervisor gives all its ranks up for the refusal of one.
+            against = at_odds.get(reason)
+            keeper = next((host for host in self.hosts if rank in host.ranks), None)
+            if against in (None, brought):
+                yield rank, reason if NAMES_A_RANK.match(reason) else f"rank {rank}: {reason}"
+            elif keeper is not None:
+                ending = f"and its startup_agents (pid {keeper.pid}) does not fork it again"
+                yield rank, f"rank {rank}: did not fit agents that have left, {ending}"
 
     def forgive(self, rank: int) -> None:
         """A death of this rank was a request's fault."""

@@ -279,6 +279,7 @@ class Worker:
         self._connections.discard(stream)
         if host is not None:
             self._registry.hosts.remove(host)
+            self.group_changed()
         if not self._connections:
             self._all_left.set()
 

@@ -9,6 +9,7 @@ from shardserve.wire.messages import Generation, front, group, launch
 
 from .harness import asynchronous
 from .scene import SERVABLE, Scene, infer, state
+from .test_registry import config
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -163,3 +164,51 @@ async def test_agents_that_stay_away_are_waited_for_in_status_and_log(tmp_path, 
         await asyncio.wait([reminder])
         assert reminder.cancelled()
         assert scene.worker._reminder is None
+
+
+@asynchronous
+async def test_what_a_rank_was_refused_for_is_said_as_long_as_it_is_so(tmp_path, free_port):
+    async with Scene(tmp_path, free_port, replicas=2) as scene:
+        main = await scene.main()
+
+        async def reason(wanted):
+            while not (await main.next(front.Announce)).replicas[1].reason.startswith(wanted):
+                pass
+
+        async def leave(*peers):
+            for peer in peers:
+                peer.stream.close()
+                await peer.lost.wait()
+
+        supervisor = await scene.supervisor(count=4)
+        _, agents = await scene.agents(0, 1)
+        other = config(0, export_id="f" * 32)
+        refused = await (await scene.agent(2, other)).next(group.Refuse)
+        assert refused.message.startswith("rank 2: its shard is of export ffff")
+        for rank in (2, 3):
+            supervisor.send(group.GaveUp(rank, refused.message))
+        await reason(refused.message)
+        await leave(*agents)
+        await reason(
+            "rank 2: did not fit agents that have left, and its startup_agents (pid 55) does not fork it again"
+        )
+        await leave(supervisor)
+        await reason("waits for agents: 0 of 2 are there, missing ranks 2-3")
+        _, agents = await scene.agents(0, 1)
+        await reason(refused.message)
+        await leave(*agents)
+        await reason("waits for agents: 0 of 2 are there, missing ranks 2-3")
+        await scene.agent(0, other)
+        await scene.agent(1, config(1, export_id="f" * 32))
+        while (announced := await main.next(front.Announce)).replicas[0].state == "waiting":
+            assert announced.replicas[1].reason.startswith("waits for agents")
+        assert announced.replicas[1].reason == "waits for agents: 0 of 2 are there, missing ranks 2-3"
+
+
+@asynchronous
+async def test_a_reason_that_names_its_rank_is_said_as_it_is(tmp_path, free_port):
+    async with Scene(tmp_path, free_port) as scene:
+        main = await scene.main()
+        supervisor = await scene.supervisor()
+        supervisor.send(group.GaveUp(1, "rank 1, subgraph 0: its shard is damaged"))
+        assert (await state(main, "failed")).reason == "rank 1, subgraph 0: its shard is damaged"
