@@ -94,6 +94,7 @@ def trace(
             else:
                 as_traced(program)
             _refuse_changed_constants(program)
+            _write_like(program.graph_module)
             functional = program.run_decompositions({})
             further = decompose.table(functional.graph)
             if further:
@@ -199,6 +200,29 @@ def _refuse_changed_constants(program: ExportedProgram) -> None:
             )
         if any(result.alias_info for result in schema.returns):
             constants[node] = constants[first]
+
+
+def _write_like(module: fx.GraphModule) -> None:
+    """What `copy_` writes into a whole buffer becomes one of its shape and dtype before: torch's functional graph takes
+    the source itself for the buffer's new value, whatever its shape and dtype.
+    """
+    for node in module.graph.nodes:
+        if node.target is not torch.ops.aten.copy_.default:
+            continue
+        target, source = node.args[:2]
+        whole = target
+        while isinstance(whole.target, torch._ops.OpOverload) and whole.target._schema.is_mutable:
+            whole = whole.args[0]
+        before, after = source.meta["val"], target.meta["val"]
+        if whole.op != "placeholder" or (before.dtype, before.shape) == (after.dtype, after.shape):
+            continue
+        with module.graph.inserting_before(node):
+            converted = module.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": after.dtype})
+            written = module.graph.call_function(torch.ops.aten.expand_as.default, (converted, target))
+        converted.meta = {**node.meta, "val": before.to(after.dtype)}
+        written.meta = dict(node.meta)
+        node.update_arg(1, written)
+    module.recompile()
 
 
 def _returned(program: torch.export.ExportedProgram) -> tuple[list[Any], dict[str, fx.Node]]:

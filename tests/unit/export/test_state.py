@@ -382,3 +382,28 @@ def test_the_report_says_of_kept_buffers_how_they_lie(tmp_path: Path) -> None:
     assert [line for line in report.replicated if "seen" in line or "inner" in line] == [
         "seen (1.4%): what is written into it is whole"
     ]
+
+
+class Overwritten(nn.Module):
+    """Whole buffers take values of another dtype and of another shape, and are used afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("whole", torch.zeros(8, dtype=torch.int64))
+        self.register_buffer("coarse", torch.zeros(3, 8, dtype=torch.bfloat16))
+        self.register_buffer("rows", torch.zeros(3, 8))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.whole.copy_(x[0] * 3)
+        self.coarse.add_(1).copy_(x)
+        self.rows.copy_(x.sum(0))
+        return self.linear(self.rows), self.whole * 2, self.coarse.float(), self.rows + 0
+
+
+def test_a_buffer_that_is_copied_into_keeps_its_dtype_and_shape(tmp_path: Path) -> None:
+    """What read it after the copy had the source: unrounded, and of fewer rows."""
+    net, example = Overwritten(), (torch.randn(3, 8),)
+    export(net, example, name="m", out=tmp_path, tensor_parallel=2)
+    result = verify(net, example, None, tmp_path, "m", atol=1e-6)
+    assert result.passed, result
