@@ -21,24 +21,26 @@ Call = Callable[[], Any]
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-def times(call: Call, count: int) -> list[float]:
-    """Seconds of each of `count` calls, one after the other."""
+def times(call: Call, count: int, pause: float = 0.0) -> list[float]:
+    """Seconds of each of `count` calls, one after the other, with so many seconds before each."""
     took = []
     for _ in range(count):
+        if pause:
+            time.sleep(pause)
         start = time.perf_counter()
         call()
         took.append(time.perf_counter() - start)
     return took
 
 
-def interleaved_p50(calls: dict[str, Call], rounds: int, count: int) -> dict[str, float]:
+def interleaved_p50(calls: dict[str, Call], rounds: int, count: int, pause: float = 0.0) -> dict[str, float]:
     """For each, the median over the rounds of the median seconds of `count` calls; in turns, after a warm-up."""
     for call in calls.values():
         times(call, count)
     medians: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            medians[name].append(statistics.median(times(call, count)))
+            medians[name].append(statistics.median(times(call, count, pause)))
     return {name: statistics.median(values) for name, values in medians.items()}
 
 

@@ -2,8 +2,9 @@
 
 Floor: the faster of a sync and an aio server that decode and encode the same messages (48 KB in, 8 KB out), called in
 turns with ours by the same loop with a request that is built once. Beside it the bare chain of `benchmarks.chain`: what
-three processes cost that do nothing but the work. Then both again while no core may halt: how much of it is the
-machine, which runs the same code slower after each halt.
+three processes cost that do nothing but the work. Then with pauses between the calls, as a model's step makes them:
+caches and cores have gone cold. Then both again while no core may halt: how much of it is the machine, which runs the
+same code slower after each halt.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from benchmarks.servers import awake, chain, echo, up
 
 ROUNDS = 15
 CALLS = 200
+PAUSE = 0.02
 GOAL = 1.5
 WHAT = "p50 of a matmul call, 1 rank; floor: bare gRPC echo"
 
 
 def measure(folder: Path) -> list[Row]:
-    """The first row is the one with the goal."""
+    """The first row is the one with the goal, the second the same with pauses."""
     matmul(folder, 1)
     request = matmul_request()
     with contextlib.ExitStack() as stack:
@@ -35,10 +37,12 @@ def measure(folder: Path) -> list[Row]:
         for name in ("chain", "ours"):
             check_matmul(calls[name])
         p50 = interleaved_p50(calls, ROUNDS, CALLS)
+        p50_apart = interleaved_p50(calls, ROUNDS, CALLS // 10, PAUSE)
         with awake():
             p50_awake = interleaved_p50(calls, ROUNDS, CALLS)
     return [
         _row(WHAT, p50, "ours", GOAL),
+        _row(f"... with pauses of {PAUSE * 1e3:g} ms", p50_apart, "ours"),
         _row("... of a bare chain of three processes", p50, "chain"),
         _row("no core may halt: p50 of ours", p50_awake, "ours"),
         _row("... of the bare chain", p50_awake, "chain"),
