@@ -19,6 +19,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
 from shardserve.export import decompose, recurrent, refusals
+from shardserve.export.assignments import Assignments
 from shardserve.export.dynamic_dims import check_declared, declared, dim_names, dim_range
 from shardserve.export.sources.program import as_traced
 from shardserve.export.symbols import Printer
@@ -89,8 +90,9 @@ def trace(
             if program is None:
                 check_declared(model, args, kwargs, dynamic_shapes)
                 own_args, own_kwargs = _distinct(model, args, kwargs)
-                with recurrent.Kept():
+                with recurrent.Kept(), Assignments(model) as assigned:
                     program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+                assigned.check(program)
             else:
                 as_traced(program)
             _refuse_changed_constants(program)

@@ -273,6 +273,46 @@ class ChangesInput(nn.Module):
         return x * 2
 
 
+class Mean(nn.Module):
+    """x [batch, 3] → x and a mean over steps. how: the buffer's next value is assigned or written (or
+    both), or the buffer is assigned before it is read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "assigned":
+            self.mean = self.mean * 0.5 + x.mean(0)
+        elif self.how == "written":
+            self.mean.copy_(self.mean * 0.5 + x.mean(0))
+        elif self.how == "both":
+            self.mean = self.mean.mul_(0.5).add_(x.mean(0))
+        else:
+            self.mean = x.mean(0)
+        return x + self.mean
+
+
+@pytest.mark.parametrize(("how", "inner"), [("assigned", False), ("written", True), ("both", True), ("first", True)])
+def test_buffers_that_are_assigned_or_written(tmp_path: Path, how: str, inner: bool) -> None:
+    model = nn.Sequential(Mean(how)) if inner else Mean(how)
+    steps = [torch.randn(4, 3) for _ in range(3)]
+    export(model, (steps[0],), name="mean", out=tmp_path, input_names=["x"])
+    shards = Shards(tmp_path, "mean")
+    for x in steps:
+        [y] = shards.run({"x": x})
+        with torch.no_grad():
+            torch.testing.assert_close(y, model(x))
+
+
+def test_a_buffer_that_an_inner_module_assigns(tmp_path: Path) -> None:
+    """torch.export takes it for a constant."""
+    model = nn.Sequential(nn.Linear(3, 3), Mean("assigned"))
+    with pytest.raises(ExportError, match=r"assigns its buffer '1\.mean'.* self\.mean\.copy_\(…\)"):
+        export(model, (torch.ones(4, 3),), name="mean", out=tmp_path)
+
+
 def test_a_model_that_changes_its_input(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"changes 'x' \(user input mutation\); a forward may change its buffers only"
