@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def operator_seconds(folder: Path) -> float:
         program.begin()
         program.run({}, [x], SingleRank())
 
-    few, many = (seconds(lambda program=program: step(program), 200) for program in programs)
+    few, many = (seconds(partial(step, program), 200) for program in programs)
     return (many - few) / OPERATORS
 
 
@@ -123,7 +124,7 @@ def measure(folder: Path) -> list[Row]:
         "flops": flops_per_second,
         "bytes": bytes_per_second,
         "operator": lambda: operator_seconds(folder),
-        **{f"all-reduce {n}": lambda n=n: collective_seconds(n, SMALL) for n in (2, 4)},
+        **{f"all-reduce {n}": partial(collective_seconds, n, SMALL) for n in (2, 4)},
         "large all-reduce": lambda: collective_seconds(2, LARGE),
         "link": lambda: link_seconds(SMALL),
         "large link": lambda: link_seconds(LARGE),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.load import drive_count_async, predict_request
+from benchmarks.load import drive_count, predict_request
 from benchmarks.report import Row, machine, report
 from benchmarks.servers import free_port, write_servable
 from shardserve.shards.config import FORMAT_VERSION, ShardConfig, Signature, TensorSpec
@@ -109,9 +109,9 @@ async def cpu_of_a_step(folder: Path, agents: int) -> float:
         family = psutil.Process(process.pid).children(recursive=True)
         [worker] = [child for child in family if "shardserve.worker" in child.cmdline()]
         request = predict_request("net", [{"x": np.zeros(4, np.float32)}])
-        await drive_count_async(grpc, [request], 1, WARM)
+        await drive_count(grpc, [request], 1, WARM)
         before = worker.cpu_times()
-        await drive_count_async(grpc, [request], 1, STEPS)
+        await drive_count(grpc, [request], 1, STEPS)
         after = worker.cpu_times()
     finally:
         process.terminate()

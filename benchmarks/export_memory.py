@@ -103,7 +103,8 @@ def checkpoint(folder: Path) -> int:
         files[-1][name] = shape
         filled += 2 * torch.Size(shape).numel()
     noise = torch.randn(VOCABULARY * HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
-    places, total = {}, 0
+    places: dict[str, str] = {}
+    total = 0
     for number, part in enumerate(files):
         name = f"model-{number}.safetensors"
         layout = {tensor: (torch.bfloat16, shape) for tensor, shape in part.items()}

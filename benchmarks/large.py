@@ -11,8 +11,10 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from benchmarks.load import predict, predict_request
 from benchmarks.report import Row, machine, report
 from benchmarks.servers import Up, up, write_servable
 from shardserve.export import Plan, export
-from shardserve.main.servable import Servable
+from shardserve.main.servable import ServableVersion
 from shardserve.settings import Settings
 from shardserve.wire.messages import TensorMeta
 
@@ -43,7 +45,7 @@ def front_address(server: Up) -> str:
     return name
 
 
-def two_copies(data: np.ndarray) -> float:  # type: ignore[type-arg]
+def two_copies(data: npt.NDArray[Any]) -> float:
     """Seconds of copying the bytes into one buffer and from there into another, both warm."""
     first, second = np.ones_like(data), np.ones_like(data)
     start = time.perf_counter()
@@ -52,7 +54,7 @@ def two_copies(data: np.ndarray) -> float:  # type: ignore[type-arg]
     return time.perf_counter() - start
 
 
-async def through_worker(address: str, data: np.ndarray) -> list[float]:  # type: ignore[type-arg]
+async def through_worker(address: str, data: npt.NDArray[Any]) -> list[float]:
     """Seconds from the input buffer to the agent and back into an output buffer, for each round."""
     settings = Settings()
     ready = asyncio.Event()
@@ -61,7 +63,7 @@ async def through_worker(address: str, data: np.ndarray) -> list[float]:  # type
         if servable.state == "ready":
             ready.set()
 
-    servable = Servable("negate", 1, settings, changed)
+    servable = ServableVersion("negate", 1, settings, changed)
     await servable.attach(address)
     await asyncio.wait_for(ready.wait(), 30)
     meta = TensorMeta("float32", data.shape, data.nbytes)
@@ -69,7 +71,7 @@ async def through_worker(address: str, data: np.ndarray) -> list[float]:  # type
     took = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        [result] = await servable.infer("predict", [{"x": meta}], [memoryview(data).cast("B")], None)
+        [result] = await servable.infer("predict", [{"x": meta}], [data.view(np.uint8).reshape(-1).data], None)
         if not isinstance(result, tuple):
             raise result
         np.copyto(output.view(np.uint8), result[1][0])

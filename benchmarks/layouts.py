@@ -63,7 +63,7 @@ def measured(folder: Path, blocks: int, width: int, length: int) -> list[float]:
 def correlation(one: list[float], other: list[float]) -> float:
     """Spearman's, of lists without equal values."""
     ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(np.stack(ranks)))[0, 1])
 
 
 def measure(folder: Path) -> list[Row]:

@@ -93,32 +93,37 @@ def drive(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, s
     return asyncio.run(_drive(address, source, in_flight))
 
 
-def drive_count(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, count: int) -> float:
-    """As `drive`, until so many requests were answered."""
-    return asyncio.run(drive_count_async(address, requests, in_flight, count))
-
-
-async def drive_count_async(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, count: int) -> float:
-    """As `drive_count`, inside a running event loop."""
+async def drive_count(address: str, requests: Sequence[pb.PredictRequest], in_flight: int, count: int) -> float:
+    """As `drive`, until so many requests were answered; inside a running event loop."""
     return await _drive(address, itertools.islice(itertools.cycle(requests), count), in_flight)
 
 
 async def _drive(address: str, requests: Iterator[pb.PredictRequest], in_flight: int) -> float:
-    async with grpc.aio.insecure_channel(address, UNLIMITED) as channel:
-        stub = MSServiceStub(channel)
-        done = 0
+    async with channel_to(address) as channel:
+        return await drive_over(channel, requests, in_flight)
 
-        async def client() -> None:
-            nonlocal done
-            for request in requests:
-                reply = await stub.Predict(request)
-                if reply.error_msg:
-                    raise RuntimeError(reply.error_msg[0].error_msg.decode())
-                done += 1
 
-        start = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(in_flight)))
-        return done / (time.perf_counter() - start)
+def channel_to(address: str) -> grpc.aio.Channel:
+    """Without limits of sizes."""
+    return grpc.aio.insecure_channel(address, UNLIMITED)
+
+
+async def drive_over(channel: grpc.aio.Channel, requests: Iterator[pb.PredictRequest], in_flight: int) -> float:
+    """Answers a second, until there are no more requests."""
+    stub = MSServiceStub(channel)
+    done = 0
+
+    async def client() -> None:
+        nonlocal done
+        for request in requests:
+            reply = await stub.Predict(request)
+            if reply.error_msg:
+                raise RuntimeError(reply.error_msg[0].error_msg.decode())
+            done += 1
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(in_flight)))
+    return done / (time.perf_counter() - start)
 
 
 def predict_request(servable: str, inputs: Sequence[dict[str, npt.NDArray[Any]]]) -> pb.PredictRequest:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from benchmarks.servers import free_port
 from shardserve.agent.collectives.gloo import GlooCollective
@@ -79,7 +80,7 @@ def _collective(
     lifetime = Lifetime(Generation(1, 1))
     if kind in ("gloo", "nccl"):
         # Made after the fork: its threads would not be there in a child.
-        store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+        store = TCPStore("127.0.0.1", port, size, is_master=rank == 0)
         if kind == "gloo":
             return GlooCollective(store, rank, size, "127.0.0.1", lifetime, settings)
         # As an agent has it.

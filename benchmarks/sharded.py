@@ -20,7 +20,7 @@ from benchmarks.load import interleaved_p50, predict, predict_request
 from benchmarks.models import Encoder, encoder
 from benchmarks.report import Row, machine, report
 from benchmarks.servers import up
-from shardserve.shards.collective import Collective
+from shardserve.agent.collectives.group import GroupCollective
 from shardserve.shards.program import Program
 
 BLOCKS, WIDTH, LENGTH = 12, 256, 64
@@ -32,7 +32,7 @@ GOAL = 1.05
 def bare(kind: str, model_dir: Path, ids: torch.Tensor, mask: torch.Tensor) -> float:
     """Median seconds of a step of the two shards."""
 
-    def work(rank: int, collective: Collective) -> float:
+    def work(rank: int, collective: GroupCollective) -> float:
         program = Program.load(model_dir / f"device{rank}" / "encoder.graph.json")
         dims = {"batch": ids.shape[0]}
         took = []
@@ -69,7 +69,8 @@ def measure(folder: Path) -> list[Row]:
                 rounds[kind].append(bare(kind, model_dir, ids, mask))
             rounds["ours"].append(interleaved_p50({"ours": call}, 1, CALLS)["ours"])
     gloo, shared, ours = (statistics.median(values) * 1e3 for values in rounds.values())
-    bound, bound_apart = (GOAL * shared + row.ours - row.floor for row in (over, apart))
+    bound = GOAL * shared + over.ours - over.floor
+    bound_apart = GOAL * shared + apart.ours - apart.floor
     what = f"p50, tp 2, {BLOCKS} blocks of width {WIDTH}, batch 1, length {LENGTH}"
     return [
         Row("overhead (1-rank matmul), bare gRPC echo and ours", "ms", over.floor, over.ours),

@@ -37,7 +37,10 @@ def measure(folder: Path) -> list[Row]:
         expected = net(torch.from_numpy(x)).numpy()
 
     def right(client: Client) -> None:
-        y = client.infer({"x": x}, timeout=60)[0]["y"]
+        answer = client.infer({"x": x}, timeout=60)
+        if isinstance(answer, dict):
+            raise RuntimeError(answer["error"])
+        y = answer[0]["y"]
         if np.abs(y - expected).max() > 1e-5:
             raise AssertionError("a wrong answer")
 

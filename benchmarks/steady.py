@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
+from itertools import repeat
 from pathlib import Path
 
 import psutil
 
-from benchmarks.load import drive_count, matmul_request
+from benchmarks.load import channel_to, drive_over, matmul_request
 from benchmarks.models import matmul
 from benchmarks.report import Row, machine, report
 from benchmarks.servers import Up, up
@@ -17,6 +19,8 @@ REQUESTS = 100_000
 WARM = 10_000
 IN_FLIGHT = 16
 GROWTH = 1.05
+
+Held = tuple[dict[tuple[str, int], tuple[int, int, int]], int]
 
 
 def snapshot(server: Up) -> dict[tuple[str, int], tuple[int, int, int]]:
@@ -43,14 +47,21 @@ def _targets(process: psutil.Process) -> list[str]:
         return []
 
 
+async def drive(server: Up) -> tuple[Held, Held]:
+    """What is held after so many requests. The connection is one and stays open: when a server has noticed that
+    another one has ended is a matter of chance."""
+    request = matmul_request()
+    async with channel_to(server.grpc) as channel:
+        await drive_over(channel, repeat(request, WARM), IN_FLIGHT)
+        before = snapshot(server), segments()
+        await drive_over(channel, repeat(request, REQUESTS - WARM), IN_FLIGHT)
+        return before, (snapshot(server), segments())
+
+
 def measure(folder: Path) -> list[Row]:
     matmul(folder, 2)
-    request = matmul_request()
     with up(folder, "matmul") as server:
-        drive_count(server.grpc, [request], IN_FLIGHT, WARM)
-        before, segments_before = snapshot(server), segments()
-        drive_count(server.grpc, [request], IN_FLIGHT, REQUESTS - WARM)
-        after, segments_after = snapshot(server), segments()
+        (before, segments_before), (after, segments_after) = asyncio.run(drive(server))
     if before.keys() != after.keys():
         raise AssertionError(f"processes changed: {before.keys() ^ after.keys()}")
     rows = []

@@ -120,7 +120,7 @@ def measure(name: str, case: Case, layout: str, traced: Traced, folder: Path) ->
         result = verify(case.model, (), case.kwargs, folder, "zoo", atol=float("inf"))
     except ExportError as error:
         return Row(name, layout, failure=str(error), hand=hand, missed=("not exported",))
-    error = max(output.max_relative for output in result.outputs)
+    worst = max(output.max_relative for output in result.outputs)
     ranks, whole = summary.read(folder).ranks, traced.whole
     held, flops = [_held(rank) for rank in ranks], [rank.flops or 0 for rank in ranks]
     most, all_flops = len(ranks) / _held(whole), whole.flops or 1
@@ -128,8 +128,8 @@ def measure(name: str, case: Case, layout: str, traced: Traced, folder: Path) ->
         name,
         layout,
         None,
-        error <= case.tolerance,
-        error,
+        worst <= case.tolerance,
+        worst,
         len(result.sizes),
         sum(report.collectives().values()),
         hand,
