@@ -25,9 +25,12 @@ MODEL_FOLDER = "model"
 def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
     """Runs `start`, prints "ready: " and what it returns, and stays until all has ended; the exit code."""
     configure_logging(name)
+    ready = False
     try:
         with shown_progress() as progress:
             line = start(progress)
+        # Before the line is: whoever reads it may send the signal at once.
+        ready = True
         print(f"ready: {line}", flush=True)
     except (ShardserveError, OSError):
         # Also where the line can't be written: whoever waits for it would wait for ever. A signal meanwhile asks for
@@ -36,8 +39,9 @@ def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
             stop()
         raise
     except SystemExit:
-        # A signal, before anything was ready: what was asked for was not done.
-        return INTERRUPTED
+        if not ready:
+            # What was asked for was not done.
+            return INTERRUPTED
     # What a ready server is asked to do by a signal, it has done.
     with contextlib.suppress(SystemExit):
         join()

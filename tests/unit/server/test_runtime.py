@@ -408,6 +408,32 @@ def test_a_command_ends_whose_server_ended_as_soon_as_it_was_ready(tmp_path, fre
         assert script.end()[0] == 0
 
 
+def test_a_command_that_is_ended_as_soon_as_its_ready_line_is_read_was_ready(tmp_path, free_port):
+    text = f"""
+        import signal
+        import sys
+        from shardserve.cli.serving import in_foreground
+
+        class Read:
+            write = sys.stdout.write
+
+            def flush(self):
+                sys.stdout = sys.__stdout__
+                sys.stdout.flush()
+                signal.raise_signal(signal.SIGTERM)
+
+        def start(progress):
+            server.start_restful_server('127.0.0.1:{free_port}')
+            sys.stdout = Read()
+            return "all"
+
+        raise SystemExit(in_foreground("up", start))
+    """
+    with Script(tmp_path, text) as script:
+        assert script.line() == "ready: all"
+        assert script.end() == (0, "")
+
+
 def test_a_command_ends_whose_ready_line_can_not_be_written(tmp_path, free_port):
     text = f"""
         from shardserve.cli.serving import in_foreground
