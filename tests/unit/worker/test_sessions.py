@@ -243,9 +243,7 @@ async def test_a_generation_that_ends_while_the_first_step_is_about_to_be_sent(o
     s.groups[replica].lost(s.agents[replica])
     s.join(replica)
     await turn()
-    assert s.steps(replica) == [(0, [1])]
-    s.output(0, [10], replica)
-    assert (await step)[0].tolist() == [10]
+    await finish_first_step(s, replica, step)
 
 
 async def two_holders(s):
@@ -259,23 +257,34 @@ async def two_holders(s):
     return first, second, replica
 
 
+def one_more(s):
+    """A session that asks for a group."""
+    session = s.models.session()
+    s.hold(session)
+    return session
+
+
+async def finish_first_step(s, replica, step):
+    """It has reached that group, and is answered."""
+    assert s.steps(replica) == [(0, [1])]
+    s.output(0, [10], replica)
+    assert (await step)[0].tolist() == [10]
+
+
 @asynchronous
 async def test_whoever_lost_its_group_before_the_first_step_has_its_next_generation_and_waits_for_no_other_holder():
     """That one may wait for the process of this one's Python stage."""
     s = Setting(replicas=2)
     holder, loser, replica = await two_holders(s)
-    newcomer = s.models.session()
-    s.hold(newcomer)
+    newcomer = one_more(s)
     one = s.begin(loser, 1)
     await turn()
     assert not one.done()
     s.join(replica)
     await turn()
     # The other has made no step, and nobody has left: this was its own.
-    assert s.steps(replica) == [(0, [1])]
     assert newcomer.group is None
-    s.output(0, [10], replica)
-    assert (await one)[0].tolist() == [10]
+    await finish_first_step(s, replica, one)
     s.models.end(loser)
     await turn()
     assert newcomer.group is s.groups[replica]
@@ -286,16 +295,13 @@ async def test_whoever_lost_its_group_before_the_first_step_has_its_next_generat
 async def test_nobody_takes_the_next_generation_of_a_holder_that_makes_its_first_step_later():
     s = Setting(replicas=2)
     _, loser, replica = await two_holders(s)
-    newcomer = s.models.session()
-    s.hold(newcomer)
+    newcomer = one_more(s)
     s.join(replica)
     await turn()
     assert newcomer.group is None
     one = s.begin(loser, 1)
     await turn()
-    assert s.steps(replica) == [(0, [1])]
-    s.output(0, [10], replica)
-    await one
+    await finish_first_step(s, replica, one)
     # From here on its state would be lost.
     s.lose(replica)
     with pytest.raises(Aborted, match="generation"):
@@ -306,15 +312,12 @@ async def test_nobody_takes_the_next_generation_of_a_holder_that_makes_its_first
 async def test_whoever_lost_its_group_before_the_first_step_takes_one_that_is_free():
     s = Setting(replicas=2)
     holder, loser, replica = await two_holders(s)
-    newcomer = s.models.session()
     one = s.begin(loser, 1)
     await turn()
     s.models.end(holder)
     await turn()
-    assert s.steps(1 - replica) == [(0, [1])]
-    s.output(0, [10], 1 - replica)
-    await one
-    s.hold(newcomer)
+    await finish_first_step(s, 1 - replica, one)
+    newcomer = one_more(s)
     s.join(replica)
     await turn()
     assert newcomer.group is s.groups[replica]
