@@ -107,7 +107,9 @@ def _role(process: psutil.Process) -> str:
 def up(folder: Path, name: str, *arguments: str, model_dir: Path | None = None, **environment: str) -> Iterator[Up]:
     """Serves folder/name with the shards of folder/model, on free ports of 127.0.0.1, until left."""
     grpc, rest, distributed = (f"127.0.0.1:{free_port()}" for _ in range(3))
-    command = [sys.executable, "-m", "shardserve.cli", "up", str(folder), "--servable", name]
+    # A server is no child that its starter's death ends; that of a benchmark has nobody else to stop it (setpriv(1)).
+    command = ["setpriv", "--pdeathsig", "TERM"]
+    command += [sys.executable, "-m", "shardserve.cli", "up", str(folder), "--servable", name]
     command += ["--model-dir", str(model_dir or folder / "model"), "--grpc-address", grpc, "--rest-address", rest]
     command += ["--distributed-address", distributed, "--agent-start-port", str(free_port()), *arguments]
     start = time.perf_counter()
