@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from shardserve.errors import ConfigError, JoinRefused, ShardError, ShardserveError, Unavailable
 from shardserve.servable import ModelStage, Servable
@@ -222,23 +223,26 @@ class Registry:
                     f"rank {message.rank}{which}: needs the shard device{local}, was given device{config.rank}"
                 )
         self._groups[0].check_device(message.rank, message.device)
-        others = self._there
-        if others:
+        other = self._first
+        if other:
             try:
-                self._check_beside(others[0], message, configs)
+                self._check_beside(other, message, configs)
             except ShardserveError as error:
                 self._at_odds[message.rank] = str(error), self._brought
                 raise
 
     @property
-    def _there(self) -> list[AgentHandle]:
-        return [agent for group in self._groups for agent in group.agents.values()]
+    def _first(self) -> AgentHandle | None:
+        """The lowest rank that is there, not the one that came first: so what is said of two at odds is always the
+        same."""
+        agents = (agent for group in self._groups for agent in group.agents.values())
+        return min(agents, key=attrgetter("rank"), default=None)
 
     @property
     def _brought(self) -> tuple[str, ...]:
         """What all agents that are here have alike, and others have to fit; () if none is."""
-        there = self._there
-        return (there[0].device.partition(":")[0], *(config.export_id for config in self._exports)) if there else ()
+        first = self._first
+        return (first.device.partition(":")[0], *(config.export_id for config in self._exports)) if first else ()
 
     def _check_beside(self, other: AgentHandle, message: group.Register, configs: Sequence[ShardConfig]) -> None:
         if len(configs) != len(self._exports):

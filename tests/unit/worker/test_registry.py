@@ -126,6 +126,15 @@ async def test_agent_that_does_not_fit(rank, shard, kind, said):
 
 
 @asynchronous
+async def test_what_does_not_fit_is_said_beside_the_lowest_rank_whoever_came_first():
+    s = Setting()
+    s.register(1)
+    s.register(0)
+    with pytest.raises(ShardError, match=r"^rank 2: its shard is of export e2, that of rank 0 of export e1"):
+        s.register(2, config(0, export_id="e2"))
+
+
+@asynchronous
 async def test_an_agent_or_supervisor_that_comes_again_before_its_old_connection_ended_replaces_it():
     s = Setting()
     first, _ = s.register(0)
