@@ -20,8 +20,8 @@ from benchmarks.report import Row, machine, report
 from benchmarks.servers import up
 from shardserve.export import Plan
 from shardserve.export.cost import Sizes
-from shardserve.export.layout import Planner
-from shardserve.export.trace import trace
+from shardserve.export.layouts.layout import Planner
+from shardserve.export.tracing.trace import trace
 
 LAYOUTS = {"tp 1": (1, 1), "tp 2": (2, 1), "pp 2": (1, 2)}
 MODELS = {"small": (2, 64, 16), "middle": (8, 256, 64), "large": (4, 768, 64)}

@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 
 from benchmarks.zoo.registry import Case
 from shardserve.errors import ExportError
-from shardserve.export import export, recurrent, verify
+from shardserve.export import export, verify
 from shardserve.export.refusals import explain
-from shardserve.export.trace import evaluating, ordered
+from shardserve.export.tracing import recurrent
+from shardserve.export.tracing.trace import evaluating, ordered
 from shardserve.shards import summary
 from shardserve.shards.summary import RankSummary
 

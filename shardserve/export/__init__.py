@@ -1,12 +1,13 @@
 """The exporter: cuts a plain PyTorch model into the shards of tensor- and pipeline-parallel ranks.
 
-`trace` (torch.export, made functional) → `propagate` with `rules` (placements through the graph, collectives where they
-meet; one local graph per tensor-parallel rank) → `cut` (pipeline stages) → `assemble` and `write` (files) → `verify`
-(from the files).
+The road of a model, one room after the other: `sources` (where it and its values come from) → `tracing` (torch.export,
+made functional) → `planning` (which parameters are cut, where the user doesn't say) → `sharding` (placements through
+the graph, a local graph for each tensor-parallel rank, pipeline stages) → `layouts` (how many ranks, where stages
+begin; by `cost`) → `writing` (the files) → `verification` (from the files). `api` goes it.
 """
 
 from shardserve.export.api import export, export_subgraphs
-from shardserve.export.plan import Plan
+from shardserve.export.planning.plan import Plan
 from shardserve.export.report import Report, StageReport
 from shardserve.export.sources import load_checkpoint, without_storage
 from shardserve.export.subgraphs import Subgraph

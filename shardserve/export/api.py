@@ -17,20 +17,20 @@ from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError
 from shardserve.export import planning
-from shardserve.export.assemble import RankShard, assemble, with_all_weights
 from shardserve.export.cost import Sizes
-from shardserve.export.dtypes import check_products
-from shardserve.export.layout import Layout, Planner
-from shardserve.export.layouts import Wanted, choose
-from shardserve.export.plan import Plan
-from shardserve.export.propagate import LocalGraph
+from shardserve.export.layouts.choice import Wanted, choose
+from shardserve.export.layouts.layout import Layout, Planner
+from shardserve.export.planning.plan import Plan
 from shardserve.export.report import Report, stage_reports
+from shardserve.export.sharding.propagate import LocalGraph
 from shardserve.export.sources import Checkpoint, Filled, Weights, fill, has_meta, hollow, load_checkpoint
 from shardserve.export.sources.names import named
 from shardserve.export.subgraphs import Subgraph, calling, with_own_constants
-from shardserve.export.trace import Trace, ordered, trace
+from shardserve.export.tracing.dtypes import check_products
+from shardserve.export.tracing.trace import Trace, ordered, trace
 from shardserve.export.verification.sizes import bind
-from shardserve.export.write import Writer, Written, commit, folder_of
+from shardserve.export.writing.assemble import RankShard, assemble, with_all_weights
+from shardserve.export.writing.write import Writer, Written, commit, folder_of
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import FILE_NAME, Signature, TensorSpec
 from shardserve.shards.graph import dtype_name

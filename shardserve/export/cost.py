@@ -18,12 +18,12 @@ from torch import Tensor, fx
 
 from shardserve.errors import ExportError
 from shardserve.export import flops
-from shardserve.export.cut import StageGraph
-from shardserve.export.emit import LocalNode
 from shardserve.export.flops import product
-from shardserve.export.propagate import Bound, Tensors
+from shardserve.export.sharding.cut import StageGraph
+from shardserve.export.sharding.emit import LocalNode
+from shardserve.export.sharding.propagate import Bound, Tensors
 from shardserve.export.symbols import Dim, simplify
-from shardserve.export.trace import Trace
+from shardserve.export.tracing.trace import Trace
 from shardserve.shards.regions import VIEWS
 
 _FREE = frozenset(VIEWS - {"to", "_to_copy"})

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from shardserve.amounts import of_bytes, of_flops, of_seconds
-from shardserve.export.assemble import RankShard
 from shardserve.export.cost import Sizes, distinct, nbytes
-from shardserve.export.cut import StageGraph
-from shardserve.export.layout import Layout
-from shardserve.export.layouts import Candidate
-from shardserve.export.placements import Replicate, Shard
-from shardserve.export.plan import Plan
+from shardserve.export.layouts.choice import Candidate
+from shardserve.export.layouts.layout import Layout
+from shardserve.export.planning.plan import Plan
+from shardserve.export.sharding.cut import StageGraph
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.writing.assemble import RankShard
 from shardserve.shards.config import Signature, TensorSpec, describe
 
 

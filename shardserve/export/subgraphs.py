@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export.trace import Trace
+from shardserve.export.tracing.trace import Trace
 
 
 @dataclass(frozen=True)

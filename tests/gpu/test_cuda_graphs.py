@@ -6,7 +6,7 @@ import torch
 
 from shardserve.agent import cuda_graphs
 from shardserve.agent.cuda_graphs import CudaGraphs
-from shardserve.export.threads import ThreadGroup
+from shardserve.export.verification.threads import ThreadGroup
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions
 from tests.models.lookup import RANKS

@@ -7,7 +7,7 @@ from torch import nn
 from torch.export import Dim
 
 from shardserve.export import export
-from shardserve.export.threads import ThreadGroup
+from shardserve.export.verification.threads import ThreadGroup
 from shardserve.shards.program import Program
 
 from .moving import Moving

@@ -1,7 +1,8 @@
-"""Plans found automatically: which parameters are cut, and how, for any traced model.
+"""Which parameters are cut, and how: as the user gives it (`plan`), as a Hugging Face model has it (`tp_plan`), or as
+it is found for any traced model (`find`).
 
-`probe` tries placements by the rules of the operators; `grow` finds what goes together; `choose` takes what spares the
-most for its collectives; `reasons` says why the rest stays whole.
+To find it, `probe` tries placements by the rules of the operators; `grow` finds what goes together; `choose` takes what
+spares the most for its collectives; `reasons` says why the rest stays whole.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shardserve.export.placements import Replicate, Shard
 from shardserve.export.planning.choose import choose, pattern
 from shardserve.export.planning.probe import Prober
 from shardserve.export.planning.reasons import NOTABLE, replicated
-from shardserve.export.trace import Trace
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.tracing.trace import Trace
 
 
 @dataclass(frozen=True)

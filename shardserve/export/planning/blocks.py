@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 from torch import fx
 
-from shardserve.export.emit import Value
-from shardserve.export.placements import Shard
 from shardserve.export.planning.probe import Move, Outcome, Prober
+from shardserve.export.sharding.emit import Value
+from shardserve.export.sharding.placements import Shard
 from shardserve.export.symbols import Dim, divide, product
 
 VIEWS = frozenset({"view", "_unsafe_view", "reshape", "unflatten"})

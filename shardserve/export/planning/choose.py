@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shardserve.errors import ExportError
 from shardserve.export.cost import nbytes
-from shardserve.export.placements import Replicate, Shard
 from shardserve.export.planning.grow import Grower
 from shardserve.export.planning.probe import Move, Outcome, Placements, Prober
+from shardserve.export.sharding.placements import Replicate, Shard
 
 ENOUGH = 1.1, 1.1
 """A rank's shares of bytes and of FLOPs, over total / ranks, at which no further collective is paid for less."""

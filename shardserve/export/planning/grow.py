@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
-from shardserve.export.emit import Value
-from shardserve.export.placements import Placement, Shard
 from shardserve.export.planning.blocks import VIEWS, taken_apart
 from shardserve.export.planning.probe import Outcome, Prober
+from shardserve.export.sharding.emit import Value
+from shardserve.export.sharding.placements import Placement, Shard
 from shardserve.export.symbols import Dim, product
 
 REACH = 80

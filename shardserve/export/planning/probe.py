@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.export import cost
-from shardserve.export.emit import Emitter, LocalNode, Scalar, Unplaceable, Value
-from shardserve.export.placements import Partial, Placement, Replicate, Shard
-from shardserve.export.propagate import emit, settled
+from shardserve.export.sharding.emit import Emitter, LocalNode, Scalar, Unplaceable, Value
+from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
+from shardserve.export.sharding.propagate import emit, settled
 from shardserve.export.symbols import Dim, simplify
-from shardserve.export.trace import Trace
+from shardserve.export.tracing.trace import Trace
 
 Placements = Mapping[str, Shard]
 """Name of a tensor of the model → how it is cut; what isn't in it is whole."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from shardserve.export.cut import modules
 from shardserve.export.planning.choose import Choice, Scorer, grouped, pattern
 from shardserve.export.planning.grow import Grower
 from shardserve.export.planning.probe import Move, Prober
+from shardserve.export.sharding.cut import modules
 
 NOTABLE = 0.005
 """The part of all parameter bytes from which on a group of parameters that stays whole is named."""

@@ -18,7 +18,7 @@ from shardserve.export.verification.running import Shards
 from shardserve.export.verification.sizes import cases, in_words, inputs_of, nearest
 from shardserve.export.verification.unsharded import Unsharded, raised, restoring
 from shardserve.export.verification.verify import VerifyResult, uncompared
-from shardserve.export.write import part
+from shardserve.export.writing.write import part
 from shardserve.progress import Progress, quietly
 from shardserve.shards.graph import dtype_name
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardserve.errors import ExportError
-from shardserve.export.origins import rank_part, sum_of_terms
-from shardserve.export.placements import Replicate, Shard
-from shardserve.export.trace import Trace, evaluating, trace
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.tracing.trace import Trace, evaluating, trace
 from shardserve.export.verification.compare import abs_error, close
 from shardserve.export.verification.running import Shards
-from shardserve.export.write import part
+from shardserve.export.writing.origins import rank_part, sum_of_terms
+from shardserve.export.writing.write import part
 from shardserve.shards.config import Origin, TensorSpec
 from shardserve.shards.program import Program
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from shardserve.errors import ExportError, ShardError
-from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.verification import sizes
+from shardserve.export.verification.threads import ThreadCollective, ThreadGroup
 from shardserve.progress import Progress, quietly
 from shardserve.shards.config import CONFIG_FILE, GRAPH_SUFFIX, ShardConfig, Signature
 from shardserve.shards.graph import dtype_name

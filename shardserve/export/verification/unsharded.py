@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError
 from shardserve.export.subgraphs import calling
-from shardserve.export.trace import evaluating, ordered
+from shardserve.export.tracing.trace import evaluating, ordered
 from shardserve.shards.config import Signature
 
 

@@ -27,7 +27,7 @@ from shardserve.agent.compilation import (
     read_manifest,
 )
 from shardserve.export import export
-from shardserve.export.threads import ThreadGroup
+from shardserve.export.verification.threads import ThreadGroup
 from shardserve.shards import regions
 from shardserve.shards.program import Program
 from tests.models.lookup import RANKS, LookupLayers, export_lookup

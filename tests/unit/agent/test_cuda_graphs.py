@@ -8,7 +8,7 @@ import torch
 
 from shardserve.agent import cuda_graphs
 from shardserve.agent.cuda_graphs import CudaGraphs
-from shardserve.export.threads import ThreadGroup
+from shardserve.export.verification.threads import ThreadGroup
 from shardserve.shards.program import Program
 from tests.models.lookup import RANKS, LookupLayers, export_lookup
 

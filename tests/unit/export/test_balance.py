@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from shardserve.errors import ExportError
 from shardserve.export import export, verify
-from shardserve.export.balance import balance
-from shardserve.export.trace import Trace, trace
+from shardserve.export.layouts.balance import balance
+from shardserve.export.tracing.trace import Trace, trace
 
 from .conftest import transformer
 

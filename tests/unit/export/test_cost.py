@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardserve.errors import ExportError
-from shardserve.export import cost, cut
-from shardserve.export.placements import Replicate, Shard
-from shardserve.export.propagate import LocalGraph, propagate
-from shardserve.export.trace import Trace, trace
+from shardserve.export import cost
+from shardserve.export.sharding import cut
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.sharding.propagate import LocalGraph, propagate
+from shardserve.export.tracing.trace import Trace, trace
 
 
 def traced_case(name: str) -> tuple[Trace, nn.Module, tuple, dict]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from shardserve.errors import ExportError
-from shardserve.export import Plan, decompose, export, verify
+from shardserve.export import Plan, export, verify
+from shardserve.export.tracing import decompose
 
 Function = Callable[[Tensor, Tensor], Tensor]
 

@@ -95,7 +95,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from shardserve.export.write import Writer
+from shardserve.export.writing.write import Writer
 writer = Writer(Path(sys.argv[1]), "net")
 (writer.folder / "device0").mkdir()
 print(flush=True)

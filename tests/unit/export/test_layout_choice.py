@@ -14,7 +14,7 @@ from shardserve.amounts import of_bytes
 from shardserve.cli import main, values
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, without_storage
-from shardserve.export.layouts import Candidate, ranked
+from shardserve.export.layouts.choice import Candidate, ranked
 from shardserve.shards.config import ShardConfig
 
 WIDTH = 256

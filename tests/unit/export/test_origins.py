@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardserve.export.origins import rank_part
+from shardserve.export.writing.origins import rank_part
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export
-from shardserve.export.placements import Replicate, Shard, parse_placement
+from shardserve.export.sharding.placements import Replicate, Shard, parse_placement
 
 from .conftest import PLAN, example_module, transformer
 

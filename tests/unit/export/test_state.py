@@ -13,10 +13,11 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError, ShardError
-from shardserve.export import Plan, Subgraph, cost, cut, export, export_subgraphs, verify
-from shardserve.export.placements import Replicate
-from shardserve.export.propagate import propagate
-from shardserve.export.trace import trace
+from shardserve.export import Plan, Subgraph, cost, export, export_subgraphs, verify
+from shardserve.export.sharding import cut
+from shardserve.export.sharding.placements import Replicate
+from shardserve.export.sharding.propagate import propagate
+from shardserve.export.tracing.trace import trace
 from shardserve.export.verification.running import Shards
 from shardserve.shards.program import Program
 from shardserve.shards.regions import find_regions, region_graph, replace_regions

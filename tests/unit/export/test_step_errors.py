@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardserve.export.threads import ThreadCollective, ThreadGroup
 from shardserve.export.verification.running import Shards
+from shardserve.export.verification.threads import ThreadCollective, ThreadGroup
 from shardserve.shards.program import Program
 
 from .conftest import Exported

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, verify
-from shardserve.export.tp_plan import STYLES
+from shardserve.export.planning.tp_plan import STYLES
 
 
 class Layer(nn.Module):

@@ -10,9 +10,9 @@ from models.zoo import CASES
 from torch import Tensor, nn
 
 from shardserve.export import Plan, Report, export, verify
-from shardserve.export.placements import Replicate, Shard
 from shardserve.export.planning import find
-from shardserve.export.trace import Trace, trace
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.tracing.trace import Trace, trace
 
 from ..conftest import PLAN, transformer
 

@@ -14,8 +14,8 @@ from torch.export import Dim
 
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, verify
-from shardserve.export.placements import Shard
-from shardserve.export.rules import RULES
+from shardserve.export.sharding.placements import Shard
+from shardserve.export.sharding.rules import RULES
 
 BATCH = Dim("batch", min=1, max=5)
 

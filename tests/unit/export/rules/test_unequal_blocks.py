@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardserve.cli import main
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, verify, without_storage
-from shardserve.export.placements import Shard, parse_placement
+from shardserve.export.sharding.placements import Shard, parse_placement
 from shardserve.shards.config import ShardConfig
 
 from ..conftest import alter_weight

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shardserve.export.emit import Call, Emitter, Value
-from shardserve.export.placements import Partial, Replicate, Shard
-from shardserve.export.rules.table import one_rank_only, rule
+from shardserve.export.sharding.emit import Call, Emitter, Value
+from shardserve.export.sharding.placements import Partial, Replicate, Shard
+from shardserve.export.sharding.rules.table import one_rank_only, rule
 from shardserve.export.symbols import Dim, divide
 
 Result = Value | list[Value] | None

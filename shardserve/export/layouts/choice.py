@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from shardserve.amounts import of_bytes, of_seconds
 from shardserve.errors import ExportError
 from shardserve.export.cost import CPU, Hardware, Sizes, nbytes, parameter_bytes
-from shardserve.export.layout import Layout, Planner
-from shardserve.export.state import fill_value
+from shardserve.export.layouts.layout import Layout, Planner
+from shardserve.export.sharding.state import fill_value
 
 ALIKE = 1.05
 """Of layouts whose steps take as long as the fastest, times this, the one of the fewest ranks is taken."""

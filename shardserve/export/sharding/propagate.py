@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export import rules
-from shardserve.export.emit import Call, Emitter, LocalNode, Unplaceable, Value
-from shardserve.export.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.refusals import module_of, operator_advice
+from shardserve.export.sharding import rules
+from shardserve.export.sharding.emit import Call, Emitter, LocalNode, Unplaceable, Value
+from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, simplify
-from shardserve.export.trace import Trace
+from shardserve.export.tracing.trace import Trace
 from shardserve.shards import operators
 
 _CHECKS = frozenset(

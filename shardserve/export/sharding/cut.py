@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from shardserve.errors import ExportError
-from shardserve.export.emit import LocalNode
-from shardserve.export.propagate import Bound, KeptBuffer, LocalGraph
-from shardserve.export.trace import Trace
+from shardserve.export.sharding.emit import LocalNode
+from shardserve.export.sharding.propagate import Bound, KeptBuffer, LocalGraph
+from shardserve.export.tracing.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import msgspec
 from torch import Tensor
 
 from shardserve.errors import ExportError
-from shardserve.export import cost, cut, write
-from shardserve.export.origins import origin
-from shardserve.export.propagate import Bound, LocalGraph
-from shardserve.export.state import fill_value
-from shardserve.export.trace import Trace
+from shardserve.export import cost
+from shardserve.export.sharding import cut
+from shardserve.export.sharding.propagate import Bound, LocalGraph
+from shardserve.export.sharding.state import fill_value
+from shardserve.export.tracing.trace import Trace
 from shardserve.export.weights_file import Layout
+from shardserve.export.writing import write
+from shardserve.export.writing.origins import origin
 from shardserve.shards.config import ShardConfig, Signature
 from shardserve.shards.expressions import ExpressionError, parse
 from shardserve.shards.graph import GraphFile

@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from shardserve.errors import ExportError
-from shardserve.export import decompose, recurrent, refusals
-from shardserve.export.assignments import Assignments
-from shardserve.export.dynamic_dims import check_declared, declared, dim_names, dim_range
+from shardserve.export import refusals
 from shardserve.export.sources.program import as_traced
 from shardserve.export.symbols import Printer
+from shardserve.export.tracing import decompose, recurrent
+from shardserve.export.tracing.assignments import Assignments
+from shardserve.export.tracing.dynamic_dims import check_declared, declared, dim_names, dim_range
 from shardserve.shards.config import DimRange
 
 

@@ -10,7 +10,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 
 from shardserve.errors import ExportError
-from shardserve.export.placements import Partial, Placement, Replicate, Shard
+from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, Printer, divide
 from shardserve.shards.graph import Device, Ref, Size, dtype_name
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from shardserve.errors import ExportError
-from shardserve.export.cut import modules
-from shardserve.export.placements import Placement, Shard, parse_placement
-from shardserve.export.propagate import LocalGraph
+from shardserve.export.sharding.cut import modules
+from shardserve.export.sharding.placements import Placement, Shard, parse_placement
+from shardserve.export.sharding.propagate import LocalGraph
 from shardserve.export.symbols import Printer
-from shardserve.export.write import part
+from shardserve.export.writing.write import part
 from shardserve.shards import expressions
 from shardserve.shards.config import Origin
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from shardserve.errors import ExportError, ShardError
-from shardserve.export.cut import StageGraph
-from shardserve.export.placements import Replicate, Shard
-from shardserve.export.propagate import Bound, Tensors
+from shardserve.export.sharding.cut import StageGraph
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.sharding.propagate import Bound, Tensors
 from shardserve.export.symbols import Printer
 from shardserve.export.weights_file import Layout, write_weights
 from shardserve.shards.config import (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export.placements import Placement, Replicate, Shard
-from shardserve.export.propagate import Kept, LocalGraph, propagate
-from shardserve.export.trace import Trace
+from shardserve.export.sharding.placements import Placement, Replicate, Shard
+from shardserve.export.sharding.propagate import Kept, LocalGraph, propagate
+from shardserve.export.tracing.trace import Trace
 
 # How often placements are looked at again. They may lie as they want: what is written is moved to where they lie.
 _ROUNDS = 3

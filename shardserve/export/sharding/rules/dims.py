@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from shardserve.export.emit import Call, Emitter, Value
-from shardserve.export.placements import Partial, Placement, Replicate, Shard
-from shardserve.export.rules.table import pointwise, rule
+from shardserve.export.sharding.emit import Call, Emitter, Value
+from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
+from shardserve.export.sharding.rules.table import pointwise, rule
 from shardserve.export.symbols import divide
 
 Result = Value | list[Value] | None

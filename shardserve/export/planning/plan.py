@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export import tp_plan
-from shardserve.export.placements import Replicate, Shard, parse_placement
+from shardserve.export.planning import tp_plan
+from shardserve.export.sharding.placements import Replicate, Shard, parse_placement
 
 
 @dataclass(frozen=True)

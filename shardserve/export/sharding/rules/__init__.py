@@ -3,7 +3,7 @@
 `table` has the table, what is elementwise and matrix products; the other files enter their own.
 """
 
-from shardserve.export.rules import channels, dims, index, updates
-from shardserve.export.rules.table import RULES, emit
+from shardserve.export.sharding.rules import channels, dims, index, updates
+from shardserve.export.sharding.rules.table import RULES, emit
 
 __all__ = ["RULES", "channels", "dims", "emit", "index", "updates"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardserve.export.emit import Call, Emitter, Value
-from shardserve.export.placements import Partial, Replicate, Shard
-from shardserve.export.rules.index import result_dims
-from shardserve.export.rules.table import pointwise, rule
+from shardserve.export.sharding.emit import Call, Emitter, Value
+from shardserve.export.sharding.placements import Partial, Replicate, Shard
+from shardserve.export.sharding.rules.index import result_dims
+from shardserve.export.sharding.rules.table import pointwise, rule
 
 Result = Value | list[Value] | None
 

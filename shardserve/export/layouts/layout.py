@@ -9,13 +9,15 @@ from functools import cached_property
 from torch import nn
 
 from shardserve.errors import ExportError
-from shardserve.export import balance, cost, cut, planning
+from shardserve.export import cost, planning
 from shardserve.export.cost import CPU, Hardware, RankCost, Sizes
-from shardserve.export.placements import Replicate, Shard
-from shardserve.export.plan import Plan
-from shardserve.export.propagate import Kept, LocalGraph, propagate
-from shardserve.export.state import settle
-from shardserve.export.trace import Trace
+from shardserve.export.layouts import balance
+from shardserve.export.planning.plan import Plan
+from shardserve.export.sharding import cut
+from shardserve.export.sharding.placements import Replicate, Shard
+from shardserve.export.sharding.propagate import Kept, LocalGraph, propagate
+from shardserve.export.sharding.state import settle
+from shardserve.export.tracing.trace import Trace
 from shardserve.progress import Progress, quietly
 
 Placements = Mapping[str, Replicate | Shard]

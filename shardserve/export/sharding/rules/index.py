@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardserve.export.emit import Call, Emitter, Value
-from shardserve.export.placements import Placement, Replicate, Shard
-from shardserve.export.rules.table import rule
+from shardserve.export.sharding.emit import Call, Emitter, Value
+from shardserve.export.sharding.placements import Placement, Replicate, Shard
+from shardserve.export.sharding.rules.table import rule
 
 Result = Value | list[Value] | None
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, fx
 
 from shardserve.errors import ExportError
-from shardserve.export import cost, cut
-from shardserve.export.state import changing
+from shardserve.export import cost
+from shardserve.export.sharding import cut
+from shardserve.export.sharding.state import changing
 from shardserve.export.symbols import simplify
-from shardserve.export.trace import Trace
+from shardserve.export.tracing.trace import Trace
 from shardserve.shards.config import DTYPES
 
 SLACK = 1.1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from shardserve.errors import ExportError
-from shardserve.export.placements import Replicate, Shard
+from shardserve.export.sharding.placements import Replicate, Shard
 
 _Style = Callable[[str, Tensor], Replicate | Shard]
 """Of a parameter, by its own name and shape."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from shardserve.export.emit import Call, Emitter, Rule, Value
-from shardserve.export.placements import Blocks, Partial, Placement, Replicate, Shard
+from shardserve.export.sharding.emit import Call, Emitter, Rule, Value
+from shardserve.export.sharding.placements import Blocks, Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, divide, product
 
 RULES: dict[str, Rule] = {}
