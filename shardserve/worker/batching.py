@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nsmallest
@@ -44,14 +44,32 @@ FORMS = 1024
 _numbers = count()
 
 
-@dataclass(eq=False)
-class Death:
-    """Of a rank, while calls were under way. suspects: how many of them haven't been left by their clients before they
-    ran again; None if they weren't one batch. forgiven: it was a request's fault, and doesn't count for the rank."""
+class Ending:
+    """Of a generation, and the deaths that belong to it: what kills one rank mostly kills others, and a rank that hangs
+    is killed some time after. `forgive_death(rank)` is called for each, also for those that are still to come, if it
+    turns out to be a request's fault.
 
-    rank: int
-    suspects: int | None = None
-    forgiven: bool = False
+    suspects: how many of the calls that were under way haven't been left by their clients before they ran again; None
+    if they weren't one batch.
+    """
+
+    def __init__(self, forgive_death: Callable[[int], None]) -> None:
+        self.suspects: int | None = None
+        self._forgive_death = forgive_death
+        self._forgiven = False
+        self._dead: list[int] = []
+
+    def died(self, rank: int) -> None:
+        if self._forgiven:
+            self._forgive_death(rank)
+        else:
+            self._dead.append(rank)
+
+    def forgive(self) -> None:
+        self._forgiven = True
+        dead, self._dead = self._dead, []
+        for rank in dead:
+            self._forgive_death(rank)
 
 
 @dataclass(eq=False)
@@ -59,10 +77,10 @@ class Call:
     """One instance's run through the model. arrays: in the order of the signature's inputs, without the batch dim.
 
     deadline: on CLOCK_MONOTONIC, in seconds. subgraph: which of the agents' programs runs it. session: the method call
-    of a stateful servable that it belongs to. begins: it is that one's first step. endings: generations that ended
-    while it was in one of their steps; with any it is a suspect. deaths: those that ended them. unit: calls that run
-    again share their batch only with those of the same number. lengths: its sizes of the dims that are padded. urgency:
-    the smallest goes first. held_until: when it no longer waits for others to share its batch.
+    of a stateful servable that it belongs to. begins: it is that one's first step. endings: of generations, while
+    it was in one of their steps; with any it is a suspect. unit: calls that run again share their batch only with those
+    of the same number. lengths: its sizes of the dims that are padded. urgency: the smallest goes first. held_until:
+    when it no longer waits for others to share its batch.
     """
 
     arrays: tuple[Array, ...]
@@ -72,8 +90,7 @@ class Call:
     subgraph: int = 0
     session: Session | None = None
     begins: bool = False
-    endings: int = 0
-    deaths: list[Death] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
     unit: int = 0
     lengths: Lengths = ()
     arrived: float = field(default_factory=time.monotonic)
@@ -358,7 +375,7 @@ class Batching:
                 arrays.append(self._stack(i, rows, shapes[i]))
             else:
                 arrays.append(np.ascontiguousarray(first[i]).reshape(first[i].shape))
-        suspect = calls[0].endings > 0
+        suspect = bool(calls[0].endings)
         return Batch(tuple(calls), tuple(arrays), dims, calls[0].subgraph, calls[0].begins, suspect)
 
     def _stack(self, number: int, rows: list[Array], shape: tuple[int, ...]) -> Array:

@@ -23,7 +23,7 @@ from shardserve.wire.messages import Generation, group
 from shardserve.wire.messages.front import ReplicaState
 from shardserve.wire.segments import Parcel
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch
+from shardserve.worker.batching import Batch, Ending
 from shardserve.worker.rendezvous import Rendezvous
 from shardserve.worker.timeline import StepTimeline
 
@@ -44,7 +44,7 @@ class GroupOwner(Protocol):
     def step_ended(self) -> None: ...
     def answered(self, batch: Batch, payload: Payload) -> Callable[[], None]: ...
     def failed(self, batch: Batch, message: str) -> None: ...
-    def interrupted(self, batches: list[Batch], casualty: int | None) -> None: ...
+    def interrupted(self, batches: list[Batch], ending: Ending) -> None: ...
     def kill(self, agent: AgentHandle, reason: str) -> None: ...
     def forgive(self, rank: int) -> None: ...
 
@@ -98,6 +98,10 @@ class ReplicaGroup:
         self._timer: asyncio.TimerHandle | None = None
         self._next_step = 0
         self._steps: dict[int, StepInFlight] = {}
+        # Of the generation that ends, or ended last: what it has cost, and the ranks that said before that the model
+        # raised.
+        self._ending = Ending(owner.forgive)
+        self._raised: set[int] = set()
         self._rendezvous = Rendezvous()
         self._failed_formings: list[str] = []
 
@@ -136,15 +140,20 @@ class ReplicaGroup:
             return
         del self.agents[agent.local]
         casualty: int | None = agent.rank
-        if any(agent.local in step.raised for step in self._steps.values()):
+        if agent.local in (self._raised if self.state == "ending" else self._ranks_that_raised()):
             # The request has the error. A CUDA device that has asserted is of no more use to its process.
             self._owner.forgive(agent.rank)
             casualty = None
         if self.state in ("forming", "serving"):
             self.end(f"rank {agent.rank} (pid {agent.pid}, {agent.host}) is gone", casualty)
         elif self.state == "ending":
+            if casualty is not None:
+                self._ending.died(casualty)
             self._left(agent.local)
         self._owner.group_changed()
+
+    def _ranks_that_raised(self) -> set[int]:
+        return {local for step in self._steps.values() for local in step.raised}
 
     def _form_if_complete(self) -> None:
         if self.state != "waiting" or len(self.agents) < self._rank_size:
@@ -194,6 +203,10 @@ class ReplicaGroup:
         logger.warning("replica %d: generation %s ends: %s", self.replica, self.generation, reason)
         self.state = "ending"
         self.endings += 1
+        self._ending = Ending(self._owner.forgive)
+        if casualty is not None:
+            self._ending.died(casualty)
+        self._raised = self._ranks_that_raised()
         now = time.monotonic()
         for number, step in self._steps.items():
             step.timer.cancel()
@@ -203,7 +216,7 @@ class ReplicaGroup:
         for agent in self.agents.values():
             agent.stream.send(group.End(self.generation))
         self._start_timer(self._settings.abort_timeout, self._abort_timed_out)
-        self._owner.interrupted([step.batch for step in steps if not step.failed], casualty)
+        self._owner.interrupted([step.batch for step in steps if not step.failed], self._ending)
         self._finish_ending()
         self._owner.group_changed()
 

@@ -20,7 +20,7 @@ from shardserve.errors import (
 )
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
-from shardserve.worker.batching import Array, Batch, Batching, Call, Death
+from shardserve.worker.batching import Array, Batch, Batching, Call, Ending
 from shardserve.worker.group import ReplicaGroup
 from shardserve.worker.queue import CallQueue, Urgency
 from shardserve.worker.sessions import Session, Sessions
@@ -40,7 +40,7 @@ class Scheduler:
     collect. What was under way when a generation ended is suspect: each batch runs again as it was, in a group whose
     window it has for itself, one at a time in all groups. A call under which a second one ends, and which was alone
     then, is given up; a batch of several is taken apart.
-    `forgive(rank)` is told of deaths that were a request's fault. `hopeless`: as `Sessions` has it.
+    `hopeless`: as `Sessions` has it.
     Calls of a stateful servable go through `Sessions` instead, and are never replayed: their state is lost.
     """
 
@@ -48,14 +48,12 @@ class Scheduler:
         self,
         groups: list[ReplicaGroup],
         settings: Settings,
-        forgive: Callable[[int], None] = lambda rank: None,
         hopeless: Callable[[ReplicaGroup], str | None] = lambda group: group.failure,
     ) -> None:
         self._batchings: Sequence[Batching] | None = None
         self._models_known = asyncio.Event()
         self._groups = groups
         self._settings = settings
-        self._forgive = forgive
         self._queue = CallQueue()
         self._delay_over: asyncio.TimerHandle | None = None
         self._pumping = False
@@ -242,51 +240,41 @@ class Scheduler:
         for call in batch.calls:
             self._put_back(call, next(_units))
 
-    def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
-        """A generation ended under these batches. casualty: the rank whose death has ended it, to be
-        forgiven if it was a call's fault."""
-        death = None
-        if casualty is not None:
-            death = Death(casualty, len(batches[0].calls) if len(batches) == 1 else None)
+    def interrupted(self, batches: list[Batch], ending: Ending) -> None:
+        """A generation ended under these batches; its deaths are forgiven if that was a call's fault."""
+        ending.suspects = len(batches[0].calls) if len(batches) == 1 else None
         for batch in batches:
             unit, several = next(_units), len(batch.calls) > 1
             for call in batch.calls:
                 if call.session is not None:
                     call.fail(Aborted("a generation of the group ended, and with it the state of this method call"))
-                    if death is not None:
-                        # It had the group for itself, and has no second run that would tell.
-                        self._forgive_once(death)
+                    # It had the group for itself, and has no second run that would tell.
+                    ending.forgive()
                     continue
-                call.endings += 1
-                if death is not None:
-                    call.deaths.append(death)
-                if call.endings > ENDINGS_ALLOWED and not several:
+                call.endings.append(ending)
+                if len(call.endings) > ENDINGS_ALLOWED and not several:
                     self._give_up(call)
                 elif call.answer.done():
                     self._left(call)
                 else:
-                    self._put_back(call, unit if call.endings <= ENDINGS_ALLOWED else next(_units))
+                    self._put_back(call, unit if len(call.endings) <= ENDINGS_ALLOWED else next(_units))
 
     def _give_up(self, call: Call) -> None:
-        logger.error("a request is given up: %d generations ended while it ran", call.endings)
-        call.fail(Aborted(f"{call.endings} generations of the group ended while this request ran"))
-        for death in call.deaths:
-            self._forgive_once(death)
+        count = len(call.endings)
+        logger.error("a request is given up: %d generations ended while it ran", count)
+        call.fail(Aborted(f"{count} generations of the group ended while this request ran"))
+        for ending in call.endings:
+            ending.forgive()
 
     def _left(self, call: Call) -> None:
         """Nobody waits for it any more, so it won't run again. Where nothing else is left to blame it is taken for the
         cause: its client may send it again and again, and always leave before it can be given up."""
-        for death in call.deaths:
-            if death.suspects is None:
+        for ending in call.endings:
+            if ending.suspects is None:
                 continue
-            death.suspects -= 1
-            if death.suspects == 0:
-                self._forgive_once(death)
-
-    def _forgive_once(self, death: Death) -> None:
-        if not death.forgiven:
-            death.forgiven = True
-            self._forgive(death.rank)
+            ending.suspects -= 1
+            if ending.suspects == 0:
+                ending.forgive()
 
     def _put_back(self, call: Call, unit: int) -> None:
         if call.answer.done():

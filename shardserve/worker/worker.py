@@ -17,7 +17,7 @@ from shardserve.wire.messages import Generation, front, group, launch, stages
 from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import tune
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch
+from shardserve.worker.batching import Batch, Ending
 from shardserve.worker.connections import FrontConnection, GroupConnection
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.model_calls import ModelCalls, model_batchings, program_number
@@ -51,7 +51,7 @@ class Worker:
             ReplicaGroup(replica, model.rank_size, model.stage_size, window, self, settings)
             for replica in range(len(self._table.entries) // model.rank_size)
         ]
-        self._scheduler = Scheduler(self._groups, settings, self.forgive, self._hopeless)
+        self._scheduler = Scheduler(self._groups, settings, self._hopeless)
         self._registry = Registry(
             self._servable, serve.version, self._table, self._groups, self._models_came, model_files
         )
@@ -147,8 +147,8 @@ class Worker:
     def failed(self, batch: Batch, message: str) -> None:
         self._scheduler.failed(batch, message)
 
-    def interrupted(self, batches: list[Batch], casualty: int | None) -> None:
-        self._scheduler.interrupted(batches, casualty)
+    def interrupted(self, batches: list[Batch], ending: Ending) -> None:
+        self._scheduler.interrupted(batches, ending)
 
     def kill(self, agent: AgentHandle, reason: str) -> None:
         self._registry.kill(agent, reason)

@@ -151,14 +151,17 @@ def test_a_rank_that_dies_too_often_ends_up_with_an_error(transformer, capfd):
 
 
 def test_poisonous_requests_do_not_use_up_the_restarts(slow_model):
-    """Each takes two deaths; with four of them there are more deaths than a rank may have of its own."""
+    """Each takes two deaths of each rank, as an input does on which all crash; with two of them there are more deaths
+    than a rank may have of its own."""
     with slow_model.up(SHARDSERVE_MAX_RESTARTS="3") as up, up.client() as client:
         for _ in range(3):
             poison = client.infer_async({"x": np.ones((60_000, 256), np.float32)}, timeout=120)
             for _ in range(2):
-                wait_until_computing(up.pids()[0])
+                pids = up.pids()
+                wait_until_computing(pids[0])
                 generation = up.replica()["generation"]
-                os.kill(up.pids()[1], signal.SIGKILL)
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
                 wait_for_generation_after(up, generation)
             assert "ABORTED" in poison.result()["error"]
         assert "y" in client.infer({"x": np.ones((2, 256), np.float32)}, timeout=30)[0]

@@ -71,7 +71,7 @@ class Owner:
 
     def __init__(self):
         self.said = []
-        self.casualties = []
+        self.endings = []
         self.counter = 0
 
     def next_generation(self):
@@ -91,9 +91,9 @@ class Owner:
     def failed(self, batch, message):
         self.said.append(("failed", batch, message))
 
-    def interrupted(self, batches, casualty):
+    def interrupted(self, batches, ending):
         self.said.append(("interrupted", batches))
-        self.casualties.append(casualty)
+        self.endings.append(ending)
 
     def kill(self, agent, reason):
         self.said.append(("kill", agent.rank, reason))
@@ -118,7 +118,7 @@ class Cluster(Owner):
         super().__init__()
         settings = settings or Settings()
         self.groups = [ReplicaGroup(r, 1, 1, window, self, settings) for r in range(replicas)]
-        self.scheduler = Scheduler(self.groups, settings, self.forgive)
+        self.scheduler = Scheduler(self.groups, settings)
         signature = Signature(
             {"batch": DimRange(1, batch), "n": DimRange(1, 9)},
             (TensorSpec("x", "float32", ("batch", "n")),),
@@ -195,8 +195,8 @@ class Cluster(Owner):
     def failed(self, batch, message):
         self.scheduler.failed(batch, message)
 
-    def interrupted(self, batches, casualty):
-        self.scheduler.interrupted(batches, casualty)
+    def interrupted(self, batches, ending):
+        self.scheduler.interrupted(batches, ending)
 
 
 def value(call):

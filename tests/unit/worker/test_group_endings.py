@@ -21,6 +21,7 @@ async def test_the_death_of_a_rank_that_has_said_that_the_model_raised_is_forgiv
     assert g.owner.take("interrupted") == [([],)]
     # One of another rank isn't, and none of the next generation.
     g.lose(2)
+    assert g.owner.take("forgive") == [(1,)]
     g.say(group.Parked, 0, 3)
     g.join(1, 2)
     g.say(group.Formed, 0, 1, 2, 3)
@@ -28,7 +29,50 @@ async def test_the_death_of_a_rank_that_has_said_that_the_model_raised_is_forgiv
     g.lose(1)
     assert g.owner.take("forgive") == [(1,)]
     # Once each: what has been forgiven is not the scheduler's to forgive again.
-    assert g.owner.casualties == [None, 1]
+    for ending in g.owner.endings:
+        ending.forgive()
+    assert g.owner.take("forgive") == [(1,), (2,), (1,)]
+
+
+@asynchronous
+async def test_of_several_ranks_that_have_said_that_the_model_raised_each_death_is_forgiven():
+    g = Group()
+    g.group.send_step(batch())
+    for rank in (0, 1):
+        g.say(group.StepFailed, rank, step=0, message="CUDA error: device-side assert triggered")
+    g.lose(1)
+    g.lose(0)
+    g.lose(2)
+    assert g.owner.take("forgive") == [(1,), (0,)]
+
+
+@asynchronous
+async def test_the_deaths_of_a_generation_are_forgiven_together_however_it_ended():
+    """The kernel that one rank dies in, the others of its stage call with the same input."""
+    g = Group()
+    g.group.send_step(batch())
+    g.lose(0)
+    g.lose(1)
+    assert g.owner.take("forgive") == []
+    g.owner.endings[0].forgive()
+    assert g.owner.take("forgive") == [(0,), (1,)]
+    # Before it ended itself, as one that hangs and is killed for it.
+    g.lose(2)
+    assert g.owner.take("forgive") == [(0,), (1,), (2,)]
+    # Not any more when all have left.
+    g.say(group.Parked, 3)
+    g.lose(3)
+    assert g.owner.take("forgive") == [(0,), (1,), (2,)]
+
+
+@asynchronous
+async def test_a_rank_that_is_killed_since_it_hung_is_a_death_of_the_generation():
+    g = Group(step_timeout=0.01, abort_timeout=0.01)
+    g.group.send_step(batch())
+    await until(lambda: g.owner.take("kill"))
+    g.owner.endings[0].forgive()
+    g.lose(3)
+    assert g.owner.take("forgive") == [(3,)]
 
 
 @asynchronous

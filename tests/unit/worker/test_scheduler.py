@@ -133,7 +133,7 @@ async def test_calls_of_a_failed_batch_are_replayed_only_once_when_its_generatio
     cluster.steps()
     cluster.lose()
     assert cluster.steps() == [(0, [1])]
-    assert [call.endings for call in calls] == [0, 0, 0]
+    assert not any(call.endings for call in calls)
     cluster.output(0, [1])
     assert cluster.steps() == [(1, [2])]
     cluster.output(1, [2])

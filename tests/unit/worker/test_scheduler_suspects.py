@@ -19,7 +19,7 @@ async def test_suspects_run_again_as_the_batches_that_they_were_each_alone_in_it
     # Under way: 1, and 2 to 4; 5 waits.
     calls.append(cluster.submit(5))
     cluster.lose()
-    assert [call.endings for call in calls] == [0, 1, 1, 1, 1, 0]
+    assert [len(call.endings) for call in calls] == [0, 1, 1, 1, 1, 0]
     assert cluster.steps() == [(0, [1])]
     cluster.output(0, [11])
     assert cluster.steps() == [(1, [2, 3, 4])]
@@ -125,7 +125,7 @@ async def test_one_group_runs_the_suspects_while_the_others_run_the_rest():
     cluster.output(3, [0] * 4, replica=1)
     [(suspects, values)] = cluster.steps(1)
     assert cluster.groups[1].exclusive
-    assert [call.endings for call in cluster.groups[1]._steps[suspects].batch.calls] == [1] * 4
+    assert [len(call.endings) for call in cluster.groups[1]._steps[suspects].batch.calls] == [1] * 4
     # One batch of them at a time, also where the replica itself is back.
     cluster.join(0)
     assert [len(values) for _, values in cluster.steps(0)] == [4, 4]
