@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from shardserve.cli import values
 from shardserve.cli.codes import INTERRUPTED, WrongUsage
-from shardserve.cli.guard import ssl_config
+from shardserve.cli.options import values
+from shardserve.cli.options.guard import ssl_config
 from shardserve.cli.progress import shown_progress
 from shardserve.errors import ConfigError, ShardserveError
 from shardserve.log import configure_logging

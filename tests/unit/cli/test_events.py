@@ -3,7 +3,7 @@
 import pytest
 
 from shardserve.cli import events
-from shardserve.cli.trace import _notes
+from shardserve.cli.commands.trace import _notes
 
 
 def step(number, at, generation=(1, 1), **more):

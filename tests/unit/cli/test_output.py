@@ -57,7 +57,7 @@ sys.exit(main(["rank-table", "--host", "127.0.0.1:1"]))
 """
 
 
-@pytest.mark.parametrize("module", ["shardserve.cli.commands", "numpy", "grpc", "shardserve.cli.up"])
+@pytest.mark.parametrize("module", ["shardserve.cli.commands", "numpy", "grpc", "shardserve.cli.commands.up"])
 def test_an_interrupt_while_it_imports_is_exit_code_130_without_a_traceback(module):
     words = [sys.executable, "-c", IMPORTING, module]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardserve.cli.page import page
+from shardserve.cli.page.page import page
 from shardserve.shards.config import DimRange, Origin, ShardConfig, Signature, TensorSpec
 from shardserve.shards.graph import Parameter
 from shardserve.shards.summary import Collective, RankSummary, Sent, Summary

@@ -7,7 +7,8 @@ import pytest
 from main_harness import Launcher, Worker, announce, attached, free_port
 from msgspec import structs
 
-from shardserve.cli import infer, main, status
+from shardserve.cli import main
+from shardserve.cli.commands import infer, status
 from shardserve.wire.messages import Generation, front
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from shardserve.cli import main
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.export import add_parser
+from shardserve.cli.commands.export import add_parser
 
 from .conftest import ROOT
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shardserve.amounts import of_bytes
-from shardserve.cli import main, values
+from shardserve.cli import main
+from shardserve.cli.options import values
 from shardserve.errors import ExportError
 from shardserve.export import Plan, export, without_storage
 from shardserve.export.layouts.choice import Candidate, ranked

@@ -304,7 +304,7 @@ def test_the_errors_of_tensors() -> None:
 
 def test_npz_names_are_the_inputs(tmp_path: Path) -> None:
     """numpy has no bfloat16: its arrays come as two bytes each."""
-    from shardserve.cli.export import _inputs
+    from shardserve.cli.commands.export import _inputs
 
     ids, half = np.array([[1, 2]]), torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
     np.savez(tmp_path / "in.npz", ids=ids, half=half.view(torch.int16).numpy().view("V2"))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import shardserve
-from shardserve.cli import inputs, plot, values
+from shardserve.cli import plot
 from shardserve.cli.codes import WrongUsage
 from shardserve.cli.load import GIVE_UP, Level, loaded, one_line
+from shardserve.cli.options import inputs, values
+from shardserve.cli.options.client import add_address_argument, add_connection_arguments, tls_config
 from shardserve.cli.progress import shown_progress
-from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
 from shardserve.client import codec
 from shardserve.errors import ConfigError, ShardserveError
 from shardserve.progress import Progress

@@ -6,7 +6,7 @@ import argparse
 import ipaddress
 import json
 
-from shardserve.cli import values
+from shardserve.cli.options import values
 from shardserve.errors import ConfigError
 from shardserve.worker.rank_table import make_rank_table, parse_rank_table
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from shardserve.cli import values
-from shardserve.cli.arguments import (
+from shardserve.cli.codes import WrongUsage
+from shardserve.cli.options import values
+from shardserve.cli.options.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
+from shardserve.cli.options.server import (
     add_device_arguments,
     add_device_type,
     add_distributed_address,
     add_front_arguments,
     add_servable_arguments,
 )
-from shardserve.cli.codes import WrongUsage
-from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
 from shardserve.cli.serving import fronts, in_foreground, is_local, servable_name, start_fronts, start_local
 from shardserve.errors import ConfigError
 from shardserve.progress import Progress

@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from shardserve.amounts import of_bytes, of_flops
-from shardserve.cli.values import counted
+from shardserve.cli.options.values import counted
 from shardserve.shards.summary import RankSummary, Summary
 
 # In units of the drawing, which are about a phone's pixels.

@@ -1,11 +1,11 @@
-"""The arguments that all commands that serve have in common."""
+"""The options of commands that run a server, or a part of one."""
 
 from __future__ import annotations
 
 import argparse
 
-from shardserve.cli import values
-from shardserve.cli.guard import add_tls_arguments
+from shardserve.cli.options import values
+from shardserve.cli.options.guard import add_tls_arguments
 
 GRPC_ADDRESS, REST_ADDRESS, DISTRIBUTED_ADDRESS = "127.0.0.1:5500", "127.0.0.1:1500", "127.0.0.1:6200"
 

@@ -1,4 +1,4 @@
-"""What the commands that call a method have in common: which method, and its inputs from .npy files."""
+"""The options of commands that call a method: which method, and its inputs from .npy files."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shardserve.cli import events, values
+from shardserve.cli import events
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.inputs import add_version_argument
+from shardserve.cli.options import values
+from shardserve.cli.options.client import add_address_argument, add_connection_arguments, tls_config
+from shardserve.cli.options.inputs import add_version_argument
 from shardserve.cli.progress import shown_progress
-from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
 from shardserve.client import timeline
 from shardserve.errors import ConfigError, ShardserveError
 

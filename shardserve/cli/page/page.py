@@ -8,9 +8,9 @@ from html import escape
 from itertools import pairwise
 
 from shardserve.amounts import of_bytes, of_flops, of_memory, of_ranks
-from shardserve.cli.page_style import SCRIPT, STYLE
-from shardserve.cli.picture import picture
-from shardserve.cli.values import counted
+from shardserve.cli.options.values import counted
+from shardserve.cli.page.picture import picture
+from shardserve.cli.page.style import SCRIPT, STYLE
 from shardserve.shards.config import TensorSpec, describe
 from shardserve.shards.graph import Parameter
 from shardserve.shards.summary import RankSummary, Sent, Summary, parameter_bytes

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shardserve.cli import values
-from shardserve.cli.arguments import add_agent_arguments, add_distributed_address
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
+from shardserve.cli.options import values
+from shardserve.cli.options.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
+from shardserve.cli.options.server import add_agent_arguments, add_distributed_address
 from shardserve.cli.serving import in_foreground
 from shardserve.progress import Progress
 from shardserve.server import distributed

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardserve.amounts import of_bytes, of_flops, of_memory, of_ranks
-from shardserve.cli import values
+from shardserve.cli.options import values
+from shardserve.cli.options.values import counted
 from shardserve.cli.progress import shown_progress
-from shardserve.cli.values import counted
 from shardserve.errors import ConfigError
 from shardserve.shards.config import TensorSpec, describe
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{**rank.to_dict(), "dims": found.dims} for rank in found.ranks], indent=2))
     elif args.html is not None:
-        from shardserve.cli.page import page
+        from shardserve.cli.page.page import page
 
         try:
             args.html.write_text(page(found), encoding="utf-8")

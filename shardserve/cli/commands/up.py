@@ -8,15 +8,15 @@ import json
 import os
 from pathlib import Path
 
-from shardserve.cli import values
-from shardserve.cli.arguments import (
+from shardserve.cli.options import values
+from shardserve.cli.options.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
+from shardserve.cli.options.server import (
     add_agent_arguments,
     add_device_arguments,
     add_distributed_address,
     add_front_arguments,
     add_servable_arguments,
 )
-from shardserve.cli.guard import add_guard_arguments, check_guarded, join_secret_file, ssl_config
 from shardserve.cli.serving import (
     MODEL_FOLDER,
     fronts,

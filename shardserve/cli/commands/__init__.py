@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import shardserve
-from shardserve.cli import agents, bench, export, infer, inspect, rank_table, serve, status, trace, up
 from shardserve.cli.codes import INTERRUPTED, WrongUsage
+from shardserve.cli.commands import agents, bench, export, infer, inspect, rank_table, serve, status, trace, up
 from shardserve.errors import ShardserveError
 
 _UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

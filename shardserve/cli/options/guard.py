@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from shardserve.cli import values
 from shardserve.cli.codes import WrongUsage
+from shardserve.cli.options import values
 from shardserve.server import SSLConfig
 from shardserve.settings import Settings
 from shardserve.wire.security import is_loopback

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from shardserve.cli import inputs
-from shardserve.cli.status import add_address_argument, add_connection_arguments, tls_config
+from shardserve.cli.options import inputs
+from shardserve.cli.options.client import add_address_argument, add_connection_arguments, tls_config
 from shardserve.client import Client
 from shardserve.errors import ConfigError, ShardserveError
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardserve.cli import values
 from shardserve.cli.codes import WrongUsage
-from shardserve.cli.inputs import load_arrays
+from shardserve.cli.options import values
+from shardserve.cli.options.inputs import load_arrays
 from shardserve.cli.progress import shown_progress
 from shardserve.cli.quiet import quiet_torch
 from shardserve.cli.source import read_source

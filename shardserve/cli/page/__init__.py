@@ -1,0 +1,1 @@
+"""The page that `shardserve inspect --html` writes."""
