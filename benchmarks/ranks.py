@@ -17,8 +17,8 @@ from shardserve.agent.collectives.group import GroupCollective
 from shardserve.agent.collectives.memory import create_memory, slot_size
 from shardserve.agent.collectives.nccl import form_nccl
 from shardserve.agent.collectives.shared_memory import SharedMemoryCollective
-from shardserve.agent.forking import ENVIRONMENT
 from shardserve.agent.lifetime import Lifetime
+from shardserve.agent.supervisor.processes import ENVIRONMENT
 from shardserve.settings import Settings
 from shardserve.wire.messages import Generation
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from shardserve.agent.slots import HostOptions, LoadedWeights
-from shardserve.agent.supervisor import Supervisor
+from shardserve.agent.supervisor.slots import HostOptions, LoadedWeights
+from shardserve.agent.supervisor.supervisor import Supervisor
 from shardserve.errors import ConfigError
 from shardserve.progress import Progress, quietly
 from shardserve.servable import declare_distributed as declare_servable

@@ -12,8 +12,8 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardserve.agent.slots import HostOptions, LoadedWeights
-from shardserve.agent.supervisor import Supervisor
+from shardserve.agent.supervisor.slots import HostOptions, LoadedWeights
+from shardserve.agent.supervisor.supervisor import Supervisor
 from shardserve.errors import ConfigError, Unavailable
 from shardserve.progress import Progress, quietly
 from shardserve.server.arguments import LAST_VERSION, check_integer, check_path, check_servable_name, is_integer

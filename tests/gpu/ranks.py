@@ -8,8 +8,8 @@ import torch
 from processes import run_processes
 
 from shardserve.agent.collectives.nccl import form_nccl
-from shardserve.agent.forking import ENVIRONMENT
 from shardserve.agent.lifetime import Lifetime
+from shardserve.agent.supervisor.processes import ENVIRONMENT
 from shardserve.settings import Settings
 from shardserve.wire.messages import Generation
 

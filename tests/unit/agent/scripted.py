@@ -9,8 +9,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from shardserve.agent.slots import HostOptions
-from shardserve.agent.supervisor import Supervisor
+from shardserve.agent.supervisor.slots import HostOptions
+from shardserve.agent.supervisor.supervisor import Supervisor
 from shardserve.settings import Settings
 from shardserve.wire.frames import padded
 from shardserve.wire.messages import Generation, group

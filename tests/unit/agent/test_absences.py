@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 
-from shardserve.agent.absences import Absences
-from shardserve.agent.forking import AgentProcess, ForkRequest, Loaded
-from shardserve.agent.slots import AgentSlot
+from shardserve.agent.forking import ForkRequest, Loaded
+from shardserve.agent.supervisor.absences import Absences
+from shardserve.agent.supervisor.processes import AgentProcess
+from shardserve.agent.supervisor.slots import AgentSlot
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from shardserve.agent.connecting import Connector
+from shardserve.agent.supervisor.connecting import Connector
 from shardserve.settings import Settings
 from shardserve.wire.sockets import Address
 

@@ -10,7 +10,8 @@ import sys
 import psutil
 import pytest
 
-from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer, LastWords, Loading, LoadingTeller
+from shardserve.agent.forking import ForkRequest, LastWords, Loading, LoadingTeller
+from shardserve.agent.supervisor.processes import ENVIRONMENT, ForkServer
 from shardserve.errors import StartError
 from shardserve.wire.process import SPARE
 
@@ -222,7 +223,8 @@ def test_no_descriptors_left_for_a_server():
 
 PARENT = """
 import asyncio, sys
-from shardserve.agent.forking import ENVIRONMENT, ForkRequest, ForkServer
+from shardserve.agent.forking import ForkRequest
+from shardserve.agent.supervisor.processes import ENVIRONMENT, ForkServer
 
 async def main():
     server = ForkServer()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardserve.agent.collectives.memory import create_memory, slot_size
-from shardserve.agent.forking import AgentProcess, ForkRequest
+from shardserve.agent.forking import ForkRequest
+from shardserve.agent.supervisor.processes import AgentProcess
 from shardserve.errors import ConfigError
 from shardserve.log import servable_in_words
 from shardserve.restarts import RestartBudget

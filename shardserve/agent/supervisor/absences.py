@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from shardserve.agent.slots import AgentSlot
+from shardserve.agent.supervisor.slots import AgentSlot
 from shardserve.settings import Settings
 
 

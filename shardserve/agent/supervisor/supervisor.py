@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
-from shardserve.agent.absences import Absences
-from shardserve.agent.connecting import Connector
-from shardserve.agent.forking import AgentProcess, ForkServer
-from shardserve.agent.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
+from shardserve.agent.supervisor.absences import Absences
+from shardserve.agent.supervisor.connecting import Connector
+from shardserve.agent.supervisor.processes import AgentProcess, ForkServer
+from shardserve.agent.supervisor.slots import MEGABYTE, AgentSlot, HostOptions, LoadedWeights, plan_slots
 from shardserve.errors import (
     CLASSES,
     ConfigError,
