@@ -186,6 +186,7 @@ class Launcher:
             devices=options.devices,
             security=options.security,
             own_agents=options.own_agents,
+            was_ready=service.ready,
         )
         seconds = self._settings.config_timeout
         watch = asyncio.get_running_loop().call_later(seconds, self._config_timed_out, worker, order)

@@ -68,7 +68,7 @@ class Worker:
             self.group_changed,
             self._stages_failed,
         )
-        self._was_ready = False
+        self._was_ready = serve.was_ready
         self._state, self._reason = self._derived_state()
         self._reminder: asyncio.Future[None] | None = None
         self._mains: list[FrameStream[front.ToWorker]] = []
@@ -180,10 +180,13 @@ class Worker:
     def _derived_state(self) -> tuple[front.ServableState, str]:
         """The servable's state, and the reason for it, from what its replicas are doing."""
         if any(replica.state == "serving" for replica in self._groups):
-            # Ready means all replicas and stage processes, the first time; afterwards one replica is enough to answer.
-            complete = all(replica.state == "serving" for replica in self._groups) and self._python_stages.ready
-            self._was_ready = self._was_ready or complete
-            return ("ready", "") if self._was_ready else ("starting", "")
+            # Ready means all replicas and stage processes, the first time; afterwards one replica is enough to answer,
+            # and to a Worker that was respawned.
+            if self._python_stages.ready and all(replica.state == "serving" for replica in self._groups):
+                self._was_ready = True
+            if not self._was_ready:
+                return "starting", ""
+            return ("ready", "") if self._python_stages.ready else ("recovering", "its Python stages load")
         failures = [self._hopeless(replica) for replica in self._groups]
         if all(failures):
             return "failed", failures[0] or ""
@@ -200,8 +203,8 @@ class Worker:
         return f"waits for {agents_waited_for(len(self._table.entries), self._registry.missing)}"
 
     def _remind_of_missing(self) -> None:
-        """Says in the log that agents stay away; until it is ready for the first time the launcher does."""
-        if not (self._was_ready and self._registry.missing):
+        """Says in the log that agents stay away; as long as the launcher waits, it does."""
+        if self._ready_order is not None or not (self._was_ready and self._registry.missing):
             self._stop_reminding()
         elif self._reminder is None:
             notice = remind(

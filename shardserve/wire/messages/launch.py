@@ -92,7 +92,7 @@ class Serve(Message, frozen=True):
 
     num_parallel_workers: processes for Python stages. devices: of a servable that is not distributed, one for each
     replica; there is no rank table then. own_agents: the launcher's process has its agents, too, and says itself what
-    is wrong with them."""
+    is wrong with them. was_ready: under a former Worker."""
 
     order: int
     servable_directory: str
@@ -105,6 +105,7 @@ class Serve(Message, frozen=True):
     num_parallel_workers: int = 1
     devices: tuple[int, ...] | None = None
     own_agents: bool = False
+    was_ready: bool = False
 
 
 class Incarnation(Message, frozen=True):

@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 class Setting:
-    """`async with`; one launcher, and one servable of two ranks that is opened and not yet run."""
+    """`async with`; one launcher, and one servable, in replicas of two ranks, that is opened and not yet run."""
 
-    def __init__(self, directory, wait=0.0):
-        write_servable(directory)
+    def __init__(self, directory, wait=0.0, replicas=1):
+        write_servable(directory, ranks=2 * replicas)
         self.options = ServableOptions(
             servable_directory=str(directory),
             servable_name="net",
@@ -39,6 +39,7 @@ class Setting:
         )
         self.launcher = Launcher(Settings())
         self.peers = []
+        self.replicas = range(replicas)
 
     async def __aenter__(self):
         self.life = asyncio.ensure_future(self.launcher.run())
@@ -53,26 +54,30 @@ class Setting:
         self.launcher.stop()
         await self.life
 
-    async def agents(self):
+    async def agents(self, replica=0):
         """Both ranks' agents, as far as the order to form; they have to say yet that they did."""
         agents = []
-        for rank in range(2):
+        for rank in (2 * replica, 2 * replica + 1):
             agent = Peer(group.ToAgent)
             name = "\0" + twin_name(self.service.options.distributed_address)
             await asyncio.get_running_loop().create_unix_connection(lambda peer=agent: peer.stream, name)
             self.peers.append(agent)
-            agent.send(group.Register(rank, 7, "s", "cpu", 0, f"127.0.0.1:{7000 + rank}", [config(rank)]))
+            agent.send(group.Register(rank, 7, "s", "cpu", 0, f"127.0.0.1:{7000 + rank}", [config(rank % 2)]))
             agents.append(agent)
         return agents, (await agents[0].next(group.Form)).generation
 
     async def run(self):
         """The servable is ready; returns its Worker."""
         start = asyncio.ensure_future(self.launcher.run_servable(self.service))
-        agents, generation = await self.agents()
-        for agent in agents:
-            agent.send(group.Formed(generation))
+        for replica in self.replicas:
+            await self.form(replica)
         await start
         return self.service.worker
+
+    async def form(self, replica=0):
+        agents, generation = await self.agents(replica)
+        for agent in agents:
+            agent.send(group.Formed(generation))
 
 
 @asynchronous
@@ -97,6 +102,20 @@ async def test_a_worker_that_dies_as_soon_as_it_is_ready_is_respawned(tmp_path, 
             f"the Worker of servable 'net' version 1 (pid {worker.pid}) ended with code -9; it is respawned"
             in caplog.text
         )
+
+
+@asynchronous
+async def test_to_a_worker_that_is_respawned_one_replica_is_enough(tmp_path):
+    """The host of the other may have died long before, and may never come back."""
+    async with Setting(tmp_path, replicas=2) as s:
+        worker = await s.run()
+        os.kill(worker.pid, signal.SIGKILL)
+        while s.service.worker is worker or not s.service.worker:
+            await asyncio.sleep(0.01)
+        # Done when the servable is ready again.
+        (respawn,) = s.launcher._tasks
+        await s.form(1)
+        await respawn
 
 
 @asynchronous

@@ -23,6 +23,18 @@ model = distributed.declare_servable(rank_size=2, stage_size=1)
 def predict(x):
     return register.add_stage(model, x, outputs_count=1)
 """
+STATEFUL = """
+from shardserve.server import distributed, register
+
+model = distributed.declare_servable(rank_size=2, stage_size=1, stateful=True)
+
+def twice(x):
+    return model.call(model.call(x))
+
+@register.register_method(output_names=["y"])
+def predict(x):
+    return register.add_stage(twice, x, outputs_count=1)
+"""
 FRONT = f"shardserve-test-front-{os.getpid()}"
 
 
@@ -64,6 +76,7 @@ class Scene:
         servable=SERVABLE,
         secret=None,
         insecure=False,
+        was_ready=False,
         **settings,
     ):
         (directory / "net").mkdir(exist_ok=True)
@@ -73,7 +86,8 @@ class Scene:
         (directory / "ranks.json").write_text(json.dumps(table))
         self.launcher = Stream()
         guard = launch.SecurityFiles(secret, insecure=insecure)
-        serve = launch.Serve(1, str(directory), "net", 3, str(directory / "ranks.json"), incarnation, wait, guard)
+        table_file = str(directory / "ranks.json")
+        serve = launch.Serve(1, str(directory), "net", 3, table_file, incarnation, wait, guard, was_ready=was_ready)
         self.address = Address("127.0.0.1", port)
         self.worker = Worker(serve, quick(**settings), self.launcher)
         self.peers = []

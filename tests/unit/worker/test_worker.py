@@ -14,7 +14,7 @@ from shardserve.wire.messages import Generation, TensorMeta, front, group, launc
 from shardserve.wire.sockets import twin_name
 
 from .harness import asynchronous
-from .scene import SERVABLE, TEXT, Scene, X, infer, state
+from .scene import SERVABLE, STATEFUL, TEXT, Scene, X, infer, state
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -55,20 +55,6 @@ async def test_a_request_that_comes_before_the_agents_waits_for_them(tmp_path, f
         await leader.next(group.Step)
         leader.send(group.Output(generation, 0), X.tobytes())
         assert (await main.next(front.Reply)).request == 1
-
-
-STATEFUL = """
-from shardserve.server import distributed, register
-
-model = distributed.declare_servable(rank_size=2, stage_size=1, stateful=True)
-
-def twice(x):
-    return model.call(model.call(x))
-
-@register.register_method(output_names=["y"])
-def predict(x):
-    return register.add_stage(twice, x, outputs_count=1)
-"""
 
 
 @asynchronous

@@ -8,7 +8,7 @@ from shardserve.errors import ConfigError, RankTableError
 from shardserve.wire.messages import Generation, front, group, launch
 
 from .harness import asynchronous
-from .scene import SERVABLE, Scene, infer, state
+from .scene import SERVABLE, STATEFUL, Scene, infer, state
 from .test_registry import config
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -164,6 +164,27 @@ async def test_agents_that_stay_away_are_waited_for_in_status_and_log(tmp_path, 
         await asyncio.wait([reminder])
         assert reminder.cancelled()
         assert scene.worker._reminder is None
+
+
+@asynchronous
+async def test_a_worker_that_was_respawned_is_ready_with_one_replica_and_its_python_stages(tmp_path, free_port, caplog):
+    async with Scene(tmp_path, free_port, replicas=2, servable=STATEFUL, was_ready=True, waiting_notice=0.05) as scene:
+        main = await scene.main()
+        assert (await main.next(front.Announce)).state == "recovering"
+        await scene.agents(0, 1)
+        loading = await main.next(front.Announce)
+        while not loading.reason.startswith("its Python"):
+            assert (loading.state, scene.worker._python_stages.ready) == ("recovering", False)
+            loading = await main.next(front.Announce)
+        await state(main, "ready")
+        assert scene.worker._python_stages.ready
+        assert await scene.said(launch.Done) == [launch.Done(1)]
+        # Until then it was the launcher's to say.
+        text = "waits for agents: 2 of 4 are there, missing ranks 2-3"
+        assert text not in caplog.messages
+        while text not in caplog.messages:
+            await asyncio.sleep(0.005)
+        await scene.worker.stop()
 
 
 @asynchronous
