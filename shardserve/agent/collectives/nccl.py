@@ -51,7 +51,7 @@ class NcclCollective(TorchGroupCollective):
 
     def reduce_scatter(self, x: Tensor, op: str) -> Tensor:
         rows = rows_of_a_part(x, self.size)
-        if x.dtype in self._wider or not x.numel():
+        if x.dtype in self._wider or not x.numel() or op in ("max", "min"):
             return super().reduce_scatter(x, op)
         out = x.new_empty((rows, *x.shape[1:]))
         options = dist.ReduceScatterOptions()

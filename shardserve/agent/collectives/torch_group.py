@@ -59,6 +59,10 @@ class TorchGroupCollective(GroupCollective):
         return broken(self._library, "failed", error, self._lifetime)
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        if op in ("max", "min") and x.is_floating_point():
+            # Of NaN gloo keeps the first rank's alone, and NCCL promises nothing.
+            parts = self.all_gather(x[None])
+            return parts.amax(0) if op == "max" else parts.amin(0)
         out = x.to(device=self._memory, dtype=self._wider.get(x.dtype, x.dtype), copy=True)
         if out.numel():
             options = dist.AllreduceOptions()

@@ -75,6 +75,17 @@ def every_operation(member, shapes, dtypes=DTYPES):
             got = collective.all_to_all(mine, [row[rank] for row in splits], splits[rank])
             check(got, expected)
         assert torch.equal(mine, parts[rank])
+    nan_is_kept(collective, [dtype for dtype in dtypes if dtype.is_floating_point])
+
+
+def nan_is_kept(collective, dtypes):
+    """In every rank's place, of every rank."""
+    for dtype in dtypes:
+        mine = torch.ones(collective.size, dtype=dtype)
+        mine[collective.rank] = torch.nan
+        for op in ("max", "min"):
+            assert collective.all_reduce(mine, op).isnan().all()
+            assert collective.reduce_scatter(mine, op).isnan().all()
 
 
 SHAPES = [(), (12,), (12, 5), (1,), (7, 3), (0,), (0, 5), (12, 0)]
