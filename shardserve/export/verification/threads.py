@@ -13,11 +13,11 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(0),
+    "sum": lambda x: x.sum(0, dtype=x.dtype),
     "avg": lambda x: x.mean(0),
     "max": lambda x: x.amax(0),
     "min": lambda x: x.amin(0),
-    "product": lambda x: x.prod(0),
+    "product": lambda x: x.prod(0, dtype=x.dtype),
 }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 
-from shardserve.export.sharding.emit import Call, Emitter, Rule, Value
+from shardserve.export.sharding.emit import Call, Emitter, Rule, Scalar, Value
 from shardserve.export.sharding.placements import Blocks, Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, divide, product
 
@@ -90,8 +91,8 @@ def type_as(emitter: Emitter, call: Call) -> Value | list[Value] | None:
 
 
 def _as_precise(dtype: torch.dtype, before: torch.dtype) -> bool:
-    """Whether terms of a sum may be converted before they are added."""
-    return bool(dtype.is_floating_point and dtype.itemsize >= before.itemsize)
+    """Whether terms of a sum may be converted before they are added. Not integers: their sum wraps."""
+    return dtype == before or (before.is_floating_point and torch.promote_types(before, dtype) == dtype)
 
 
 def _pending_sum(call: Call) -> Partial | None:
@@ -99,17 +100,31 @@ def _pending_sum(call: Call) -> Partial | None:
     pending = [value for value in call.values.values() if isinstance(value.placement, Partial)]
     if not pending or any(value.placement != Partial() for value in pending):
         return None
-    linear = call.opname in _KEEPS_SUM
-    if call.opname == "_to_copy":
-        linear = _as_precise(call.dtype, pending[0].dtype)
+    if not all(_as_precise(call.dtype, value.dtype) for value in pending):
+        return None
+    linear = call.opname in _KEEPS_SUM or call.opname == "_to_copy"
     if call.opname in ("add", "sub"):
         linear = len(pending) == 2
     if call.opname == "mul":
-        linear = len(pending) == 1 and all(value in pending or _whole(value) for value in call.values.values())
+        factors = [call["self"], call["other"]]
+        linear = len(pending) == 1 and all(x in pending or _whole_or_ordinary(x) for x in factors)
     if call.opname == "div":
-        other = call["other"]
-        linear = call.get("rounding_mode") is None and (not isinstance(other, Value) or _whole(other))
+        linear = call.get("rounding_mode") is None and _is_ordinary(call["other"])
     return Partial() if linear else None
+
+
+def _whole_or_ordinary(factor: Any) -> bool:
+    return _whole(factor) if isinstance(factor, Value) else isinstance(factor, Scalar) or _is_ordinary(factor)
+
+
+def _is_ordinary(number: Any) -> bool:
+    """Whether no term of a sum, times or by it, is infinite where the sum isn't: of terms +inf and -inf would come NaN.
+    A size is, where it can't be 0.
+    """
+    if isinstance(number, sympy.Basic):
+        return bool(number.is_positive)
+    tiny = torch.finfo(torch.float32).tiny
+    return isinstance(number, (int, float)) and tiny <= abs(number) <= 1 / tiny
 
 
 def _residual(emitter: Emitter, call: Call) -> bool:

@@ -179,3 +179,74 @@ def run(net: nn.Module, plan: dict[str, str], collectives: dict[str, int], out: 
     assert dict(report.collectives()) == collectives
     result = verify(net, (x,), None, out, "m", atol=1e-5, rtol=1e-5)
     assert result.passed, result
+
+
+SUMMED = {"net.up.*": "Shard(0)", "net.down.weight": "Shard(1)"}
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: torch.tanh(y / torch.zeros(8)),
+        lambda y: torch.tanh(y / 0.0),
+        lambda y: torch.tanh(y / (y.shape[0] - 4)),
+        lambda y: torch.tanh(y / 1e-45),
+        lambda y: torch.tanh(y * float("inf")),
+    ],
+    ids=["tensor", "number", "size", "tiny", "infinity"],
+)
+def test_what_makes_a_sum_infinite_comes_after_its_reduction(after: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """Terms of different signs would be +inf and -inf, and their sum NaN."""
+    torch.manual_seed(0)
+    run(Then(after), SUMMED, {"all_reduce": 1}, tmp_path, torch.randn(4, 8))
+
+
+def test_ordinary_numbers_scale_terms(tmp_path: Path) -> None:
+    """One reduction for both sums, so that neither was reduced before it was scaled."""
+
+    class Scaled(Pairs):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (down(torch.relu(up(x))) for up, down in zip(self.ups, self.downs, strict=True))
+            return first / 8 + second * -0.5 / x.shape[0]
+
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=8)}}
+    net, x = Scaled(2), torch.randn(2, 8)
+    plan = Plan({"ups.*": "Shard(0)", "downs.*.weight": "Shard(1)"})
+    report = export(net, (x,), name="m", out=tmp_path, tensor_parallel=2, plan=plan, dynamic_shapes=dims)
+    assert dict(report.collectives()) == {"all_reduce": 1}
+    assert verify(net, (x,), None, tmp_path, "m", atol=1e-5, rtol=1e-5, dynamic_shapes=dims).passed
+
+
+class Integers(nn.Module):
+    """A product of integers, cut along what is summed, and a function of it."""
+
+    def __init__(self, dtype: torch.dtype, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("table", (torch.arange(32).reshape(8, 4) % 23 * 5).to(dtype))
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x @ self.table)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: y,
+        lambda y: -y,
+        lambda y: y / 2,
+        lambda y: y * 0.5,
+        lambda y: y.float(),
+        lambda y: y.long(),
+        lambda y: y.sum(-1),
+        lambda y: y.type_as(torch.ones(1)),
+    ],
+    ids=["itself", "neg", "div", "mul", "float", "long", "sum", "type_as"],
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+def test_integers_wrap_before_they_are_converted(
+    dtype: torch.dtype, after: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    limits = torch.iinfo(dtype)
+    x = torch.linspace(limits.min * 0.99, limits.max * 0.99, 24, dtype=torch.float64).reshape(3, 8).to(dtype)
+    run(Integers(dtype, after), {"table": "Shard(0)"}, {"all_reduce": 1}, tmp_path, x)
