@@ -8,14 +8,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shardserve.errors import InvalidInput, ShardserveError
+from shardserve.errors import InvalidInput, MessageTooLarge, ShardserveError
 from shardserve.main.router import Decoded, check_count
 from shardserve.main.servable import Result
 from shardserve.wire import tensors
@@ -26,6 +26,10 @@ TYPES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 OBJECTS = 2
 """Below the body itself: instances, and their base64 objects."""
+
+ARRAYS, ARRAYS_OF_BYTE = 1 << 20, 4
+"""So many JSON arrays, and so many more for each of its bytes, may an output be: one of shape [1000000000, 0] has no
+byte, and would be a billion of them."""
 
 TRUNCATED = "Input data was truncated"
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u)")
@@ -70,13 +74,19 @@ def decode_request(body: bytes, dtypes: Mapping[str, str], max_instances: int) -
 
 def _keys(value: Any, depth: int) -> int:
     """How many keys the objects of a body have, down to those of base64 objects, or fewer: not every number is looked
-    at. As each has a colon, a body with just as many colons has no key twice."""
+    at, nor what is nested more deeply than an array can be. As each has a colon, a body with just as many colons has no
+    key twice."""
     if type(value) is dict:
         return len(value) + sum(_keys(item, depth - 1) for item in value.values()) if depth else len(value)
-    first = value
-    while type(first) is list and first:
-        first = first[0]
-    return sum(_keys(item, depth) for item in value) if type(first) is dict else 0
+    first, dims = value, 0
+    while type(first) is list and first and dims < tensors.MAX_DIMS:
+        first, dims = first[0], dims + 1
+    if type(first) is not dict:
+        return 0
+    leaves: Iterable[Any] = (value,)
+    for _ in range(dims):
+        leaves = itertools.chain.from_iterable(item for item in leaves if type(item) is list)
+    return sum(_keys(leaf, depth) for leaf in leaves if type(leaf) is dict)
 
 
 def _refuse_duplicates(body: bytes) -> None:
@@ -277,6 +287,27 @@ def encode_reply(results: Sequence[Result]) -> bytes:
             values = tensors.decode_instance(*result, where="output")
             instances.append({name: _to_json(value) for name, value in values.items()})
     return msgspec.json.encode({"instances": instances})
+
+
+def arrays_of(shape: Sequence[int]) -> int:
+    """How many JSON arrays a tensor of this shape is."""
+    arrays, of_a_dim = 0, 1
+    for dim in shape:
+        arrays += of_a_dim
+        of_a_dim *= dim
+    return arrays
+
+
+def writable(result: Result) -> Result:
+    """The result, or the MessageTooLarge that is its place in a reply."""
+    if isinstance(result, ShardserveError):
+        return result
+    for name, meta in result[0].items():
+        if (arrays := arrays_of(meta.shape)) > ARRAYS + ARRAYS_OF_BYTE * meta.nbytes:
+            return MessageTooLarge(
+                f"output {name!r} of shape {list(meta.shape)} is {arrays} arrays in JSON; gRPC gives it as it is"
+            )
+    return result
 
 
 def _to_json(value: tensors.Value) -> Any:

@@ -125,7 +125,7 @@ class RestFront:
         instances = await self._instances(request, info, deadline)
 
         async def run() -> Response:
-            results = await infer(servable, method, info, instances, deadline)
+            results = [*map(rest_codec.writable, await infer(servable, method, info, instances, deadline))]
             errors = [result for result in results if isinstance(result, ShardserveError)]
             status = errors[0].http_status if len(errors) == len(results) else 200
             body = await self._bodies.encode(results, deadline)

@@ -311,3 +311,26 @@ def test_the_process_ends_with_main(how):
                 assert ready
 
     asyncio.run(run())
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_small_body_of_many_keys_is_read_by_the_process():
+    async def test(bodies):
+        keys = {str(number): number for number in range(10_000)}
+        data = msgspec.json.encode({"instances": keys})
+        assert len(data) < LARGE
+        [(metas, _)] = await bodies.decode([data], {}, 10)
+        assert metas.keys() == keys.keys()
+
+    with_bodies(test)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("output", [np.array([""] * 10_000, object), np.zeros((20_000, 0), np.float32)])
+def test_a_small_output_of_many_strings_or_arrays_is_written_by_the_process(output):
+    async def test(bodies):
+        metas, parts = tensors.encode_instance({"y": output}, "instance 0")
+        written = await bodies.encode([(metas, [np.frombuffer(part, np.uint8) for part in parts])])
+        assert msgspec.json.decode(written) == {"instances": [{"y": output.tolist()}]}
+
+    with_bodies(test)

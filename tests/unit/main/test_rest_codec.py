@@ -7,9 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from shardserve.errors import InvalidInput, StepError
+from shardserve.errors import InvalidInput, MessageTooLarge, StepError
 from shardserve.main import rest_codec
 from shardserve.wire import tensors
+from shardserve.wire.messages import TensorMeta
 
 
 def b64(data):
@@ -181,6 +182,15 @@ def test_of_many_keys_one_that_is_there_twice_is_found_in_linear_time():
     assert time.process_time() - began < 1
 
 
+def test_keys_under_many_arrays_are_looked_for_in_linear_time():
+    deep = "[" * 480 + "{}" + "]" * 480
+    body = f'{{"instances": {{"x": [{",".join([deep] * 500)}]}}}}'.encode()
+    began = time.process_time()
+    [error] = rest_codec.decode_request(body, {}, 1)
+    assert str(error) == "instances.x: nested more than 32 deep"
+    assert time.process_time() - began < 1
+
+
 @pytest.mark.parametrize(
     "instance",
     [
@@ -212,6 +222,23 @@ def test_what_is_nested_too_deeply_is_named():
     with pytest.raises(InvalidInput, match=r"instances\.x: nested more than 32 deep"):
         parse(value)
     assert parse(value[0]).shape == (1,) * 32
+
+
+@pytest.mark.parametrize(
+    ("shape", "arrays"), [((1 << 40, 0), 1 + (1 << 40)), ((1000, 1000, 10, 0), 11_001_001), ((1 << 20, *[1] * 31), 0)]
+)
+def test_an_output_of_more_arrays_than_bytes_is_refused(shape, arrays):
+    metas = {"y": TensorMeta("uint8", shape, int(np.prod(shape)))}
+    arrays = arrays or 1 + 31 * shape[0]
+    refused = rest_codec.writable((metas, []))
+    assert isinstance(refused, MessageTooLarge)
+    assert str(refused).startswith(f"output 'y' of shape {list(shape)} is {arrays} arrays in JSON")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 1 << 40), (1_000_000, 0), (1 << 24, 1, 1)])
+def test_an_output_of_few_arrays_is_written(shape):
+    result = {"y": TensorMeta("uint8", shape, int(np.prod(shape)))}, []
+    assert rest_codec.writable(result) is result
 
 
 def test_replies():

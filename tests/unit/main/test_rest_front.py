@@ -331,3 +331,16 @@ def test_a_large_array():
         assert np.array_equal(np.float32(reply.json()["instances"][0]["x"]), array)
 
     rest(test)
+
+
+def test_an_output_that_json_has_no_room_for():
+    async def test(launcher, worker, http):
+        empty = {"x": {"b64": "", "type": "fp32", "shape": [1 << 40, 0]}}  # It is given back.
+        reply = await http.post("/model/echo:predict", json={"instances": [empty, {"x": 1}]})
+        assert reply.status_code == 200
+        refused, good = reply.json()["instances"]
+        assert refused["error_msg"].startswith("output 'x' of shape [1099511627776, 0] is 1099511627777 arrays in JSON")
+        assert good == {"x": [1]}
+        assert (await http.post("/model/echo:predict", json={"instances": empty})).status_code == 413
+
+    rest(test)
