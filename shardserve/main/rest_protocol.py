@@ -7,9 +7,9 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from shardserve.errors import DeadlineExceeded, InvalidInput, MessageTooLarge, ShardserveError
+from shardserve.errors import DeadlineExceeded, InvalidInput, MessageTooLarge, ShardserveError, shortened
 from shardserve.main import rest_codec
 
 MAX_HEAD = 1 << 16
@@ -18,6 +18,12 @@ besides."""
 
 MAX_UNSENT = 1 << 16
 """Bytes of replies that wait for their client; further replies then wait until all of them have left."""
+
+MOST_PIPELINED = 16
+"""Requests that wait for the answer to one before them; with more, nothing is read, and a client that leaves is noticed
+when it is answered."""
+
+MOST_SHOWN = 40
 
 
 def protocol(timeout: float) -> type[asyncio.Protocol]:
@@ -42,6 +48,7 @@ class RestProtocol(HttpToolsProtocol):
         self._steps = 0  # How often a message, its body or a piece of it began or ended.
         self._size = 0  # Bytes since the read with the last step.
         self._refused = False  # Nothing more is read.
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,6 +58,10 @@ class RestProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         self._unwatch_unsent()
+        # uvicorn tells the last request that was read, not the one that is being answered.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -70,6 +81,15 @@ class RestProtocol(HttpToolsProtocol):
             self._watch()
 
     def _feed(self, data: memoryview) -> None:
+        try:
+            self._parse(data)
+        except httptools.HttpParserCallbackError:  # uvicorn's, for which only the target can be wrong.
+            target = shortened(self.url.decode("latin-1"), MOST_SHOWN)
+            self._refuse(400, InvalidInput(f"the request's target {target!r} has no path"))
+        except httptools.HttpParserError as error:
+            self._refuse(400, InvalidInput(f"the request isn't HTTP/1.1: {error}"))
+
+    def _parse(self, data: memoryview) -> None:
         while True:
             try:
                 self.parser.feed_data(data)
@@ -82,9 +102,6 @@ class RestProtocol(HttpToolsProtocol):
                     self._refuse(400, InvalidInput("CONNECT isn't a method of this server"))
                     return
                 data = data[upgrade.args[0] :]
-            except httptools.HttpParserError as error:
-                self._refuse(400, InvalidInput(f"the request isn't HTTP/1.1: {error.__context__ or error}"))
-                return
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # As uvicorn does.
             self.parser.feed_data(head)
@@ -110,10 +127,14 @@ class RestProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
+        if self.expect_100_continue and self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # RFC 9110, 10.1.1: it knows no 100.
         super().on_headers_complete()
         self._inside = "body"
         self._steps += 1
         self._unwatch()
+        if self.pipeline and len(self.pipeline) <= MOST_PIPELINED:
+            self.flow.resume_reading()  # Or the end of the connection wouldn't be seen.
 
     def on_body(self, body: bytes) -> None:
         self._steps += 1
@@ -127,10 +148,17 @@ class RestProtocol(HttpToolsProtocol):
         self._unwatch()
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_unsent()
+        elif self._inside == "head":  # It doesn't idle.
+            self._unset_keepalive_if_required()
+            self._watch()
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()

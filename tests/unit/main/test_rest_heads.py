@@ -8,8 +8,9 @@ import signal
 
 import httpx
 import pytest
-from main_harness import Launcher, Worker, announce, attached, echo
+from main_harness import Launcher, Worker, announce, attached, echo, keep
 
+from shardserve.main.rest_protocol import MOST_PIPELINED
 from shardserve.wire.messages import front
 from shardserve.wire.process import SPARE
 
@@ -26,7 +27,7 @@ def _short(monkeypatch):
     monkeypatch.setenv("SHARDSERVE_RECEIVE_TIMEOUT", "1")
 
 
-def rest(test, script=echo):
+def rest(test, script=echo, worker=None):
     """Runs `test(launcher, connect)` with an attached Worker; `connect` opens a connection."""
 
     async def run():
@@ -39,7 +40,7 @@ def rest(test, script=echo):
                 writer.write(data)
                 return reader, writer
 
-            async with attached(launcher, Worker(script, announce())):
+            async with attached(launcher, worker or Worker(script, announce())):
                 await asyncio.wait_for(test(launcher, connect), 30)
 
     asyncio.run(run())
@@ -110,6 +111,15 @@ def test_the_next_head_of_a_connection_has_its_time():
         blank.write(b"\r\n")
         assert REFUSED in await reader.read()
         assert await other.read() == b""
+
+    rest(test)
+
+
+def test_a_head_that_began_before_the_former_answer_does_not_idle():
+    async def test(launcher, connect):
+        reader, _ = await connect(GOOD + HEAD)
+        await answered(reader)
+        assert REFUSED in await reader.read()
 
     rest(test)
 
@@ -269,15 +279,61 @@ def test_an_upgrade_is_ignored(capfd):
 
 
 def test_what_is_no_request_is_400_in_json(capfd):
+    upgrade = b"Host: x\r\nConnection: Upgrade\r\nUpgrade: h2c"
+
     async def test(launcher, connect):
-        for bad in (b"no HTTP\r\n\r\n", b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", CHUNKED + b"no\r\n"):
+        no_path = GOOD.replace(b"/model/echo:predict", b"http://x")
+        gzip = CHUNKED.replace(b"chunked", b"gzip")
+        for bad, text in [
+            (b"no HTTP\r\n\r\n", "isn't HTTP/1.1: "),
+            (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT isn't a method"),
+            (CHUNKED + b"no\r\n", "isn't HTTP/1.1: "),
+            (no_path, "the request's target 'http://x' has no path"),
+            (no_path.replace(b"Host: x", upgrade), "the request's target 'http://x' has no path"),
+            (gzip, "isn't HTTP/1.1: Request has invalid `Transfer-Encoding`"),
+            (gzip.replace(b"Host: x", upgrade), "isn't HTTP/1.1: Request has invalid `Transfer-Encoding`"),
+        ]:
             reader, _ = await connect(bad)
             head, body = (await reader.read()).split(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 400 ")
-            assert list(json.loads(body)) == ["error_msg"]
+            [(key, said)] = json.loads(body).items()
+            assert key == "error_msg"
+            assert text in said
 
     rest(test)
-    assert "nvalid" not in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "nvalid" not in err
+    assert "Traceback" not in err
+
+
+def test_http_1_0_is_answered_without_a_100_and_closed():
+    async def test(launcher, connect):
+        old = GOOD.replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: x", b"Expect: 100-continue")
+        reader, _ = await connect(old)
+        reply = await reader.read()
+        assert reply.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"connection: close\r\n" in reply
+
+    rest(test)
+
+
+@pytest.mark.parametrize("others", [1, MOST_PIPELINED])
+def test_a_client_that_leaves_with_more_requests_on_their_way_is_noticed(others):
+    async def test(launcher, connect):
+        for first, more in ((GOOD + GOOD * others, b""), (GOOD, GOOD * others)):
+            _, writer = await connect(first)
+            kept = await worker.next(front.Infer)
+            if more:
+                writer.write(more)
+                _, other = await connect(GOOD)  # Main has read them when this one has come.
+                await worker.next(front.Infer)
+                other.close()
+                await worker.next(front.Cancel)
+            writer.close()
+            assert (await worker.next(front.Cancel)).request == kept.request
+
+    worker = Worker(keep, announce())
+    rest(test, worker=worker)
 
 
 def test_a_client_that_does_not_read_loses_its_connection():
