@@ -213,8 +213,8 @@ class Host:
         """The first one; nobody has asked it for anything yet."""
         # With which `run` begins, in the loop's next turn.
         await asyncio.sleep(0)
-        assert self.supervisor._fork_server is not None
-        return self.supervisor._fork_server
+        assert self.supervisor._agents._fork_server is not None
+        return self.supervisor._agents._fork_server
 
     async def __aexit__(self, *error):
         self.supervisor.stop()

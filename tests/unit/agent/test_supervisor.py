@@ -101,8 +101,8 @@ async def test_another_fork_server_is_started_when_one_freezes(tmp_path, ports, 
         server = psutil.Process(agents[1].register.pid).parent()
         server.suspend()
         # So that the test doesn't wait for the 60 s, which a new one may need.
-        ask = host.supervisor._fork_server._ask
-        host.supervisor._fork_server._ask = lambda *request: ask(*request[:-1], 0.2)
+        ask = host.supervisor._agents._fork_server._ask
+        host.supervisor._agents._fork_server._ask = lambda *request: ask(*request[:-1], 0.2)
         os.kill(agents[1].register.pid, signal.SIGKILL)
         again = await worker.agents(2)
         assert [agent.register.rank for agent in again] == [0, 1]
@@ -174,7 +174,7 @@ async def test_a_death_that_is_forgiven_before_its_reason_is_known(tmp_path, por
         [agent] = await worker.agents(1)
         supervisor.send(group.HostReady())
         await host.ready
-        server = host.supervisor._fork_server
+        server = host.supervisor._agents._fork_server
         ending_of = server.ending_of
 
         async def asked(pid, timeout):

@@ -23,7 +23,9 @@ async def fails(host, kind, said):
     with pytest.raises(kind) as caught:
         host.ready.result()
     assert str(caught.value) == said
-    assert host.supervisor._fork_server is None or not psutil.pid_exists(host.supervisor._fork_server.pid)
+    assert host.supervisor._agents._fork_server is None or not psutil.pid_exists(
+        host.supervisor._agents._fork_server.pid
+    )
 
 
 @asynchronous
