@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 
 from shardserve.errors import ConfigError
-from shardserve.wire.sockets import parse_address
+from shardserve.wire.sockets import grpc_target, parse_address
 from shardserve.wire.tls import why
 
 OPTIONS = (
@@ -74,7 +74,7 @@ class SSLConfig:
 def target(address: str) -> str:
     """The address as gRPC takes it: ip:port, name:port or unix:path; ConfigError for anything else."""
     if isinstance(address, str) and address.startswith("unix:") and len(address) > len("unix:"):
-        return address
+        return grpc_target(address.removeprefix("unix:"))
     return str(parse_address(address, "address", "host:port or unix:path"))
 
 

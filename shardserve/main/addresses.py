@@ -7,7 +7,7 @@ import socket
 import stat
 
 from shardserve.errors import StartError
-from shardserve.wire.sockets import Address, listen_tcp, parse_address
+from shardserve.wire.sockets import Address, grpc_target, listen_tcp, parse_address
 
 # The kernel's sun_path has 108 bytes, the last of which is a NUL.
 LONGEST_PATH = 107
@@ -37,14 +37,14 @@ def check_free(address: str, what: str) -> str:
     try:
         is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
     except FileNotFoundError:
-        return address
+        return grpc_target(path)
     if not is_socket:
         raise StartError(f"{what} {address}: a file that isn't a socket is in the way")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            return address
+            return grpc_target(path)
         except OSError as error:
             raise StartError(f"{what} {address}: {error.strerror}") from error
     raise StartError(f"{what} {address}: the socket is in use")

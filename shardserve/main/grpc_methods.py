@@ -18,15 +18,16 @@ from shardserve.errors import InvalidInput, ShardserveError
 ERROR_CLASS = "shardserve-error"
 """The trailing metadata that names the class of errors.py, beside a gRPC status that several classes share."""
 
-MAX_DETAILS = 1000
-"""Characters of a status's text, which travels as a header: clients refuse headers of more than 8 KB, and a character
-may take 9 bytes of it."""
+MAX_DETAILS = 2000
+"""Bytes of a status's text, which travels as a header: clients refuse headers of more than 8 KB, some by chance, and a
+byte may take 3 of it."""
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ShardserveError) -> None:
     """Ends the call with the error's status; raises."""
     code = grpc.StatusCode[error.grpc_status]
-    await context.abort(code, str(error)[:MAX_DETAILS], ((ERROR_CLASS, type(error).__name__),))
+    details = str(error).encode(errors="replace")[:MAX_DETAILS].decode(errors="ignore")
+    await context.abort(code, details, ((ERROR_CLASS, type(error).__name__),))
 
 
 class CarefulServer:

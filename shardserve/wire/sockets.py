@@ -25,6 +25,8 @@ from shardserve.settings import Settings
 HOST = re.compile(r"[^\s/\[\]]+|\[[^\s/\[\]]+\]")
 
 
+MEANT_BY_URIS = re.compile("[%?#]")
+
 # A listener may be bound to them; another host that connects to them finds itself.
 EVERY_ADDRESS = ("0.0.0.0", "::")
 
@@ -45,6 +47,11 @@ def parse_address(text: str, what: str, form: str = "ip:port") -> Address:
     if not colon or not HOST.fullmatch(host) or not digits or not 0 < int(port) < 65536:
         raise ConfigError(f"{what}: {text!r} is not {form}")
     return Address(host.strip("[]"), int(port))
+
+
+def grpc_target(path: str) -> str:
+    """A Unix socket as gRPC takes it, which reads a URI: what has a meaning there is escaped."""
+    return "unix:" + MEANT_BY_URIS.sub(lambda found: f"%{ord(found[0]):02X}", path)
 
 
 def twin_name(address: Address) -> str:

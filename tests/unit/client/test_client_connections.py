@@ -1,6 +1,7 @@
 """How a client finds its server, and what it says where there is none."""
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -24,11 +25,14 @@ def test_the_server_says_localhost_too():
     serve(test)
 
 
-def test_a_unix_address(tmp_path):
+@pytest.mark.parametrize("name", ["main.sock", "50% #1?", "a%20b", "größe"])
+def test_a_unix_address(tmp_path, name):
     async def run():
-        address = f"unix:{tmp_path}/main.sock"
+        address = f"unix:{tmp_path}/{name}"
         async with Launcher() as launcher:
             await launcher.order(launch.StartGrpc, address, 100, None)
+            assert os.listdir(tmp_path) == [name]
+            assert "in use" in (await launcher.give(launch.StartGrpc, address, 100, None)).message
             async with attached(launcher, Worker()), AsyncClient(address, "echo", "predict") as client:
                 assert len(await client.infer(X)) == 1
 
