@@ -32,12 +32,14 @@ class _Inquiry:
 
 
 class WorkerInquiries:
-    """Those of one Worker that are under way. A part of an answer is put into the reply as it comes: all of them at
-    once would hold up the requests that are served meanwhile."""
+    """Those of one Worker that are under way or wait for their turn: it tells one at a time, or who asks again and
+    again would hold up its steps, and fill Main's memory. A part of an answer is put into the reply as it comes: all
+    of them at once would hold up the requests that are served meanwhile."""
 
     def __init__(self) -> None:
         self._under_way: dict[int, _Inquiry] = {}
         self._numbers = itertools.count(1)
+        self._turn = asyncio.Lock()
 
     async def ask(
         self, send: Callable[[msgspec.Struct], object], reply: pb.ServableTimeline, what: str, timeout: float
@@ -45,10 +47,17 @@ class WorkerInquiries:
         """The reply, completed by the Worker; DeadlineExceeded if that takes longer than `timeout` seconds, of which
         agents that don't answer have half."""
         number = next(self._numbers)
+        deadline = time.monotonic() + timeout
         inquiry = self._under_way[number] = _Inquiry(reply)
-        send(front.AskTimeline(number, time.monotonic() + timeout))
+
+        async def answer() -> pb.ServableTimeline:
+            async with self._turn:
+                if not inquiry.answer.done():  # The Worker may have ended.
+                    send(front.AskTimeline(number, deadline))
+                return await inquiry.answer
+
         try:
-            return await asyncio.wait_for(inquiry.answer, timeout)
+            return await asyncio.wait_for(answer(), timeout)
         except asyncio.TimeoutError:
             raise DeadlineExceeded(
                 f"waited {timeout:.3g} s for the Worker of {what} to tell what it recorded"

@@ -162,3 +162,26 @@ def test_a_worker_that_dies_meanwhile():
                     await asyncio.to_thread(timeline, address, "echo", 0, 10)
 
     asyncio.run(run())
+
+
+def test_a_worker_is_asked_one_at_a_time():
+    async def run():
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            worker = Worker(keeps_silent)
+            async with attached(launcher, worker):
+                one = asyncio.create_task(asyncio.to_thread(timeline, address, "echo", 0, 20))
+                first = await worker.next(front.AskTimeline)
+                others = [asyncio.create_task(asyncio.to_thread(timeline, address, "echo", 0, 20)) for _ in range(3)]
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(worker.frames.get(), 0.5)
+                tells(worker, first, None)
+                assert len((await one)["servables"]) == 1
+                await worker.next(front.AskTimeline)
+                assert worker.frames.empty()
+                await worker.die()  # Those that wait for their turn hear of it, too.
+                for other in others:
+                    with pytest.raises(Unavailable, match="its Worker ended while it told what it recorded"):
+                        await other
+
+    asyncio.run(run())
