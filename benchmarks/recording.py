@@ -13,7 +13,7 @@ from shardserve.agent.timeline import Timeline
 from shardserve.settings import Settings
 from shardserve.wire.messages import Generation
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Batch, Call
+from shardserve.worker.calls import Batch, Call
 from shardserve.worker.timeline import StepTimeline
 
 STEPS = 20_000

@@ -12,7 +12,7 @@ from shardserve.servable import Method, ModelStage
 from shardserve.wire.frames import Payload, split
 from shardserve.wire.messages import front
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Call
+from shardserve.worker.calls import Call
 from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.replies import MainStream, decode_inputs, errors_answered, refuse, reply
 

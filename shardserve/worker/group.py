@@ -23,7 +23,7 @@ from shardserve.wire.messages import Generation, group
 from shardserve.wire.messages.front import ReplicaState
 from shardserve.wire.segments import Parcel
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch, Ending
+from shardserve.worker.calls import Batch, Ending
 from shardserve.worker.rendezvous import Rendezvous
 from shardserve.worker.timeline import StepTimeline
 

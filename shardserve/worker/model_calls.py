@@ -9,7 +9,8 @@ from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import Model, Servable
 from shardserve.shards.config import Signature
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Array, Batching, Call
+from shardserve.worker.batching import Batching
+from shardserve.worker.calls import Array, Call
 from shardserve.worker.scheduler import Scheduler
 from shardserve.worker.sessions import Session
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from operator import attrgetter
 
-from shardserve.worker.batching import Batching, Call, Key
+from shardserve.worker.batching import Batching
+from shardserve.worker.calls import Call, Key
 
 Kind = tuple[int, int, Key]
 """A call's subgraph, unit and key: calls of one kind may share a batch."""

@@ -20,7 +20,8 @@ from shardserve.errors import (
 )
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
-from shardserve.worker.batching import Array, Batch, Batching, Call, Ending
+from shardserve.worker.batching import Batching
+from shardserve.worker.calls import Array, Batch, Call, Ending
 from shardserve.worker.group import ReplicaGroup
 from shardserve.worker.queue import CallQueue, Urgency
 from shardserve.worker.sessions import Session, Sessions

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from shardserve.errors import Aborted, Overloaded, ShardserveError, Unavailable
 from shardserve.wire.messages import Generation
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Call
+from shardserve.worker.calls import Call
 from shardserve.worker.group import ReplicaGroup
 
 NO_GENERATION = Generation(0, 0)

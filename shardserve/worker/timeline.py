@@ -15,7 +15,7 @@ from shardserve.settings import Settings
 from shardserve.wire.messages import Generation, front, group
 from shardserve.wire.messages.times import ReplicaTimes, StepNames
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch
+from shardserve.worker.calls import Batch
 
 if TYPE_CHECKING:
     from shardserve.worker.group import AgentHandle, ReplicaGroup

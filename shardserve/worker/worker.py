@@ -17,7 +17,7 @@ from shardserve.wire.messages import Generation, front, group, launch, stages
 from shardserve.wire.security import Door, Security
 from shardserve.wire.sockets import tune
 from shardserve.wire.stream import FrameStream
-from shardserve.worker.batching import Batch, Ending
+from shardserve.worker.calls import Batch, Ending
 from shardserve.worker.connections import FrontConnection, GroupConnection
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.model_calls import ModelCalls, model_batchings, program_number

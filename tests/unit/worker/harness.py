@@ -12,7 +12,8 @@ from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.frames import padded
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Batch, Batching, Call
+from shardserve.worker.batching import Batching
+from shardserve.worker.calls import Batch, Call
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.scheduler import Scheduler
 

@@ -8,7 +8,8 @@ from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.shards.expressions import Expression
 from shardserve.wire.frames import FrameError, padded
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import UNBOUNDED_BATCH, Batching, Call
+from shardserve.worker.batching import UNBOUNDED_BATCH, Batching
+from shardserve.worker.calls import Call
 from shardserve.worker.model_calls import model_batchings
 
 

@@ -6,7 +6,7 @@ import pytest
 from shardserve.errors import ConfigError, InvalidInput
 from shardserve.servable import declare_distributed, declaring
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Call
+from shardserve.worker.calls import Call
 
 from .test_batching import batching, payload, same
 

@@ -7,7 +7,7 @@ import pytest
 
 from shardserve.errors import DeadlineExceeded, Overloaded
 from shardserve.settings import Settings
-from shardserve.worker import batching
+from shardserve.worker.calls import PATIENCE
 from shardserve.worker.queue import CallQueue
 
 from .harness import Cluster, asynchronous, value
@@ -35,8 +35,8 @@ async def test_a_call_without_a_deadline_is_overtaken_but_not_for_ever(monkeypat
     cluster = Cluster(window=1, batch=1)
     cluster.submit(0)
     cluster.submit(1)
-    cluster.submit(2, deadline=in_seconds(batching.PATIENCE / 2))
-    cluster.submit(3, deadline=in_seconds(batching.PATIENCE * 2))
+    cluster.submit(2, deadline=in_seconds(PATIENCE / 2))
+    cluster.submit(3, deadline=in_seconds(PATIENCE * 2))
     sent = []
     for step in range(4):
         sent += cluster.steps()[0][1]

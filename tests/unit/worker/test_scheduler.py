@@ -11,7 +11,8 @@ from shardserve.settings import Settings
 from shardserve.shards.config import DimRange, Signature, TensorSpec
 from shardserve.wire.messages import group
 from shardserve.worker.answer import Answer
-from shardserve.worker.batching import Batching, Call
+from shardserve.worker.batching import Batching
+from shardserve.worker.calls import Call
 from shardserve.worker.scheduler import Scheduler
 
 from .harness import Cluster, asynchronous, quick, value
