@@ -15,7 +15,7 @@ from shardserve.export import export, verify
 from shardserve.export.layouts.balance import balance
 from shardserve.export.tracing.trace import Trace, trace
 
-from .conftest import transformer
+from ..conftest import transformer
 
 
 def traced(model: nn.Module, *args: Tensor) -> Trace:

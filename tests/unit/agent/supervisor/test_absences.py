@@ -14,7 +14,7 @@ from shardserve.agent.supervisor.slots import AgentSlot
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
 
-from .scripted import asynchronous
+from ..scripted import asynchronous
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

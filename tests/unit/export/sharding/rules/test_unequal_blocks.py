@@ -18,7 +18,7 @@ from shardserve.export import Plan, export, verify, without_storage
 from shardserve.export.sharding.placements import Shard, parse_placement
 from shardserve.shards.config import ShardConfig
 
-from ..conftest import alter_weight
+from ...conftest import alter_weight
 
 BLOCKS = "Shard(0, blocks=(16, 8, 8))"
 PLAN = {"qkv.*": BLOCKS, "o.weight": "Shard(1)"}

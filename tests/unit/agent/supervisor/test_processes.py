@@ -15,8 +15,8 @@ from shardserve.agent.supervisor.processes import ENVIRONMENT, ForkServer
 from shardserve.errors import StartError
 from shardserve.wire.process import SPARE
 
-from .scripted import no_descriptors_left
-from .shards import write_shards
+from ..scripted import no_descriptors_left
+from ..shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

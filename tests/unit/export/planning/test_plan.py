@@ -13,7 +13,7 @@ from shardserve.errors import ExportError
 from shardserve.export import Plan, export
 from shardserve.export.sharding.placements import Replicate, Shard, parse_placement
 
-from .conftest import PLAN, example_module, transformer
+from ..conftest import PLAN, example_module, transformer
 
 SHAPES = {"a.weight": (8, 6), "a.bias": (8,), "b.weight": (6, 8)}
 

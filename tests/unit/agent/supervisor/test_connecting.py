@@ -7,7 +7,7 @@ from shardserve.agent.supervisor.connecting import Connector
 from shardserve.settings import Settings
 from shardserve.wire.sockets import Address
 
-from .scripted import HOST, asynchronous
+from ..scripted import HOST, asynchronous
 
 
 @asynchronous

@@ -11,8 +11,8 @@ import pytest
 from shardserve.errors import ConfigError, JoinRefused, ShardError, StartError
 from shardserve.wire.messages import group
 
-from .scripted import HOST, Host, ScriptedWorker, asynchronous
-from .shards import write_shards
+from ..scripted import HOST, Host, ScriptedWorker, asynchronous
+from ..shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
