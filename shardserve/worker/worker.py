@@ -67,6 +67,7 @@ class Worker:
             settings,
             self.group_changed,
             self._stages_failed,
+            first_start=not serve.was_ready,
         )
         self._was_ready = serve.was_ready
         self._state, self._reason = self._derived_state()

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class StagePool:
     """`start` gives it its processes, whose first message is `load`. changed: called when it became ready. failed:
     called once with the reason, when a first start has failed, or too many later ones and no process is left: nothing
-    will be answered then."""
+    will be answered then. first_start: false where a former Worker's processes have loaded the servable before."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class StagePool:
         settings: Settings,
         changed: Callable[[], None],
         failed: Callable[[str], None],
+        first_start: bool = True,
     ) -> None:
         self._servable = servable
         self._load = load
@@ -56,6 +57,7 @@ class StagePool:
         self._queue: OrderedDict[StageCall, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._was_ready = False
+        self._first_start = first_start
         self._closed = ""
 
     @property
@@ -146,6 +148,7 @@ class StagePool:
     def loaded(self, host: StageHost) -> None:
         if not self._was_ready and all(other.state != "loading" for other in self._hosts):
             self._was_ready = True
+            self._first_start = False
             self._changed()
         self._pump()
 
@@ -156,7 +159,7 @@ class StagePool:
     def _start_failed(self, reason: str) -> None:
         # Those that have loaded go on: what others lack (a process, memory, a file) may come back.
         living = any(host.state != "loading" for host in self._hosts)
-        if not self._was_ready or not (self._restarts.spend() or living):
+        if self._first_start or not (self._restarts.spend() or living):
             self.close(f"Python stages can't run: {reason}")
             self._failed(self._closed)
             return

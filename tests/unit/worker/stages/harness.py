@@ -160,7 +160,7 @@ def no_descriptors():
 
 
 class Setting:
-    def __init__(self, directory, size=1, source=SERVABLE, **settings):
+    def __init__(self, directory, size=1, source=SERVABLE, first_start=True, **settings):
         (directory / "net").mkdir()
         (directory / "net" / "servable_config.py").write_text(source)
         self.servable = load_servable(str(directory), "net")
@@ -175,6 +175,7 @@ class Setting:
             settings,
             lambda: self.said.put_nowait("ready"),
             lambda reason: self.said.put_nowait(reason),
+            first_start,
         )
 
     async def __aenter__(self):

@@ -170,6 +170,20 @@ async def test_a_process_that_can_not_be_started_any_more(tmp_path):
                 await waiting
 
 
+@pytest.mark.parametrize("again", [True, False])
+@asynchronous
+async def test_a_process_that_dies_while_it_loads_is_tried_again_where_others_have_loaded_before(tmp_path, again):
+    async with Setting(tmp_path, first_start=not again) as s:
+        [pid] = s.pool.pids
+        os.kill(pid, signal.SIGKILL)
+        if again:
+            assert await s.said.get() == "ready"
+            assert (await s.run("one", 1))[0].tolist() == [2]
+        else:
+            dead = f"Python stages can't run: the process of Python stages (pid {pid}) ended with code -9"
+            assert await s.said.get() == dead
+
+
 @asynchronous
 async def test_while_a_process_lives_those_that_can_not_be_started_are_tried_again(tmp_path):
     async with Setting(tmp_path, size=2, max_restarts=1) as s:
