@@ -98,7 +98,6 @@ class Agent:
         self._listeners = self._listen()
         self._incarnation = 0
         self._registered = False
-        self._dropped = 0
         self._timeline = Timeline(settings.timeline_steps)
 
     def _listen(self) -> Sequence[socket.socket]:
@@ -225,12 +224,11 @@ class Agent:
         received: float,
     ) -> None:
         if membership is None or membership.lifetime.generation != step.generation or membership.lifetime.ended:
-            self._dropped += 1
             return
         try:
             membership.run(step, payload, received)
         except GenerationEnded:
-            self._dropped += 1
+            return
         except BROKEN as error:
             logger.warning("rank %d: step %d: %s", self._request.rank, step.step, error)
             # Nothing more is run in a broken generation: its steps are no longer the same everywhere.

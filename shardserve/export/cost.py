@@ -51,9 +51,9 @@ class Hardware:
     link_seconds: float
     link_bytes_per_second: float
 
-    def compute_seconds(self, flops: float, nbytes: float, operators: int = 1) -> float:
-        """`operators` calls that make these FLOPs and move these bytes."""
-        return operators * self.operator_seconds + max(flops / self.flops_per_second, nbytes / self.bytes_per_second)
+    def compute_seconds(self, flops: float, nbytes: float) -> float:
+        """An operator that makes these FLOPs and moves these bytes."""
+        return self.operator_seconds + max(flops / self.flops_per_second, nbytes / self.bytes_per_second)
 
     def collective_time(self, kind: str, nbytes: float, ranks: int) -> float:
         """A collective that each of `ranks` gives `nbytes`."""

@@ -26,8 +26,8 @@ Order: TypeAlias = launch.Attach | launch.Detach | launch.StartGrpc | launch.Sta
 class Main:
     """Obeys the launcher until it says stop or its connection ends, which ends the process at once."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self._settings = settings or Settings.from_environment()
+    def __init__(self) -> None:
+        self._settings = Settings.from_environment()
         self._router = Router(self._settings)
         self._fronts: list[GrpcFront | RestFront] = []
         self._stream: FrameStream[launch.ToMain] = FrameStream(launch.ToMain, self._on_order, self._on_lost)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from shardserve.wire.frames import MAX_PAYLOAD, Buffer, FrameError, FrameReader, NoMemory, Payload, control, encode
+from shardserve.wire.frames import Buffer, FrameError, FrameReader, NoMemory, Payload, control, encode
 from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
 from shardserve.wire.segments import Parcel
 from shardserve.wire.shared import SharedPath
@@ -41,7 +41,6 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         union: Any,
         on_frame: Callable[[M, Payload], None],
         on_lost: Callable[[Exception | None], None],
-        max_payload: int = MAX_PAYLOAD,
         on_made: Callable[[socket.socket], bool] | None = None,
         door: Door | None = None,
         on_admitted: Callable[[], None] | None = None,
@@ -50,7 +49,6 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_no_memory: Callable[[M, NoMemory], None] | None = None,
     ) -> None:
         self._union = union
-        self._max_payload = max_payload
         # Made when the other side is admitted: one that isn't must not cost us memory.
         self._reader: FrameReader[M] | None = None
         self._door = door
@@ -101,7 +99,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
             self._raw = bytearray(RECEIVE if self._tls is not None else 0)
         if self._share and self._tls is None and self.peer_socket.family == socket.AF_UNIX:
             self._shared = SharedPath(self._send_control, self._relay)
-        self._reader = FrameReader(self._union, self._max_payload, shared=self._shared)
+        self._reader = FrameReader(self._union, shared=self._shared)
         if self._on_admitted is not None:
             self._on_admitted()
 

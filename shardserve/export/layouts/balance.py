@@ -55,22 +55,22 @@ class _Piece:
         return self.module.count(".")
 
 
-def balance(traced: Trace, count: int, hardware: cost.Hardware = cost.CPU) -> tuple[str, ...]:
+def balance(traced: Trace, count: int) -> tuple[str, ...]:
     """The modules at which to cut into `count` stages. ExportError if there are too few places for a cut."""
-    pieces, refused = _Pieces(traced, hardware).found()
+    pieces, refused = _Pieces(traced).found()
     if len(pieces) < count:
         reasons = f" ({refused[0]})" if refused else ""
         places = f"{len(pieces) - 1 or 'no'} module{'s' * (len(pieces) != 2)} to cut at{reasons}"
         raise ExportError(f"the model has {places}; {count} stages need {count - 1}: take at most {len(pieces)}")
-    chosen = _partition(pieces, count, hardware)
+    chosen = _partition(pieces, count)
     return tuple(pieces[index].module for index in chosen)
 
 
 class _Pieces:
     """Reads the traced graph: what depends on the inputs' values, in order, and what is alive between."""
 
-    def __init__(self, traced: Trace, hardware: cost.Hardware) -> None:
-        self.traced, self.hardware = traced, hardware
+    def __init__(self, traced: Trace) -> None:
+        self.traced = traced
         self.sizes = cost.Sizes.example(traced)
         self.changing = changing(traced)
         self.from_data = dict.fromkeys((*(node for _, node in traced.inputs), *self.changing), True)
@@ -159,7 +159,7 @@ class _Pieces:
     def _seconds(self, node: fx.Node, without: Mapping[fx.Node, str]) -> float:
         operation = cost.traced_operation(node, without)
         nbytes = self.sizes(operation.bytes)
-        return self.hardware.compute_seconds(self.sizes(operation.flops), nbytes) if nbytes else 0.0
+        return cost.CPU.compute_seconds(self.sizes(operation.flops), nbytes) if nbytes else 0.0
 
     def _closure(self, node: fx.Node) -> dict[Any, float]:
         """What a value that doesn't depend on the inputs' values is made of: what it takes, and its seconds."""
@@ -170,7 +170,7 @@ class _Pieces:
                 whole = self.traced.tensors[tensor]
                 key = cost.storage(whole)
                 self._bytes_of[key] = whole.nbytes
-                found[key] = whole.nbytes / self.hardware.bytes_per_second
+                found[key] = whole.nbytes / cost.CPU.bytes_per_second
             elif node.op == "call_function" and _has_tensors(node):
                 for source in node.all_input_nodes:
                     if not self.from_data.get(source):
@@ -203,11 +203,11 @@ def _live(pending: list[Any]) -> set[fx.Node]:
     return live
 
 
-def _loads(pieces: Sequence[_Piece], hardware: cost.Hardware) -> npt.NDArray[np.float64]:
+def _loads(pieces: Sequence[_Piece]) -> npt.NDArray[np.float64]:
     """[i, j]: of the stage of pieces i to j, j not included; infinite where j isn't after i."""
     loads = np.full((len(pieces), len(pieces) + 1), np.inf)
     # The fixed time of a transfer is that of any cut, and passes beside the computation.
-    sent = np.array([*(piece.sent for piece in pieces[1:]), 0]) / hardware.link_bytes_per_second
+    sent = np.array([*(piece.sent for piece in pieces[1:]), 0]) / cost.CPU.link_bytes_per_second
     for begin in range(len(pieces)):
         needed: set[Any] = set()
         added: list[float] = []
@@ -232,13 +232,13 @@ def _held(pieces: Sequence[_Piece]) -> npt.NDArray[np.int64]:
     return held
 
 
-def _partition(pieces: Sequence[_Piece], count: int, hardware: cost.Hardware) -> list[int]:
+def _partition(pieces: Sequence[_Piece], count: int) -> list[int]:
     """The pieces that begin the stages after the first.
 
     Of partitions with larger and larger loads, as `LOOSER` has them, that of the smallest product of this and the
     square of the weights' bytes in all stages: who cuts a model into stages wants less of it in each.
     """
-    loads, held = _loads(pieces, hardware), _held(pieces)
+    loads, held = _loads(pieces), _held(pieces)
     whole = int(held[0, -1])
     best: tuple[float, list[int]] | None = None
     for slack in LOOSER:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shardserve.amounts import of_bytes, of_seconds
 from shardserve.errors import ExportError
-from shardserve.export.cost import CPU, Hardware, Sizes, nbytes, parameter_bytes
+from shardserve.export.cost import Sizes, nbytes, parameter_bytes
 from shardserve.export.layouts.layout import Layout, Planner
 from shardserve.export.sharding.state import fill_value
 
@@ -74,7 +74,7 @@ class Wanted:
             raise ExportError("memory_per_device needs ranks, to choose among their layouts")
 
 
-def choose(planner: Planner, wanted: Wanted, hardware: Hardware = CPU) -> tuple[int, int, tuple[Candidate, ...]]:
+def choose(planner: Planner, wanted: Wanted) -> tuple[int, int, tuple[Candidate, ...]]:
     """Tensor-parallel ranks, pipeline stages, and what they were chosen among, the best first.
 
     ExportError, with the smallest memory that would do, if none fits.
@@ -83,13 +83,13 @@ def choose(planner: Planner, wanted: Wanted, hardware: Hardware = CPU) -> tuple[
         assert wanted.tensor_parallel is not None
         assert wanted.pipeline_parallel is not None
         return wanted.tensor_parallel, wanted.pipeline_parallel, ()
-    found = candidates(planner, wanted, hardware)
+    found = candidates(planner, wanted)
     if not found or found[0].refused:
         raise ExportError(_nothing(found, wanted.ranks, wanted.memory_per_device))
     return found[0].tensor_parallel, found[0].pipeline_parallel, tuple(found)
 
 
-def candidates(planner: Planner, wanted: Wanted, hardware: Hardware = CPU) -> list[Candidate]:
+def candidates(planner: Planner, wanted: Wanted) -> list[Candidate]:
     """Every layout of at most `wanted.ranks` ranks, the best first and the refused last.
 
     Numbers of ranks and of stages are the powers of two and the divisors of `wanted.ranks`.
@@ -103,7 +103,7 @@ def candidates(planner: Planner, wanted: Wanted, hardware: Hardware = CPU) -> li
         except ExportError as error:
             found.append(Candidate(tp, pp, refused=str(error)))
             continue
-        found.append(_candidate(list(layouts.values()), wanted.memory_per_device, hardware))
+        found.append(_candidate(list(layouts.values()), wanted.memory_per_device))
     return ranked(found)
 
 
@@ -139,7 +139,7 @@ def _pairs(wanted: Wanted) -> Iterator[tuple[int, int]]:
                 yield tp, pp
 
 
-def _candidate(layouts: Sequence[Layout], memory: int | None, hardware: Hardware) -> Candidate:
+def _candidate(layouts: Sequence[Layout], memory: int | None) -> Candidate:
     """Of all subgraphs: they share parameters, and take their steps in turn."""
     first = layouts[0]
     held = [_held(layouts, stage) for stage in range(first.pipeline_parallel)]
@@ -152,8 +152,8 @@ def _candidate(layouts: Sequence[Layout], memory: int | None, hardware: Hardware
         refused = f"{f'stage {stage}' if len(held) > 1 else 'it'} takes {of_bytes(needed)}"
     elif first.tensor_parallel > 1 and all(layout.planned.only_replicated for layout in layouts):
         refused = "the plan shards no parameter"
-    seconds = sum(layout.latency(Sizes.example(layout.traced), hardware) for layout in layouts)
-    interval = sum(layout.interval(Sizes.example(layout.traced), hardware) for layout in layouts)
+    seconds = sum(layout.latency(Sizes.example(layout.traced)) for layout in layouts)
+    interval = sum(layout.interval(Sizes.example(layout.traced)) for layout in layouts)
     return Candidate(
         first.tensor_parallel, first.pipeline_parallel, held[stage], activations[stage], seconds, interval, refused
     )

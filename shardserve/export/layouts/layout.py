@@ -10,7 +10,7 @@ from torch import nn
 
 from shardserve.errors import ExportError
 from shardserve.export import cost, planning
-from shardserve.export.cost import CPU, Hardware, RankCost, Sizes
+from shardserve.export.cost import RankCost, Sizes
 from shardserve.export.layouts import balance
 from shardserve.export.planning.plan import Plan
 from shardserve.export.sharding import cut
@@ -86,13 +86,13 @@ class Layout:
             for ranks in self.stages
         ]
 
-    def latency(self, sizes: Sizes, hardware: Hardware = CPU) -> float:
+    def latency(self, sizes: Sizes) -> float:
         """Seconds of a step by the cost model, alone in the pipeline."""
-        return cost.latency(self.costs, self.tensor_parallel, sizes, hardware)
+        return cost.latency(self.costs, self.tensor_parallel, sizes)
 
-    def interval(self, sizes: Sizes, hardware: Hardware = CPU) -> float:
+    def interval(self, sizes: Sizes) -> float:
         """Seconds between two steps of a full pipeline."""
-        return cost.interval(self.costs, self.tensor_parallel, sizes, hardware)
+        return cost.interval(self.costs, self.tensor_parallel, sizes)
 
 
 class Planner:
