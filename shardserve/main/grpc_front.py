@@ -15,7 +15,7 @@ from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, Shar
 from shardserve.main import addresses, status, timeline, tls
 from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
 from shardserve.main.health import Health
-from shardserve.main.router import Decoded, Router, check_count, infer
+from shardserve.main.router import MAX_STRINGS, Decoded, Router, check_count, infer, too_many_strings
 from shardserve.main.servable import Result
 from shardserve.wire import proto
 from shardserve.wire.messages.launch import StartGrpc
@@ -157,13 +157,17 @@ class GrpcFront:
 
 
 def _is_large(request: pb.PredictRequest, most: int) -> bool:
-    """Whether what is decoded of it is more than MANY_STRINGS."""
+    """Whether what is decoded of it is more than MANY_STRINGS; MessageTooLarge if it isn't to be decoded at all."""
     strings = 0
     for instance in request.instances:
         items = instance.items
         if len(items) <= most:
             strings += STRINGS_OF_TENSOR * len(items)
-            strings += sum(len(tensor.bytes_val) for tensor in items.values())
+            for tensor in items.values():
+                count = len(tensor.bytes_val)
+                if count > MAX_STRINGS:
+                    raise too_many_strings(count)
+                strings += count
         if strings > MANY_STRINGS:
             return True
     return False

@@ -14,6 +14,7 @@ import sys
 from shardserve.errors import InternalError, ShardserveError, from_wire
 from shardserve.log import configure_logging
 from shardserve.main import rest_codec
+from shardserve.main.router import check_strings
 from shardserve.main.servable import Result
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import Buffer, Payload, split
@@ -46,7 +47,9 @@ def _answer(message: bodies.ToProcess, payload: Payload) -> tuple[Message, list[
     body = b"".join(map(bytes, split(payload, message.pieces)))
     instances: list[front.Instance | front.InstanceError] = []
     buffers: list[Buffer] = []
-    for instance in rest_codec.decode_request(body, message.dtypes, message.max_instances):
+    decoded = rest_codec.decode_request(body, message.dtypes, message.max_instances)
+    check_strings(decoded)  # Main would, but what describes them has to get there.
+    for instance in decoded:
         if isinstance(instance, ShardserveError):
             instances.append(front.InstanceError(type(instance).__name__, str(instance)))
         else:

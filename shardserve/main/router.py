@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shardserve.errors import (
     InvalidInput,
@@ -24,10 +24,30 @@ Decoded = tuple[front.Instance, list[Buffer]] | ShardserveError
 """One instance of a request as a front end read it, or what is wrong with it."""
 
 
+MAX_STRINGS = 1 << 20
+"""Of one request, str and bytes: the event loops that they pass take a microsecond for each, whatever it holds."""
+
+
 def check_count(instances: int, limit: int) -> None:
     """Before they are decoded, which takes its time. MessageTooLarge for more than `limit` (max_instances)."""
     if instances > limit:
         raise MessageTooLarge(f"a request has at most {limit} instances (max_instances), got {instances}")
+
+
+def check_strings(instances: Iterable[Decoded]) -> None:
+    """MessageTooLarge for more than MAX_STRINGS."""
+    strings = 0
+    for instance in instances:
+        if not isinstance(instance, ShardserveError):
+            for meta in instance[0].values():
+                if meta.lengths:
+                    strings += len(meta.lengths)
+    if strings > MAX_STRINGS:
+        raise too_many_strings(strings)
+
+
+def too_many_strings(strings: int) -> MessageTooLarge:
+    return MessageTooLarge(f"a request has at most {MAX_STRINGS} elements of type str or bytes, got {strings}")
 
 
 class Intake:
@@ -165,9 +185,11 @@ async def infer(
     """One result per instance: bad ones get their error in their place, the others run.
 
     InvalidInput if there is no instance; one that is bad never fails the request, even if all of them are.
+    MessageTooLarge for too many strings.
     """
     if not instances:
         raise InvalidInput("a request has at least one instance, got none")
+    check_strings(instances)
     wanted = set(info.inputs)
     good: list[front.Instance] = []
     buffers: list[Buffer] = []

@@ -10,7 +10,8 @@ from limits import memory_left, no_descriptors_left
 from main_harness import X, announce, echo, keep, predict
 
 from shardserve.client import AsyncClient, status
-from shardserve.errors import Aborted, DeadlineExceeded, Overloaded
+from shardserve.errors import Aborted, DeadlineExceeded, MessageTooLarge, Overloaded
+from shardserve.main.router import MAX_STRINGS
 from shardserve.wire.messages import TensorMeta, front
 
 
@@ -57,6 +58,18 @@ def test_calls_over_the_bound_are_told_so_however_many_there_are(monkeypatch):
             worker.send(front.Reply(message.request, [front.InstanceOutputs(message.instances[0])]), [bytes(64)])
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(outcome, list) for outcome in outcomes) == 2
+
+    predict(test)
+
+
+def test_strings_of_a_request_are_bounded():
+    async def test(launcher, worker, client, address):
+        much, half = ({"x": np.array([b""] * count, object)} for count in (MAX_STRINGS + 1, MAX_STRINGS // 2))
+        for request in (much, [half, half, {"x": b""}]):
+            with pytest.raises(MessageTooLarge, match=f"at most {MAX_STRINGS} elements of .*, got {MAX_STRINGS + 1}$"):
+                await client.infer(request)
+        one, other = await client.infer([half, half])
+        assert len(one["x"]) == len(other["x"]) == MAX_STRINGS // 2
 
     predict(test)
 

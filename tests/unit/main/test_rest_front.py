@@ -5,6 +5,7 @@ import httpx
 import numpy as np
 from main_harness import Launcher, Worker, announce, attached, keep
 
+from shardserve.main.router import MAX_STRINGS
 from shardserve.wire.messages import front
 
 METHODS = {
@@ -154,6 +155,16 @@ def test_a_body_over_the_limit():
         assert (await http.post("/model/echo:predict", json={"instances": {"x": 1}})).status_code == 200
 
     rest(test, max_mb=1)
+
+
+def test_a_body_of_too_many_strings():
+    async def test(launcher, worker, http):
+        strings = ",".join(['""'] * (MAX_STRINGS + 1))
+        reply = await http.post("/model/echo:predict", content=f'{{"instances": {{"x": [{strings}]}}}}')
+        assert reply.status_code == 413
+        assert f"at most {MAX_STRINGS} elements of type str or bytes" in reply.json()["error_msg"]
+
+    rest(test)
 
 
 def test_a_deadline_and_a_client_that_leaves():
