@@ -6,6 +6,7 @@ with Client("localhost:5500", "matmul", "predict") as client:
     print(client.infer({"x": np.ones((128, 96), np.float32)}))
 """
 
+import shardserve.client.quiet  # noqa: F401 -- before anything else imports grpc
 from shardserve.client.aio import AsyncClient
 from shardserve.client.channel import SSLConfig
 from shardserve.client.status import status

@@ -49,6 +49,36 @@ def test_nobody_there_is_an_error_soon():
     assert time.monotonic() - started < 5
 
 
+SCRIPT = """
+import os, socket, sys, threading
+from shardserve.client import Client, SSLConfig
+
+def answer():
+    connection, _ = listener.accept()
+    connection.recv(1)
+    connection.sendall(b"no TLS here")
+    connection.close()
+
+listener = socket.create_server(("127.0.0.1", 0))
+threading.Thread(target=answer, daemon=True).start()
+with Client(f"127.0.0.1:{listener.getsockname()[1]}", "echo", "predict", ssl_config=SSLConfig()) as client:
+    assert "the server speaks no TLS" in client.infer({"x": 1}, timeout=10)["error"]
+assert os.environ.get("GRPC_VERBOSITY") == (sys.argv[1] if sys.argv[1:] else None)
+"""
+
+
+@pytest.mark.parametrize("level", [[], ["INFO"]])
+def test_nothing_is_printed_of_a_handshake_that_fails_unless_grpc_is_told_to(level):
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    environment.update(zip(["GRPC_VERBOSITY"], level, strict=False))
+    command = [sys.executable, "-c", SCRIPT, *level]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert ("andshake failed" in done.stderr) == bool(level)
+    assert bool(done.stderr) == bool(level)
+
+
 def test_somebody_there_who_says_nothing_is_an_error_within_the_timeout():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
