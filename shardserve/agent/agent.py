@@ -195,16 +195,16 @@ class Agent:
     def _form(self, connection: Connection, form: group.Form, lifetime: Lifetime) -> Membership | None:
         try:
             membership = Membership(
-                form,
-                lifetime,
-                self._programs,
-                self._request,
-                connection,
-                self._listeners,
-                self._shared_memory,
-                self._settings,
-                self._security,
-                self._timeline,
+                form=form,
+                lifetime=lifetime,
+                programs=self._programs,
+                request=self._request,
+                connection=connection,
+                listeners=self._listeners,
+                shared_memory=self._shared_memory,
+                settings=self._settings,
+                security=self._security,
+                timeline=self._timeline,
             )
         except GenerationEnded:
             return None

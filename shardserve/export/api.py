@@ -82,7 +82,20 @@ def export(
     whole = Subgraph(args, kwargs or {}, dynamic_shapes, input_names, output_names)
     wanted = Wanted(tensor_parallel, pipeline_parallel, ranks, memory_per_device)
     folders = {name: Path(out)} if out is not None else None
-    found = _export(model, name, {name: whole}, folders, wanted, plan, weights, program, cuts, strict, progress, inputs)
+    found = _export(
+        model,
+        name,
+        {name: whole},
+        folders,
+        wanted,
+        plan=plan,
+        weights=weights,
+        program=program,
+        cuts=cuts,
+        strict=strict,
+        progress=progress,
+        inputs=inputs,
+    )
     return found[name]
 
 
@@ -114,7 +127,9 @@ def export_subgraphs(
             raise ExportError(f"subgraph '{subgraph}' must be letters, digits, '_', '-' and '.', to name a folder")
     folders = {subgraph: Path(out) / subgraph for subgraph in subgraphs} if out is not None else None
     wanted = Wanted(tensor_parallel, pipeline_parallel, ranks, memory_per_device)
-    return _export(model, name, subgraphs, folders, wanted, plan, weights, None, cuts, strict, progress)
+    return _export(
+        model, name, subgraphs, folders, wanted, plan=plan, weights=weights, cuts=cuts, strict=strict, progress=progress
+    )
 
 
 def _export(
@@ -123,15 +138,16 @@ def _export(
     subgraphs: Mapping[str, Subgraph],
     folders: Mapping[str, Path] | None,
     wanted: Wanted,
+    *,
     plan: Plan | None,
     weights: Weights | Checkpoint | None,
-    program: ExportedProgram | None,
     cuts: Sequence[str],
     strict: bool,
     progress: Progress,
+    program: ExportedProgram | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Report]:
-    """folders: None to write nothing; inputs: of each subgraph. The rest is as for `export_subgraphs`."""
+    """folders: where each subgraph is written; None to write nothing. The rest is as for `export`."""
     started = time.perf_counter()
     if not FILE_NAME.match(name):
         raise ExportError(f"name '{name}' must be letters, digits, '_', '-' and '.', to name a file")
@@ -155,16 +171,7 @@ def _export(
         layouts = planner.lay_out(size, count)
         if strict and size > 1 and all(layout.planned.only_replicated for layout in layouts.values()):
             raise ExportError(f"the plan shards no parameter: {size} ranks would compute the same")
-        signatures = {subgraph: _signature(layout.traced, layout.graphs[0]) for subgraph, layout in layouts.items()}
-        if inputs is not None:
-            for signature in signatures.values():
-                bind(signature, inputs)
-        state_id = uuid.uuid4().hex
-        shards = {
-            subgraph: assemble(name, layout.traced, layout.graphs, signatures[subgraph], count, state_id)
-            for subgraph, layout in layouts.items()
-        }
-        shards = with_all_weights(shards)
+        shards = _assembled(name, layouts, count, inputs)
         if folders is not None:
             try:
                 _write(folders, name, shards, traces, progress)
@@ -172,27 +179,44 @@ def _export(
                 raise ExportError(f"the shards can't be written: {error}") from error
         return {
             subgraph: Report(
-                name,
-                None if folders is None else folders[subgraph],
-                shards[subgraph][0][0].config.export_id,
-                size * count,
-                count,
-                shards[subgraph][0][0].config.signature,
-                layout.cuts,
-                stage_reports(layout, shards[subgraph]),
-                dict(layout.graphs[0].gathered),
-                (*filled.warnings, *_warnings(layout)),
-                trace_seconds,
-                time.perf_counter() - started,
-                layout.planned.plan,
-                layout.planned.replicated,
-                layout.latency(Sizes.example(layout.traced)),
-                layout.interval(Sizes.example(layout.traced)),
-                compared,
-                layout.traced.fixed,
+                name=name,
+                out=None if folders is None else folders[subgraph],
+                export_id=shards[subgraph][0][0].config.export_id,
+                rank_size=size * count,
+                stage_size=count,
+                signature=shards[subgraph][0][0].config.signature,
+                cuts=layout.cuts,
+                stages=stage_reports(layout, shards[subgraph]),
+                gathered=dict(layout.graphs[0].gathered),
+                warnings=(*filled.warnings, *_warnings(layout)),
+                trace_seconds=trace_seconds,
+                seconds=time.perf_counter() - started,
+                plan=layout.planned.plan,
+                replicated=layout.planned.replicated,
+                latency=layout.latency(Sizes.example(layout.traced)),
+                interval=layout.interval(Sizes.example(layout.traced)),
+                compared=compared,
+                fixed=layout.traced.fixed,
             )
             for subgraph, layout in layouts.items()
         }
+
+
+def _assembled(
+    name: str, layouts: Mapping[str, Layout], stages: int, inputs: Mapping[str, Tensor] | None
+) -> dict[str, list[list[RankShard]]]:
+    """The shards of each subgraph, as `assemble` gives them. InvalidInput if `inputs` don't fit one of them."""
+    signatures = {subgraph: _signature(layout.traced, layout.graphs[0]) for subgraph, layout in layouts.items()}
+    if inputs is not None:
+        for signature in signatures.values():
+            bind(signature, inputs)
+    state_id = uuid.uuid4().hex
+    return with_all_weights(
+        {
+            subgraph: assemble(name, layout.traced, layout.graphs, signatures[subgraph], stages, state_id)
+            for subgraph, layout in layouts.items()
+        }
+    )
 
 
 def _traced(

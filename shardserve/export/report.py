@@ -87,13 +87,13 @@ def stage_reports(layout: Layout, shards: Sequence[Sequence[RankShard]]) -> tupl
         )
         reports.append(
             StageReport(
-                ranks[0].collectives,
-                tuple(example(nbytes) for _, nbytes in costs[0].collectives),
-                ranks[0].config.sends,
-                tuple(example(nbytes) for nbytes in costs[0].sends.values()),
-                ranked,
-                _replicated(layout, parts[0]),
-                ranks[0].config.state,
+                collectives=ranks[0].collectives,
+                collective_bytes=tuple(example(nbytes) for _, nbytes in costs[0].collectives),
+                sends=ranks[0].config.sends,
+                send_bytes=tuple(example(nbytes) for nbytes in costs[0].sends.values()),
+                ranks=ranked,
+                replicated=_replicated(layout, parts[0]),
+                state=ranks[0].config.state,
             )
         )
     return tuple(reports)

@@ -193,19 +193,19 @@ def _rank(directory: Path, dims: Mapping[str, int]) -> RankSummary:
     try:
         issued = [node for node in graph.nodes if node.op.startswith("collective.")]
         return RankSummary(
-            directory,
-            config,
-            graph.parameters,
-            len(graph.nodes) - len(issued),
-            tuple(
+            directory=directory,
+            config=config,
+            parameters=graph.parameters,
+            operators=len(graph.nodes) - len(issued),
+            collectives=tuple(
                 Collective(node.op.partition(".")[2], tensor_bytes(node.shape or (), node.dtype or "", dims))
                 for node in issued
             ),
-            tuple(
+            sends=tuple(
                 Sent(spec, tensor_bytes(spec.shape, spec.dtype, dims), origin)
                 for spec, origin in zip(config.sends, config.origins or [None] * len(config.sends), strict=True)
             ),
-            None if config.flops is None else evaluate(config.flops, dims),
+            flops=None if config.flops is None else evaluate(config.flops, dims),
         )
     except (ShardError, ExpressionError) as error:
         raise ShardError(f"{file}: {error}") from error

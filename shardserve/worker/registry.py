@@ -127,14 +127,14 @@ class Registry:
         entries = [self._table.entries[rank] for rank in ranks]
         host.stream.send(
             group.Enlisted(
-                ranks,
-                tuple(entry.device for entry in entries),
-                message.agent_ip or entries[0].host,
-                self._model.rank_size,
-                self._model.stage_size,
-                self._servable.name,
-                self._version,
-                self._model_files,
+                ranks=ranks,
+                devices=tuple(entry.device for entry in entries),
+                host=message.agent_ip or entries[0].host,
+                rank_size=self._model.rank_size,
+                stage_size=self._model.stage_size,
+                servable=self._servable.name,
+                version=self._version,
+                model_files=self._model_files,
             )
         )
         for rank in ranks:

@@ -111,16 +111,16 @@ class AgentInquiries:
         offset, error = inquiry.clocks.pop(agent, (0.0, 0.0))
         inquiry.stream.send(
             front.RankTimeline(
-                inquiry.request,
-                replica.replica,
-                agent.rank,
-                agent.stage,
-                agent.host,
-                agent.device,
-                agent.pid,
-                offset,
-                error,
-                message.times,
+                request=inquiry.request,
+                replica=replica.replica,
+                rank=agent.rank,
+                stage=agent.stage,
+                host=agent.host,
+                device=agent.device,
+                pid=agent.pid,
+                offset=offset,
+                error=error,
+                times=message.times,
             )
         )
         self._end_if_complete(message.request, inquiry)

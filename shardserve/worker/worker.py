@@ -59,14 +59,14 @@ class Worker:
         self._signatures: Sequence[Signature] = ()
         self._model_calls = ModelCalls(self._servable, self._scheduler)
         self._python_stages = StagePool(
-            self._servable,
-            stages.Load(serve.servable_directory, serve.servable_name, serve.version),
+            servable=self._servable,
+            load=stages.Load(serve.servable_directory, serve.servable_name, serve.version),
             # Each replica's holder of a stateful servable may be in one at a time.
-            max(1, serve.num_parallel_workers, len(self._groups) if model.stateful else 0),
-            self._model_calls,
-            settings,
-            self.group_changed,
-            self._stages_failed,
+            size=max(1, serve.num_parallel_workers, len(self._groups) if model.stateful else 0),
+            models=self._model_calls,
+            settings=settings,
+            changed=self.group_changed,
+            failed=self._stages_failed,
             first_start=not serve.was_ready,
         )
         self._was_ready = serve.was_ready
@@ -349,5 +349,11 @@ class Worker:
         if missing and not reason:
             reason = f"waits for {agents_waited_for(size, missing)}"
         return front.ReplicaStatus(
-            replica.replica, replica.generation, replica.state, replica.endings, tuple(ranks), replica.dropped, reason
+            replica=replica.replica,
+            generation=replica.generation,
+            state=replica.state,
+            restarts=replica.endings,
+            ranks=tuple(ranks),
+            dropped=replica.dropped,
+            reason=reason,
         )

@@ -38,13 +38,13 @@ class Connector:
 
         def work() -> None:
             connected = connect_within(
-                self._address,
-                seconds,
-                self._settings.connect_retry_interval,
-                self._stopping,
-                self._settings.peer_timeout,
-                self._failed,
-                self._local_only,
+                address=self._address,
+                seconds=seconds,
+                interval=self._settings.connect_retry_interval,
+                stopped=self._stopping,
+                peer_timeout=self._settings.peer_timeout,
+                failed=self._failed,
+                local_only=self._local_only,
             )
             # The loop is closed if its owner was stopped meanwhile; then nobody wants to know.
             with contextlib.suppress(RuntimeError):

@@ -96,13 +96,13 @@ def _start(
     args: argparse.Namespace, graphs: list[list[str]], configs: list[list[str]] | None, progress: Progress
 ) -> str:
     loaded = distributed.begin_agents(
-        args.distributed_address,
-        graphs,
-        configs,
-        args.agent_start_port,
-        args.agent_ip,
-        args.rank_start,
-        args.device_type,
+        distributed_address=args.distributed_address,
+        model_files=graphs,
+        group_config_files=configs,
+        agent_start_port=args.agent_start_port,
+        agent_ip=args.agent_ip,
+        rank_start=args.rank_start,
+        device_type=args.device_type,
         join_secret_file=join_secret_file(args),
         ssl_config=ssl_config(args),
         insecure=args.insecure,

@@ -43,7 +43,6 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
     parser = subparsers.add_parser(
         "export",
         help="cut a model into the shards of all ranks",
@@ -66,6 +65,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             metavar="N|auto",
             help=f"{meaning} (default 1; with --ranks auto)",
         )
+    _add_plan_arguments(parser)
+    _add_verify_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the model is cut, and into how many ranks."""
     parser.add_argument(
         "--plan",
         metavar="FILE|auto|tp_plan",
@@ -102,6 +108,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--strict", action="store_true", help="fail if the plan of several --tp ranks shards no parameter"
     )
+
+
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -121,7 +130,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             metavar="X",
             help=f"the {'absolute' if option == '--atol' else 'relative'} tolerance of --verify (default %(default)g)",
         )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -155,7 +155,13 @@ def _candidate(layouts: Sequence[Layout], memory: int | None) -> Candidate:
     seconds = sum(layout.latency(Sizes.example(layout.traced)) for layout in layouts)
     interval = sum(layout.interval(Sizes.example(layout.traced)) for layout in layouts)
     return Candidate(
-        first.tensor_parallel, first.pipeline_parallel, held[stage], activations[stage], seconds, interval, refused
+        tensor_parallel=first.tensor_parallel,
+        pipeline_parallel=first.pipeline_parallel,
+        parameter_bytes=held[stage],
+        activation_bytes=activations[stage],
+        seconds=seconds,
+        interval=interval,
+        refused=refused,
     )
 
 

@@ -170,16 +170,16 @@ def propagate(
     emitter.stage = last
     outputs = tuple(emitter.replicated(environment[node]) for _, node in traced.outputs)
     return LocalGraph(
-        coordinate,
-        tuple(inputs),
-        tuple(parameters),
-        tuple(emitter.nodes),
-        outputs,
-        emitter.from_data,
-        emitter.gathered,
-        _origins(emitter, environment),
-        tuple(KeptBuffer(bound, updates.get(name), kept[name].stage) for name, bound in state.items()),
-        written,
+        coordinate=coordinate,
+        inputs=tuple(inputs),
+        parameters=tuple(parameters),
+        nodes=tuple(emitter.nodes),
+        outputs=outputs,
+        from_data=emitter.from_data,
+        gathered=emitter.gathered,
+        origins=_origins(emitter, environment),
+        state=tuple(KeptBuffer(bound, updates.get(name), kept[name].stage) for name, bound in state.items()),
+        written=written,
     )
 
 

@@ -84,37 +84,13 @@ def trace(
     Raises ExportError for what can't be served: a model that torch.export refuses, that changes its inputs.
     """
     _refuse_layouts({**dict(model.named_parameters()), **dict(model.named_buffers())})
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")  # of recurrent layers: no state
-        try:
-            if program is None:
-                check_declared(model, args, kwargs, dynamic_shapes)
-                own_args, own_kwargs = _distinct(model, args, kwargs)
-                with recurrent.Kept(), Assignments(model) as assigned:
-                    program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
-                assigned.check(program)
-            else:
-                as_traced(program)
-            _refuse_changed_constants(program)
-            _write_like(program.graph_module)
-            functional = program.run_decompositions({})
-            further = decompose.table(functional.graph)
-            if further:
-                functional = program.run_decompositions({**further})
-            recurrent.restore(functional.graph)
-            refusals.refuse_functions(functional.graph)
-        except ExportError:
-            raise
-        except Exception as error:  # torch.export raises whatever the model's own code raises
-            raise ExportError(refusals.explain(error, model, args, kwargs)) from error
-    signature = functional.graph_signature
+    functional = _functional(model, args, kwargs, dynamic_shapes, program)
     placeholders = [node for node in functional.graph.nodes if node.op == "placeholder"]
     tensors: dict[str, Tensor] = {}
     bound: dict[fx.Node, str] = {}
     inputs: list[fx.Node] = []
     constants: dict[fx.Node, Any] = {}
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+    for node, spec in zip(placeholders, functional.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             if isinstance(node.meta["val"], Tensor):
                 inputs.append(node)
@@ -137,17 +113,52 @@ def trace(
     out_spec = functional.call_spec.out_spec
     assert out_spec is not None
     return Trace(
-        functional.graph,
-        tensors,
-        bound,
-        tuple(zip(names, inputs, strict=True)),
-        constants,
-        _outputs(returned, out_spec, output_names),
-        updates,
-        printer,
-        dims,
-        _conditions(functional.graph, placeholders, ranges, printer),
+        graph=functional.graph,
+        tensors=tensors,
+        bound=bound,
+        inputs=tuple(zip(names, inputs, strict=True)),
+        constants=constants,
+        outputs=_outputs(returned, out_spec, output_names),
+        updates=updates,
+        printer=printer,
+        dims=dims,
+        conditions=_conditions(functional.graph, placeholders, ranges, printer),
     )
+
+
+def _functional(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    program: ExportedProgram | None,
+) -> ExportedProgram:
+    """What torch.export makes of the model, or `program`, as a functional graph of operators that a shard may call."""
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")  # of recurrent layers: no state
+        try:
+            if program is None:
+                check_declared(model, args, kwargs, dynamic_shapes)
+                own_args, own_kwargs = _distinct(model, args, kwargs)
+                with recurrent.Kept(), Assignments(model) as assigned:
+                    program = torch.export.export(model, own_args, own_kwargs, dynamic_shapes=dynamic_shapes)
+                assigned.check(program)
+            else:
+                as_traced(program)
+            _refuse_changed_constants(program)
+            _write_like(program.graph_module)
+            functional: ExportedProgram = program.run_decompositions({})
+            further = decompose.table(functional.graph)
+            if further:
+                functional = program.run_decompositions({**further})
+            recurrent.restore(functional.graph)
+            refusals.refuse_functions(functional.graph)
+        except ExportError:
+            raise
+        except Exception as error:  # torch.export raises whatever the model's own code raises
+            raise ExportError(refusals.explain(error, model, args, kwargs)) from error
+    return functional
 
 
 def _distinct(

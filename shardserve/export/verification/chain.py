@@ -133,7 +133,16 @@ class _Chain:
         parting, sizes = self.parting, tuple(self.sizes)
         without, notes = uncompared({worst.name: worst for worst in outputs}, self._model)
         passed = not parting and not without
-        return VerifyResult(worst.max_abs, where, passed, sizes, errors, parting, (*self.notes, *notes), without)
+        return VerifyResult(
+            max_abs_error=worst.max_abs,
+            worst=where,
+            passed=passed,
+            sizes=sizes,
+            outputs=errors,
+            parting=parting,
+            notes=(*self.notes, *notes),
+            uncompared=without,
+        )
 
     def run(self, steps: Sequence[_Step]) -> None:
         """One chain, up to the first step that gives something else than the model, or in which the model raises."""

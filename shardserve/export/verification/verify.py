@@ -101,14 +101,14 @@ def verify(
             parting = f"where they part can't be told: {error}"
     without, notes = uncompared({f"output '{worst.name}'": worst for worst in errors}, model)
     return VerifyResult(
-        largest.max_abs,
-        f"output '{largest.name}' with {largest.where}",
-        failed is None and not without,
-        tuple(compared),
-        outputs,
-        parting,
-        (*raising, *notes),
-        without,
+        max_abs_error=largest.max_abs,
+        worst=f"output '{largest.name}' with {largest.where}",
+        passed=failed is None and not without,
+        sizes=tuple(compared),
+        outputs=outputs,
+        parting=parting,
+        notes=(*raising, *notes),
+        uncompared=without,
     )
 
 

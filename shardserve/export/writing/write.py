@@ -89,7 +89,14 @@ def graph_file(
         State(*_stored(kept.bound, kept.bound.tensor), kept.update, fills[kept.bound.tensor]) for kept in stage.state
     )
     return GraphFile(
-        FORMAT_VERSION, export_id, tuple(signature.dims), stage.receives, parameters, tuple(nodes), stage.sends, state
+        format_version=FORMAT_VERSION,
+        export_id=export_id,
+        dims=tuple(signature.dims),
+        inputs=stage.receives,
+        parameters=parameters,
+        nodes=tuple(nodes),
+        outputs=stage.sends,
+        state=state,
     )
 
 
@@ -292,20 +299,20 @@ def empty_config(
     """A rank's config before its files are written."""
     nothing = hashlib.sha256().hexdigest()
     return ShardConfig(
-        FORMAT_VERSION,
-        export_id,
-        name,
-        rank_size,
-        stage_size,
-        rank,
-        signature,
-        receives,
-        sends,
-        f"{name}{GRAPH_SUFFIX}",
-        nothing,
-        WEIGHTS_FILE,
-        nothing,
-        0,
+        format_version=FORMAT_VERSION,
+        export_id=export_id,
+        name=name,
+        rank_size=rank_size,
+        stage_size=stage_size,
+        rank=rank,
+        signature=signature,
+        receives=receives,
+        sends=sends,
+        graph_file=f"{name}{GRAPH_SUFFIX}",
+        graph_sha256=nothing,
+        weights_file=WEIGHTS_FILE,
+        weights_sha256=nothing,
+        parameter_bytes=0,
         state=state,
         state_id=state_id,
     )
