@@ -36,7 +36,8 @@ class RestartBudget:
     def forgive(self) -> None:
         """A death turned out to be a request's fault, not of what died."""
         if self._deaths:
-            self._deaths.popleft()
+            # The newest: in the place of one that is nearly out of the window it would be counted for longer.
+            self._deaths.pop()
 
     @property
     def pause(self) -> float:
