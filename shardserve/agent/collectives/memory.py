@@ -8,11 +8,13 @@ from shardserve.settings import Settings
 from shardserve.wire.frames import padded
 
 LINE = 64
+# Bytes of the smallest slot: a piece has at least an element of each rank, of which one host has at most hundreds.
+LEAST_SLOT = 4096
 
 
 def slot_size(settings: Settings) -> int:
     """Bytes of one slot; supervisor and agents have the same settings."""
-    return padded(settings.collective_slot_bytes)
+    return padded(max(settings.collective_slot_bytes, LEAST_SLOT))
 
 
 def memory_size(ranks: int, slot_bytes: int) -> int:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import os
 import random
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from shardserve.agent.collectives.errors import CollectiveBroken
+from shardserve.agent.collectives.memory import slot_size
 from shardserve.agent.collectives.shared_memory import SHARED_OUT, TURNS
 from shardserve.agent.lifetime import GenerationEnded
+from shardserve.settings import Settings
 from shardserve.shards.config import DTYPES as DTYPE_NAMES
 from shardserve.shards.operators import can_reduce
 
@@ -99,6 +102,11 @@ def test_every_operation_and_dtype(size):
 def test_tensors_larger_than_a_slot():
     # A slot has 4096 bytes; ends on, just before and just after its end, for all element sizes.
     run_ranks(every_operation, 3, [(SLOT + 1,), (SLOT // 8,), (SLOT // 4 - 1, 3), (6000, 1, 2)])
+
+
+def test_the_smallest_slots_have_an_element_of_each_rank():
+    slot_bytes = slot_size(dataclasses.replace(Settings(), collective_slot_bytes=1))
+    run_ranks(every_operation, 9, [(40,), (9 * 60,)], [torch.float64], slot_bytes=slot_bytes)
 
 
 def test_every_dtype_of_a_shard():
