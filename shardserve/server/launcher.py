@@ -110,9 +110,10 @@ class Launcher:
     async def open_servable(self, options: ServableOptions) -> Service:
         """Takes its ports and tells Main of it; StartError for a port in use, ConfigError if it is started already."""
         key = options.servable_name, options.version_number
+        main = await self._ensure_main()
+        # From here to its place nothing is waited for: of two at once the second finds the first.
         if key in self._services:
             raise ConfigError(f"{options} is started already")
-        main = await self._ensure_main()
         front_name = f"shardserve-front-{os.getpid()}-{time.monotonic_ns()}"
         with contextlib.ExitStack() as stack:
             tcp = stack.enter_context(listen_tcp(options.distributed_address, "distributed_address"))
@@ -262,10 +263,12 @@ class Launcher:
     async def _ensure_main(self) -> Child:
         self._refuse_if_stopped()
         async with self._main_lock:
-            if self._main is None:
-                self._main = Child("shardserve.main", (), self._settings.heartbeat_timeout, self._main_died)
-                await self._main.connect()
-            return self._main
+            main = self._main
+            if main is None:
+                main = self._main = Child("shardserve.main", (), self._settings.heartbeat_timeout, self._main_died)
+                await main.connect()
+            # It may have died meanwhile; whoever gives it an order is told so.
+            return main
 
     def _main_died(self, child: Child) -> None:
         self._main = None

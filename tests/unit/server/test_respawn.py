@@ -13,7 +13,8 @@ from agent.scripted import asynchronous, logged, no_descriptors_left
 from worker.scene import Peer
 from worker.test_registry import config
 
-from shardserve.errors import StartError
+from shardserve.errors import ConfigError, StartError
+from shardserve.server.children import Child
 from shardserve.server.launcher import Launcher, ServableOptions
 from shardserve.settings import Settings
 from shardserve.wire.messages import group, launch
@@ -116,6 +117,37 @@ async def test_to_a_worker_that_is_respawned_one_replica_is_enough(tmp_path):
         (respawn,) = s.launcher._tasks
         await s.form(1)
         await respawn
+
+
+@asynchronous
+async def test_of_two_starts_of_one_servable_at_once_one_is_refused(tmp_path):
+    """Also where Main has to be started first."""
+    s = Setting(tmp_path)
+    launcher, options = s.launcher, s.options
+    life = asyncio.ensure_future(launcher.run())
+    opened, refused = await asyncio.gather(*(launcher.open_servable(options) for _ in range(2)), return_exceptions=True)
+    assert (type(refused), str(refused)) == (ConfigError, "servable 'net' version 1 is started already")
+    assert list(launcher._services.values()) == [opened]
+    launcher.stop()
+    await life
+
+
+@asynchronous
+async def test_a_main_that_dies_as_soon_as_it_is_there_is_said_to_have_ended(tmp_path, monkeypatch):
+    launcher = Launcher(Settings(max_restarts=1))
+    life = asyncio.ensure_future(launcher.run())
+    connect = Child.connect
+
+    async def connect_to_the_dead(child):
+        os.kill(child.pid, signal.SIGKILL)
+        await child.ended.wait()
+        await connect(child)
+
+    monkeypatch.setattr(Child, "connect", connect_to_the_dead)
+    with pytest.raises(StartError, match=r"^shardserve.main \(pid \d+\) ended with code -9$"):
+        await launcher.start_front(lambda number: launch.StartRest(number, "127.0.0.1:1", 1, None))
+    await life
+    assert "Main died 2 times" in str(launcher.failure)
 
 
 @asynchronous
