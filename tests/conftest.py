@@ -2,11 +2,11 @@ import fcntl
 import gc
 import multiprocessing.resource_tracker
 import os
-import socket
 import tempfile
 import threading
 from pathlib import Path
 
+import ports
 import psutil
 import pytest
 
@@ -15,10 +15,8 @@ from shardserve.wire.segments import TRIMMING
 
 @pytest.fixture
 def free_port():
-    """A port of 127.0.0.1 that nobody had a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 that nobody has."""
+    return ports.free_port()
 
 
 @pytest.fixture
@@ -65,9 +63,9 @@ def nothing_left():
     threads, descriptors, children = _threads(), _descriptors(), _children()
     yield
     for thread in _threads() - threads:
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive(), f"{thread} is left"
-    _, alive = psutil.wait_procs(_children() - children, timeout=10)
+    _, alive = psutil.wait_procs(_children() - children, timeout=30)
     assert not alive
     if _new(descriptors):
         gc.collect()

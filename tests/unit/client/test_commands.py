@@ -4,8 +4,9 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from main_harness import Launcher, Worker, announce, attached, free_port
+from main_harness import Launcher, Worker, announce, attached
 from msgspec import structs
+from ports import free_port
 
 from shardserve.cli import main
 from shardserve.cli.commands import infer, status

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+from ports import free_port
 
 from shardserve.client import AsyncClient
 from shardserve.wire.messages import Generation, front, launch
@@ -16,12 +17,6 @@ from shardserve.wire.stream import FrameStream
 
 _names = itertools.count()
 X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Launcher:
@@ -44,7 +39,7 @@ class Launcher:
 
     async def __aexit__(self, *error):
         self._stream.abort()
-        await asyncio.to_thread(self.process.wait, 10)
+        await asyncio.to_thread(self.process.wait, 30)
 
     def _on_frame(self, message, payload):
         self._answers.pop(message.order).set_result(message)

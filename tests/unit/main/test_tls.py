@@ -5,7 +5,8 @@ import subprocess
 
 import httpx
 import pytest
-from main_harness import Launcher, Worker, attached, free_port
+from main_harness import Launcher, Worker, attached
+from ports import free_port
 
 from shardserve.client import AsyncClient, SSLConfig
 from shardserve.wire.messages import launch
