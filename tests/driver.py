@@ -66,4 +66,4 @@ class Driver:
         assert self.ask("stop") == DONE
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self._process.wait(20)
+        return self._process.wait(60)

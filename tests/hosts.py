@@ -21,7 +21,7 @@ from shardserve.client import Client, status
 
 NO_SKIP = "TESTS_NO_SKIP"
 PREFIX = "10.231.7"
-START_SECONDS = 60
+START_SECONDS = 120
 _numbers = itertools.count()
 
 
@@ -126,7 +126,7 @@ class OnHosts(Processes):
         with log:
             process = subprocess.Popen(
                 [*self.hosts.command(host), sys.executable, "-m", "shardserve.cli", *map(str, command)],
-                env=self._environment,
+                env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -166,7 +166,7 @@ class OnHosts(Processes):
     def pids(self) -> list[int]:
         return [rank["pid"] for rank in self.replica()["ranks"]]
 
-    def wait_in_log(self, number: int, text: str, seconds: float = 30) -> None:
+    def wait_in_log(self, number: int, text: str, seconds: float = 60) -> None:
         """Until that process, or a child of it, has written the text."""
         deadline = time.monotonic() + seconds
         with contextlib.ExitStack() as stack:
@@ -185,4 +185,4 @@ class OnHosts(Processes):
                 left = deadline - time.monotonic()
                 readable, _, _ = select.select([tail.stdout], [], [], max(0.0, left))
                 assert readable, f"{text!r} is not in\n{self.logs()}"
-                seen += os.read(tail.stdout.fileno(), 65536).decode()
+                seen += os.read(tail.stdout.fileno(), 65536).decode(errors="replace")

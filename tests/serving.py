@@ -9,17 +9,18 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from ports import free_ports
 
 from shardserve.client import Client, status
 from shardserve.export import Plan, export
@@ -27,8 +28,6 @@ from shardserve.export import Plan, export
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 MARK = "TEST_MARK"
-START_SECONDS = 90
-BLOCK = 32
 
 
 @functools.cache
@@ -75,33 +74,12 @@ def predict({inputs}):
     return folder
 
 
-def free_ports(count: int) -> list[int]:
-    """At most 32 ports of 127.0.0.1, in a row, that nobody had a moment ago; of those, where tests run several at a
-    time, that only this run of them takes."""
-    run = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    runs = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            start = first.getsockname()[1]
-            block = start // BLOCK
-            if block % runs != run or (start + count - 1) // BLOCK != block:
-                continue
-            try:
-                for port in range(start + 1, start + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except (OSError, OverflowError):
-                continue
-            return list(range(start, start + count))
-
-
 class Processes:
     """Starts scripts whose whole offspring can be found again by a mark in the environment."""
 
     def __init__(self, **environment: str) -> None:
         self.mark = uuid.uuid4().hex
-        self._environment = {**os.environ, MARK: self.mark, **environment}
+        self.environment = {**os.environ, MARK: self.mark, **environment}
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -109,7 +87,7 @@ class Processes:
     ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            env=self._environment,
+            env=self.environment,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -137,20 +115,24 @@ class Processes:
         return sorted(pid for pid, command in self.alive().items() if part in command)
 
     def wait_all_ended(self, seconds: float) -> None:
-        """By pidfds; AssertionError with what is left."""
+        """AssertionError with what is left."""
         deadline = time.monotonic() + seconds
         while alive := self.alive():
-            pid = next(iter(alive))
+            self.wait_ended(alive, deadline - time.monotonic())
+            for process in self.started:
+                process.poll()
+
+    def wait_ended(self, pids: Iterable[int], seconds: float = 60) -> None:
+        """By pidfds; AssertionError with what is left."""
+        deadline = time.monotonic() + seconds
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 descriptor = os.pidfd_open(pid)
                 try:
                     ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
                 finally:
                     os.close(descriptor)
-                if not ready:
-                    raise AssertionError(f"still alive after {seconds} s: {self.alive()}")
-            for process in self.started:
-                process.poll()
+                assert ready, f"still alive after {seconds:.1f} s: {self.alive()}"
 
     def __enter__(self) -> Processes:
         return self
@@ -202,11 +184,20 @@ class Up(Processes):
         """Of the agents, by rank."""
         return [rank["pid"] for rank in self.replica()["ranks"]]
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 20) -> int:
+    def fork_server(self) -> int:
+        """Its pid; its agents, of this server's first replica, have the same command line."""
+        (found,) = set(self.of("shardserve.agent.fork_server")) - set(self.pids())
+        return found
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends the signal and waits until every process has ended; the exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(seconds)
-        self.wait_all_ended(2)
+        return self.wait_stopped()
+
+    def wait_stopped(self) -> int:
+        """After a signal."""
+        code = self.process.wait(60)
+        self.wait_all_ended(20)
         return code
 
 

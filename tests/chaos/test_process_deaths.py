@@ -15,6 +15,8 @@ from serving import Processes, copy_matmul_example
 from shardserve.client import Client
 
 RECONNECT_SECONDS = 2
+# By a fork server: 1.3 to 4 s, and more on a machine that others use, too.
+SECONDS_TO_IMPORT_TORCH = 20
 
 
 def test_the_worker(transformer, up):
@@ -74,29 +76,22 @@ def test_one_that_is_frozen_is_replaced(transformer, role):
 def test_the_fork_server(transformer, up):
     """Its agents die with it; another one forks them anew."""
     before = up.pids()
-    server = fork_server(up, before)
     with Load(up, transformer.model) as load:
-        os.kill(server, signal.SIGKILL)
-        # A new fork server imports torch first.
-        assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+        os.kill(up.fork_server(), signal.SIGKILL)
+        assert load.wait(1) < SECONDS_TO_IMPORT_TORCH + SECONDS_TO_RECOVER
         load.wait(20)
         assert not set(up.pids()) & set(before)
-
-
-def fork_server(processes, agents):
-    (server,) = set(processes.of("shardserve.agent.fork_server")) - set(agents)
-    return server
 
 
 def test_the_launcher_with_its_supervisor(transformer):
     with transformer.up() as up:
         os.kill(up.process.pid, signal.SIGKILL)
-        up.wait_all_ended(5)
+        up.wait_all_ended(20)
 
 
 def test_every_process_in_turn(transformer, up):
     agents = up.pids()
-    victims = [*agents, fork_server(up, agents), *up.of("shardserve.worker"), *up.of("shardserve.main")]
+    victims = [*agents, up.fork_server(), *up.of("shardserve.worker"), *up.of("shardserve.main")]
     with Load(up, transformer.model, clients=2, allowed_errors=("UNAVAILABLE",)) as load:
         for pid in victims:
             # One of the fork server's deaths may have taken this agent already.
@@ -106,10 +101,10 @@ def test_every_process_in_turn(transformer, up):
 
 
 class Scripts(Processes):
-    """The reference example's scripts, with a short reconnect_timeout."""
+    """The reference example's scripts."""
 
     def __init__(self, folder):
-        super().__init__(SHARDSERVE_RECONNECT_TIMEOUT=str(RECONNECT_SECONDS))
+        super().__init__()
         self.folder = folder
 
     def start_agents(self):
@@ -156,35 +151,27 @@ def test_scripts_on_their_own(tmp_path):
         # The agents end with their supervisor; others take their place, and the server goes on.
         agents.kill()
         agents.wait()
-        wait_until_gone(scripts, held)
+        scripts.wait_ended(held)
+        scripts.environment["SHARDSERVE_RECONNECT_TIMEOUT"] = str(RECONNECT_SECONDS)
         agents = scripts.start_agents()
         assert_answers()
 
         # Without a server they leave after reconnect_timeout; nobody has asked them to, so it is an error.
         server.kill()
-        assert agents.wait(RECONNECT_SECONDS + 10) == 1
-        scripts.wait_all_ended(5)
-
-
-def wait_until_gone(processes, pids):
-    pause = threading.Event()
-    for _ in range(500):
-        if not set(pids) & set(processes.alive()):
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"still alive: {processes.alive()}")
+        assert agents.wait(RECONNECT_SECONDS + 60) == 1
+        scripts.wait_all_ended(20)
 
 
 def test_the_fork_server_while_it_forks(transformer, up):
     """All ranks die at once, and the fork server with them, before it could fork any of them anew."""
     with Load(up, transformer.model, clients=2) as load:
         for _ in range(2):
-            agents = up.pids()
-            server = fork_server(up, agents)
+            agents, server = up.pids(), up.fork_server()
+            # Else it would fork the first one anew before the last one is dead.
+            os.kill(server, signal.SIGSTOP)
             for pid in (*agents, server):
-                if pid in up.alive():
-                    os.kill(pid, signal.SIGKILL)
-            assert load.wait(1) < 2 * SECONDS_TO_RECOVER
+                os.kill(pid, signal.SIGKILL)
+            assert load.wait(1) < SECONDS_TO_IMPORT_TORCH + SECONDS_TO_RECOVER
             load.wait(5)
 
 
@@ -194,16 +181,16 @@ def test_main_dies_too_often(transformer, capfd):
         os.kill(first, signal.SIGKILL)
         second = wait_for_another_main(up, first)
         os.kill(second, signal.SIGKILL)
-        assert up.process.wait(20) == 1
-        up.wait_all_ended(5)
+        assert up.process.wait(60) == 1
+        up.wait_all_ended(20)
     assert "Main died 2 times within 60 s" in capfd.readouterr().err
 
 
 def wait_for_another_main(up, pid):
     pause = threading.Event()
-    for _ in range(500):
-        found = up.of("shardserve.main")
-        if found and found != [pid]:
-            return found[0]
+    for _ in range(6000):
+        others = set(up.of("shardserve.main")) - {pid}
+        if others:
+            return others.pop()
         pause.wait(0.01)
     raise AssertionError("Main was not respawned")

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from load import SECONDS_TO_RECOVER, Load
+from load import SECONDS_TO_RECOVER, Load, kill_at_once
 from models import dividing
 from serving import token_ids, transformer_instances, transformer_reference
 
@@ -17,8 +17,7 @@ from shardserve.client import status
 def kill_and_recover(up, load, victims):
     """Kills the agents of these ranks; all others keep their pids, and all clients go on without an error."""
     before = up.pids()
-    for rank in victims:
-        os.kill(before[rank], signal.SIGKILL)
+    kill_at_once(up, [before[rank] for rank in victims])
     assert load.wait(1) < SECONDS_TO_RECOVER
     load.wait(20)
     after = up.pids()
@@ -114,7 +113,7 @@ def wait_until_computing(pid, ticks=20):
     """Until the process has used so much more processor time (0.01 s a tick): it is inside its step."""
     start = processor_ticks(pid)
     pause = threading.Event()
-    for _ in range(1000):
+    for _ in range(3000):
         if processor_ticks(pid) >= start + ticks:
             return
         pause.wait(0.02)
@@ -129,7 +128,7 @@ def processor_ticks(pid):
 
 def wait_for_generation_after(up, generation):
     pause = threading.Event()
-    for _ in range(1000):
+    for _ in range(3000):
         replica = up.replica()
         if replica["state"] == "serving" and replica["generation"] != generation:
             return
@@ -145,8 +144,8 @@ def test_a_rank_that_dies_too_often_ends_up_with_an_error(transformer, capfd):
                 os.kill(up.pids()[1], signal.SIGKILL)
                 client.infer(transformer_instances(ids), timeout=SECONDS_TO_RECOVER)
             os.kill(up.pids()[1], signal.SIGKILL)
-        assert up.process.wait(20) == 1
-        up.wait_all_ended(2)
+        assert up.process.wait(60) == 1
+        up.wait_all_ended(20)
     assert "rank 1: died 3 times within 60 s" in capfd.readouterr().err
 
 
@@ -187,6 +186,8 @@ def test_poisonous_requests_among_many_are_given_up_alone(dividing_model):
                 np.testing.assert_allclose(result["y"], expected[i], atol=1e-5)
                 assert result["quotient"] == n[i] // d[i]
             assert "generations of the group ended while this request ran" in poison.result()["error"]
+            # Main hears of the last end before it has another answer, not before it has this one.
+            assert "y" in client.infer({"x": x[0], "n": n[0], "d": d[0]}, timeout=30)[0]
             # Two if it had its first step for itself.
             assert restarts(up) - before in (2, 3)
         assert up.stop() == 0

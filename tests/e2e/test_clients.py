@@ -231,10 +231,10 @@ def test_health_of_the_servable_and_reflection(served):
     with grpc.insecure_channel(served.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "net", "mindspore.serving.proto.MSService"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as caught:
-            health.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=10)
+            health.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=60)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         symbol = "mindspore.serving.proto.MSService"
@@ -242,7 +242,7 @@ def test_health_of_the_servable_and_reflection(served):
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol),
         ]
-        listed, found = reflection.ServerReflectionInfo(iter(requests), timeout=10)
+        listed, found = reflection.ServerReflectionInfo(iter(requests), timeout=60)
         names = {service.name for service in listed.list_services_response.service}
         assert {"mindspore.serving.proto.MSService", "grpc.health.v1.Health", "shardserve.v1.Admin"} <= names
         assert found.file_descriptor_response.file_descriptor_proto
@@ -257,11 +257,11 @@ def test_rest_paths_that_are_none(served):
         ("POST", "/healthz", 405),
         ("POST", "/model/nobody:predict", 404),
     ]:
-        reply = httpx.request(method, base + path, timeout=10)
+        reply = httpx.request(method, base + path, timeout=60)
         assert reply.status_code == status
         assert reply.headers["content-type"] == "application/json"
         assert method == "HEAD" or list(reply.json()) == ["error_msg"]
-    assert httpx.get(f"{base}/healthz", timeout=10).json() == {"ready": True, "servables": {"net:1": "ready"}}
+    assert httpx.get(f"{base}/healthz", timeout=60).json() == {"ready": True, "servables": {"net:1": "ready"}}
 
 
 def test_the_commands_against_a_whole_server(served, tmp_path):
@@ -301,6 +301,6 @@ def test_a_client_finds_a_killed_front_end_again(folder):
         os.kill(main, signal.SIGKILL)
         began = time.monotonic()
         while isinstance(client.infer(x, timeout=60), dict):
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 60
         assert server.of("shardserve.main ") != [main]
         assert server.stop() == 0

@@ -42,12 +42,12 @@ class Shell(Processes):
     def __init__(self, hosts):
         super().__init__()
         self._hosts = hosts
-        self._environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def begin(self, line, cwd, host=0):
         # exec: a signal is for the command, not for the shell.
         words = [*self._hosts.command(host), "bash", "-c", f"exec {line}"]
-        process = subprocess.Popen(words, cwd=cwd, env=self._environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, cwd=cwd, env=self.environment, stdout=subprocess.PIPE, text=True)
         self.started.append(process)
         return process
 
@@ -59,7 +59,7 @@ class Shell(Processes):
 
     def output(self, line, cwd):
         words = [*self._hosts.command(0), "bash", "-c", f"set -o pipefail; {line}"]
-        done = subprocess.run(words, cwd=cwd, env=self._environment, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(words, cwd=cwd, env=self.environment, stdout=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 0, line
         return done.stdout
 
@@ -67,8 +67,8 @@ class Shell(Processes):
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in processes:
-            assert process.wait(20) == 0
-        self.wait_all_ended(5)
+            assert process.wait(60) == 0
+        self.wait_all_ended(20)
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_serve_and_agents(shell, tmp_path):
     shell.ready(serve, other, own)
     serve.send_signal(signal.SIGTERM)
     for process in (serve, other, own):
-        assert process.wait(20) == 0
-    shell.wait_all_ended(5)
+        assert process.wait(60) == 0
+    shell.wait_all_ended(20)
 
 
 def rename(graph):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from driver import DONE, Driver
-from serving import Processes, free_ports
+from ports import free_ports
+from serving import Processes
 from torch.export import Dim
 
 from shardserve import errors
@@ -86,13 +87,13 @@ class Served:
 
     def infer(self, instances, name="net", method="predict", version=0):
         with Client(self.grpc, name, method, version, raise_errors=True) as client:
-            return client.infer(instances, timeout=30)
+            return client.infer(instances, timeout=60)
 
     def post(self, instances, name="net", method="predict", version=None):
         """instances: as Python has them, or the whole body as bytes."""
         where = f"{name}/version/{version}" if version is not None else name
         body = instances if isinstance(instances, bytes) else json.dumps({"instances": instances}).encode()
-        return httpx.post(f"{self.rest}/model/{where}:{method}", content=body, timeout=30)
+        return httpx.post(f"{self.rest}/model/{where}:{method}", content=body, timeout=60)
 
     def check(self):
         """The next good requests, on both ways in."""
@@ -127,7 +128,7 @@ def served(tmp_path_factory):
         served.check()
         yield served
         assert [driver.end() for driver in (server, agents)] == [0, 0]
-        processes.wait_all_ended(5)
+        processes.wait_all_ended(20)
 
 
 X = np.ones(4, np.float32)
@@ -228,7 +229,7 @@ def test_no_instances(served):
 
 def test_bad_instances_among_good_ones(served):
     with Client(served.grpc, "net", "predict") as client:
-        good, bad, last = client.infer([{"x": X}, {"x": X[:3]}, {"x": X}], timeout=30)
+        good, bad, last = client.infer([{"x": X}, {"x": X[:3]}, {"x": X}], timeout=60)
     assert bad == {"error": "instance 1: input 'x' must have size 4 at axis 0, got 3"}
     assert good["y"].tolist() == last["y"].tolist() == [3, 3, 3, 3]
     reply = served.post([{"x": [1, 1, 1, 1]}, {"x": [[1]]}])
@@ -333,7 +334,7 @@ def test_tensors_that_are_none(served, changes, said):
     spec = pb.ServableSpec(name="net", method_name="predict")
     request = pb.PredictRequest(servable_spec=spec, instances=[pb.Instance(items={"x": tensor(**changes)})])
     with grpc.insecure_channel(served.grpc) as channel:
-        reply = MSServiceStub(channel).Predict(request, timeout=30)
+        reply = MSServiceStub(channel).Predict(request, timeout=60)
     [entry] = reply.error_msg
     assert entry.error_code == 2
     assert entry.error_msg.decode().startswith(said)
@@ -361,7 +362,7 @@ def of_a_stage(method, name, text):
 def test_stages_that_fail(served, method, value, said):
     bad = np.full(4, value, np.float32)
     with Client(served.grpc, "net", method) as client:
-        good, error, last = client.infer([{"x": X}, {"x": bad}, {"x": X}], timeout=30)
+        good, error, last = client.infer([{"x": X}, {"x": bad}, {"x": X}], timeout=60)
     assert error["error"].startswith(said)
     assert good["y"].tolist() == last["y"].tolist() == X.tolist()
     reply = served.post([{"x": [1, 1, 1, 1]}, {"x": bad.tolist()}], method=method)

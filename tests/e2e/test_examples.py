@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 from hosts import NO_SKIP
-from serving import EXAMPLES, Processes, copy_matmul_example, free_ports
+from ports import free_ports
+from serving import EXAMPLES, Processes, copy_matmul_example
 
 
 def run(name, *arguments, folder=EXAMPLES, script="run.py"):
@@ -15,7 +16,7 @@ def run(name, *arguments, folder=EXAMPLES, script="run.py"):
         process = processes.start(folder / name / script, *arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        processes.wait_all_ended(5)
+        processes.wait_all_ended(20)
     assert output.endswith("stopped\n")
     return output
 

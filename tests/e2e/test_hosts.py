@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +90,14 @@ def stop(on_hosts):
             process.send_signal(signal.SIGTERM)
             break
     for process in on_hosts.started:
-        process.wait(30)
-    on_hosts.wait_all_ended(10)
+        process.wait(60)
+    on_hosts.wait_all_ended(20)
 
 
 def refused(on_hosts, scene, host, ranks, *options, code=1):
     """What agents write that can't join."""
     process = on_hosts.agents(host, scene.files(ranks), *options)
-    assert process.wait(60) == code
+    assert process.wait(90) == code
     output = on_hosts.log(on_hosts.started.index(process)).read_text()
     assert "Traceback" not in output
     return output
@@ -214,7 +215,10 @@ def test_a_host_that_is_cut_off_and_comes_back(scene, layout, tmp_path):
                 on_hosts.wait_in_log(0, "is gone")
                 on_hosts.wait_in_log(0, f", {scene.hosts.address(2)}:")
                 on_hosts.wait_in_log(0, "): its connection is lost: ")
-                assert on_hosts.replica()["state"] != "serving"
+                # Main is told in the same moment, but by another way than the log.
+                deadline = time.monotonic() + 60
+                while on_hosts.replica()["state"] == "serving":
+                    assert time.monotonic() < deadline
             finally:
                 scene.hosts.mend(2)
             for result, logits in zip(pending.result(), scene.expected, strict=True):

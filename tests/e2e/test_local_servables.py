@@ -77,8 +77,8 @@ def served(tmp_path):
         assert process.stdout.readline() == "ready\n"
         yield address, processes
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        processes.wait_all_ended(5)
+        assert process.wait(60) == 0
+        processes.wait_all_ended(20)
 
 
 def ask(address, method, count=5):

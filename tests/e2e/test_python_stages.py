@@ -34,6 +34,8 @@ def prepare(x):
     if mode == 102:
         os._exit(9)
     if mode == 103:
+        with open(os.environ["HANGS"], "wb", 0) as hangs:
+            hangs.write(b".")
         time.sleep(1000)
     if mode == 104:
         return x.astype(np.float64)
@@ -100,6 +102,30 @@ def paused(x):
 """
 
 
+class Fifo:
+    """Both ends, so that neither opening it nor reading it depends on who else has it open."""
+
+    def __init__(self, path):
+        os.mkfifo(path)
+        self.path = path
+        self.end = os.open(path, os.O_RDWR)
+
+    def take(self):
+        """The next byte that somebody writes."""
+        ready, _, _ = select.select([self.end], [], [], 60)
+        assert ready
+        os.read(self.end, 1)
+
+    def give(self, count):
+        os.write(self.end, b"." * count)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        os.close(self.end)
+
+
 class AddOne(torch.nn.Module):
     """x float32 [batch, 4] → float32 [batch, 4]."""
 
@@ -126,8 +152,15 @@ def up(folder, model_dir, options="", *arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def served(model_dir, tmp_path_factory):
-    with up(tmp_path_factory.mktemp("stages"), model_dir) as server:
+def hangs(tmp_path_factory):
+    """Says when a stage has begun to hang."""
+    with Fifo(tmp_path_factory.mktemp("hangs") / "hangs") as fifo:
+        yield fifo
+
+
+@pytest.fixture(scope="module")
+def served(model_dir, hangs, tmp_path_factory):
+    with up(tmp_path_factory.mktemp("stages"), model_dir, HANGS=str(hangs.path)) as server:
         yield server
         assert server.stop() == 0
 
@@ -169,23 +202,27 @@ def test_a_wrong_input_of_the_client_is_the_clients_fault(served):
     assert "instance 0: input 'x' must have size 4 at axis 0, got 3" in str(answer)
 
 
-def test_a_stage_that_hangs_past_its_deadline_is_replaced(served):
+def test_a_stage_that_hangs_past_its_deadline_is_replaced(served, hangs):
     [before] = served.of("shardserve.worker.stages")
-    answer = ask(served, "around", x(103), timeout=0.5)
+    answer = ask(served, "around", x(103), timeout=2)
     assert answer["error"].startswith("DEADLINE_EXCEEDED")
+    hangs.take()
     [after] = ask(served, "around", x(1))
     assert after["y"][0] == 2
     assert served.of("shardserve.worker.stages") != [before]
 
 
-def test_a_method_without_python_stages_does_not_wait_for_one_that_hangs(served):
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        hanging = pool.submit(ask, served, "around", x(103), timeout=5)
+def test_a_method_without_python_stages_does_not_wait_for_one_that_hangs(served, hangs):
+    with Client(served.grpc, "net", "around") as client:
+        # Until its client leaves, or forgets it.
+        hanging_call = client.infer_async(x(103), timeout=60)
+        hangs.take()
+        [process] = served.of("shardserve.worker.stages")
         for value in range(50):
             [answer] = ask(served, "twice", x(value), timeout=60)
             assert answer["y"][0] == value + 2
-        assert not hanging.done()
-        assert hanging.result()["error"].startswith("DEADLINE_EXCEEDED")
+        assert served.of("shardserve.worker.stages") == [process]
+        del hanging_call
 
 
 def test_model_call(served):
@@ -229,30 +266,17 @@ def test_a_stateful_method_call_loses_nothing_by_a_death_before_its_first_step(m
     table = {"server_count": "1", "server_list": [{"server_id": "127.0.0.1", "device": devices}]}
     (tmp_path / "ranks.json").write_text(json.dumps(table))
     arguments = ("--rank-table", str(tmp_path / "ranks.json"), "--num-parallel-workers", "2")
-    fifos = {name: tmp_path / name.lower() for name in ("HERE", "FIRST", "SECOND")}
     with contextlib.ExitStack() as stack:
-        ends = {}
-        for name, path in fifos.items():
-            os.mkfifo(path)
-            # Both ends, so that neither opening it nor reading it depends on who else has it open.
-            ends[name] = os.open(path, os.O_RDWR)
-            stack.callback(os.close, ends[name])
-
-        def one_is_here():
-            ready, _, _ = select.select([ends["HERE"]], [], [], 30)
-            assert ready
-            os.read(ends["HERE"], 1)
-
-        server = stack.enter_context(
-            up(tmp_path, model_dir, ", stateful=True", *arguments, **{name: str(path) for name, path in fifos.items()})
-        )
+        here, first, second = (stack.enter_context(Fifo(tmp_path / name)) for name in ("here", "first", "second"))
+        fifos = {"HERE": str(here.path), "FIRST": str(first.path), "SECOND": str(second.path)}
+        server = stack.enter_context(up(tmp_path, model_dir, ", stateful=True", *arguments, **fifos))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
         # Also where the test fails: nobody is kept waiting.
-        for name in ("FIRST", "SECOND"):
-            stack.callback(os.write, ends[name], b"..")
+        for fifo in (first, second):
+            stack.callback(fifo.give, 2)
         calls = [pool.submit(ask, server, "paused", x(value)) for value in range(2)]
-        one_is_here()
-        one_is_here()
+        here.take()
+        here.take()
         replicas = status(server.grpc)["servables"][0]["replicas"]
         agents = [rank["pid"] for replica in replicas for rank in replica["ranks"]]
         [fork_server] = set(server.of("shardserve.agent.fork_server")) - set(agents)
@@ -260,10 +284,10 @@ def test_a_stateful_method_call_loses_nothing_by_a_death_before_its_first_step(m
         os.kill(agents[0], signal.SIGKILL)
         while server.replica()["state"] == "serving":
             pass
-        os.write(ends["FIRST"], b"..")
-        one_is_here()
+        first.give(2)
+        here.take()
         # The other one waits for its group.
         os.kill(fork_server, signal.SIGCONT)
-        one_is_here()
-        os.write(ends["SECOND"], b"..")
+        here.take()
+        second.give(2)
         assert [call.result()[0]["y"][0] for call in calls] == [1, 2]

@@ -126,7 +126,9 @@ def test_only_the_last_seconds(served, tmp_path):
     ended = [e["ts"] for e in content["traceEvents"] if e["ph"] == "e" and e["name"] == "in flight"]
     assert last - min(ended) <= 1.5e6
     assert max(steps) > before
-    assert all({s for _, s in steps_of(row)} - set(steps) <= {max(steps) + 1} for row in rows.values())
+    # The Worker's are told first: its agents may have gone on meanwhile.
+    for row in rows.values():
+        assert all(step in steps or step > max(steps) for _, step in steps_of(row))
 
 
 def test_a_rank_that_was_killed_and_one_that_is_stopped(transformer, tmp_path):
@@ -149,7 +151,7 @@ def test_a_rank_that_was_killed_and_one_that_is_stopped(transformer, tmp_path):
         stopped = up.pids()[3]
         os.kill(stopped, signal.SIGSTOP)
         try:
-            done = shardserve("trace", up.grpc, "--timeout", "2", "--out", tmp_path / "trace.json")
+            done = shardserve("trace", up.grpc, "--timeout", "6", "--out", tmp_path / "trace.json")
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert done.returncode == 0
@@ -161,7 +163,7 @@ def test_a_rank_that_was_killed_and_one_that_is_stopped(transformer, tmp_path):
 
 
 def test_steps_that_are_cut_short_and_that_raise(transformer):
-    with transformer.up(SHARDSERVE_TIMELINE_TIMEOUT="0.5") as up, up.client() as client:
+    with transformer.up(SHARDSERVE_TIMELINE_TIMEOUT="2") as up, up.client() as client:
         bad = transformer_instances(token_ids(1, 5, 0) + 1000)
         assert "IndexError" in client.infer(bad, timeout=60)[0]["error"]
         good = transformer_instances(token_ids(1, 5, 0))

@@ -70,7 +70,7 @@ async def test_an_agent_that_waits_holds_nothing_of_the_last_step(tmp_path, port
             send_step([agent], generation, step, large)
             await agent.next(group.Output)
         [segment] = segments.pool()._segments
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while segment.unread:
                 await asyncio.sleep(0.005)
 

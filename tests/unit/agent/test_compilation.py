@@ -352,6 +352,6 @@ def test_the_compiler_ends_with_its_agent(shards, tmp_path):
     os.kill(agent.pid, signal.SIGKILL)
     agent.wait()
     agent.stdout.close()
-    gone, alive = psutil.wait_procs([child, deepest], timeout=10)
+    gone, alive = psutil.wait_procs([child, deepest], timeout=30)
     assert not alive, gone
     assert not (tmp_path / manifest_name(frozenset())).exists()

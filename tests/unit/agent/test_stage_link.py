@@ -80,7 +80,7 @@ class Running:
             self._outcome = False, error
 
     def result(self):
-        self._thread.join(20)
+        self._thread.join(30)
         assert self._outcome is not None, "it still waits"
         good, value = self._outcome
         if not good:
@@ -297,8 +297,8 @@ def test_a_link_that_waits_holds_nothing_of_the_last_step(free_port):
         outgoing.send(0, [tensor])
         del tensor
         weakref.finalize(incoming.receive(0), given_back.set)
-        assert sent.wait(10)
-        assert given_back.wait(10)
+        assert sent.wait(30)
+        assert given_back.wait(30)
 
 
 def test_links_end_with_their_sockets(free_port):
@@ -313,5 +313,5 @@ def test_links_end_with_their_sockets(free_port):
             receiver.end()
         # A descriptor is closed by the last thread that uses it.
         for thread in set(threading.enumerate()) - threads:
-            thread.join(10)
+            thread.join(30)
         assert len(os.listdir("/proc/self/fd")) == before

@@ -120,7 +120,7 @@ def test_on_a_terminal_a_bar_while_it_reads_and_the_same_output(exported):
     with OnTerminal(("inspect", exported)) as command:
         drawn = command.read_to_end()
         assert command.process.stdout.read() == piped.stdout
-        assert command.process.wait(10) == 0
+        assert command.process.wait(30) == 0
     assert "\rreading shards: 0 of 4 |" in drawn
     assert not drawn.split("\r")[-2].strip()
 

@@ -41,7 +41,7 @@ def test_on_a_terminal_each_phase_has_a_bar_and_all_vanish(folder):
     with OnTerminal(COMMAND, folder) as command:
         drawn = command.read_to_end()
         output = command.process.stdout.read()
-        assert command.process.wait(10) == 0
+        assert command.process.wait(30) == 0
     for what, total in PHASES.items():
         assert f"\r{what}: 0 of {total} |" in drawn
     assert "\rcomparing sizes: 0 of " in drawn

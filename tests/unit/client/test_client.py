@@ -84,12 +84,15 @@ def test_errors_are_dicts_or_exceptions():
     serve(test, max_mb=1)
 
 
-def test_a_deadline():
+def test_a_deadline(monkeypatch):
+    # On a busy machine Main's words may take longer than the default to come to the client.
+    monkeypatch.setenv("SHARDSERVE_DEADLINE_MARGIN", "0.2")
+
     def test(address, worker):
         with Client(address, "echo", "predict") as client:
             started = time.monotonic()
-            assert client.infer(X, timeout=0.3)["error"].startswith("DEADLINE_EXCEEDED: waited 0.")
-            assert time.monotonic() - started < 2
+            assert client.infer(X, timeout=1.5)["error"].startswith("DEADLINE_EXCEEDED: waited 1.")
+            assert time.monotonic() - started < 10
             call = client.infer_async(X)
             call.cancel()
             assert "CANCELLED" in call.result()["error"]

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from main_harness import Launcher, Worker, attached, free_port
+from main_harness import Launcher, Worker, attached
+from ports import free_port
 
 from shardserve.client import AsyncClient, Client
 from shardserve.errors import Unavailable
@@ -86,7 +87,7 @@ def test_somebody_there_who_says_nothing_is_an_error_within_the_timeout():
         with Client(f"127.0.0.1:{silent.getsockname()[1]}", "echo", "predict") as client:
             started = time.monotonic()
             assert "error" in client.infer(X, timeout=0.5)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 4
 
 
 def test_a_server_that_comes_later_is_found():
@@ -100,14 +101,14 @@ def test_a_server_that_comes_later_is_found():
             async with attached(launcher, worker):
 
                 def until_it_answers():
-                    deadline = time.monotonic() + 10
+                    deadline = time.monotonic() + 30
                     while isinstance(answer := client.infer(X), dict) and time.monotonic() < deadline:
                         pass
                     return answer
 
                 started = time.monotonic()
                 assert isinstance(await asyncio.to_thread(until_it_answers), list)
-                assert time.monotonic() - started < 3
+                assert time.monotonic() - started < 10
             client.close()
 
     asyncio.run(run())
@@ -130,9 +131,9 @@ def test_a_server_that_is_restarted_is_found_again():
                     assert "UNAVAILABLE" in client.infer(X)["error"]
                     await launcher.order(launch.StartGrpc, address, 100, None)
                 async with attached(launcher, worker):
-                    await asyncio.wait_for(until_it_answers(client), 3)
+                    await asyncio.wait_for(until_it_answers(client), 10)
                     launcher.process.kill()
-                    await asyncio.wait_for(launcher.lost.wait(), 10)
+                    await asyncio.wait_for(launcher.lost.wait(), 30)
         client.close()
 
     asyncio.run(run())

@@ -144,7 +144,7 @@ def test_before_a_servable_is_there():
                         assert len(await client.infer(X)) == 1  # The Worker holds it, or answers.
                         worker.send(announce(state="failed", reason="restarted too often"))
                         worker.send(announce(name="other"))
-                        await asyncio.wait_for(worker.lost.wait(), 10)
+                        await asyncio.wait_for(worker.lost.wait(), 30)
 
     asyncio.run(run())
 

@@ -305,7 +305,7 @@ def test_the_process_ends_with_main(how):
                     await launcher.order(launch.Stop, 1.0)
                 else:
                     launcher.process.kill()
-                await asyncio.to_thread(launcher.process.wait, 10)
+                await asyncio.to_thread(launcher.process.wait, 30)
                 ready, _, _ = await asyncio.to_thread(select.select, [ended], [], [], 10)
                 os.close(ended)
                 assert ready

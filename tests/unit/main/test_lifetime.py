@@ -11,7 +11,8 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from main_harness import Launcher, Worker, attached, echo, free_port, keep
+from main_harness import Launcher, Worker, attached, echo, keep
+from ports import free_port
 
 from shardserve.client import AsyncClient
 from shardserve.errors import Unavailable
@@ -47,7 +48,7 @@ def test_stop_refuses_what_is_new_and_waits_for_what_is_under_way():
                 assert np.array_equal((await call)[0]["x"], np.frombuffer(bytes([1] * 16), np.float32))
                 assert (await post).status_code == 200
                 assert isinstance(await stop, launch.Done)
-                assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+                assert await asyncio.to_thread(launcher.process.wait, 30) == 0
 
     asyncio.run(run())
 
@@ -86,7 +87,7 @@ def test_stop_ends_what_is_not_answered_within_the_grace():
                 await worker.next(front.Infer)
                 await launcher.order(launch.Stop, 0.2)
                 assert (await call)["error"] == "UNAVAILABLE: the server stopped; it waited 0.2 s for this request"
-                assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+                assert await asyncio.to_thread(launcher.process.wait, 30) == 0
 
     asyncio.run(run())
 
@@ -116,7 +117,7 @@ def test_stop_answers_bodies_that_are_still_being_received_and_read(capfd):
                 assert half.startswith(b"HTTP/1.1 503 ")
                 assert text.encode() in half
                 writer.close()
-                assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+                assert await asyncio.to_thread(launcher.process.wait, 30) == 0
 
     asyncio.run(run())
     assert "Traceback" not in capfd.readouterr().err
@@ -129,7 +130,7 @@ def test_a_front_end_that_is_being_opened_when_the_stop_comes_is_closed(kind, ca
             opened = launcher.give(kind, f"127.0.0.1:{free_port()}", 100, None)
             await launcher.order(launch.Stop, 0.1)
             assert isinstance(await opened, launch.Done)
-            assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+            assert await asyncio.to_thread(launcher.process.wait, 30) == 0
 
     asyncio.run(run())
     assert "Event loop is closed" not in capfd.readouterr().err
@@ -151,9 +152,9 @@ def test_stop_with_idle_connections_is_quick():
                 reflected = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
                 await reflected.write(reflection_pb2.ServerReflectionRequest(list_services=""))
                 assert (await reflected.read()).list_services_response.service
-                await asyncio.wait_for(launcher.order(launch.Stop, 30.0), 3)
+                await asyncio.wait_for(launcher.order(launch.Stop, 30.0), 15)
                 assert await reflected.read() == grpc.aio.EOF
-                assert await asyncio.to_thread(launcher.process.wait, 10) == 0
+                assert await asyncio.to_thread(launcher.process.wait, 30) == 0
 
     asyncio.run(run())
 
@@ -167,7 +168,7 @@ def test_the_end_of_the_launchers_stream_ends_main():
                 call = client.infer_async(X)
                 await worker.next(front.Infer)
                 launcher.end_stream()
-                assert await asyncio.to_thread(launcher.process.wait, 5) == 1
+                assert await asyncio.to_thread(launcher.process.wait, 30) == 1
                 assert "UNAVAILABLE" in (await call)["error"]
 
     asyncio.run(run())
@@ -211,7 +212,7 @@ def test_main_dies_with_a_killed_launcher_whose_stream_stays_open():
     launcher.kill()
     launcher.communicate()
     try:
-        psutil.wait_procs([main], timeout=5)
+        psutil.wait_procs([main], timeout=30)
         assert not main.is_running() or main.status() == psutil.STATUS_ZOMBIE
     finally:
         keeper.kill()

@@ -69,12 +69,12 @@ class Script:
     def children(self):
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self, timeout=30):
+    def end(self, timeout=60):
         """It has to end by itself, with all that it started."""
         children = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = self.children()
         _, stderr = self.process.communicate(timeout=timeout)
-        _, left = psutil.wait_procs(children, 10)
+        _, left = psutil.wait_procs(children, timeout=30)
         assert not left
         return self.process.returncode, stderr

@@ -190,7 +190,7 @@ def test_the_second_signal_does_not_wait(tmp_path, free_port):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 script.process.wait(0.4)
                 break
-        code, _ = script.end(timeout=1)
+        code, _ = script.end(timeout=10)
         assert code == 128 + signal.SIGINT or code == 128 + signal.SIGTERM
 
 
@@ -199,7 +199,7 @@ def test_main_is_respawned_with_its_front_ends(tmp_path, free_port):
         script.line()
         [main] = script.children()
         main.kill()
-        main.wait(10)
+        main.wait(30)
 
         def answers():
             try:
@@ -234,7 +234,7 @@ def test_all_die_with_the_script(tmp_path, free_port):
         script.line()
         [main] = script.children()
         script.process.kill()
-        main.wait(10)
+        main.wait(30)
 
 
 class Lodger:
@@ -281,13 +281,13 @@ def test_who_settles_while_the_last_resident_ends_is_told():
     def next_one():
         thread.start()
         # The loop's thread: the newcomer's turn can only come after this resident has ended.
-        assert begun.wait(10)
+        assert begun.wait(30)
 
     first = home.settle(lambda: Lodger(next_one))
     home.begin = begin
     home._loop.call_soon_threadsafe(first.stop)
     home.wait()
-    thread.join(10)
+    thread.join(30)
     assert len(told) == 1
     assert not home.alive
 
@@ -347,7 +347,7 @@ INTERRUPTED = """
                 break
             for thread in threading.enumerate():
                 if thread.name == "shardserve":
-                    thread.join(10)
+                    thread.join(30)
                     assert not thread.is_alive(), told
             # Of what has ended, or never began, as a script's last lines may.
             runtime.stop()

@@ -132,7 +132,7 @@ def test_of_several_servables_that_fail_none_leaves_its_agents(tmp_path):
     with Script(tmp_path, text, stdin=subprocess.PIPE) as script:
         assert "servable 'net': there is no file" in script.line()
         servers = [child for child in script.children() if "shardserve.agent.fork_server" in child.cmdline()]
-        assert not psutil.wait_procs(servers, 20)[1]
+        assert not psutil.wait_procs(servers, timeout=30)[1]
         assert script.end() == (0, "")
 
 

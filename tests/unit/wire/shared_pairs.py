@@ -72,7 +72,7 @@ class Pair:
         self.send(0)
         number, payload = self.get()
         assert (number, payload.flags.writeable) == (0, True)
-        assert accepted.wait(10)
+        assert accepted.wait(30)
         assert path.accepted
         return self
 
@@ -80,7 +80,7 @@ class Pair:
         self.ours.close()
         self.theirs.close()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(30)
 
 
 def segments():

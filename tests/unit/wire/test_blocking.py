@@ -38,7 +38,7 @@ class Thread(threading.Thread):
             self._error = error
 
     def join(self):
-        super().join(20)
+        super().join(30)
         assert not self.is_alive(), "it still waits"
         if self._error is not None:
             raise self._error
@@ -179,7 +179,7 @@ class Held:
     def recv_into(self, buffer):
         count = self.end.recv_into(buffer)
         self.received.set()
-        self.go.wait(20)
+        self.go.wait(30)
         return count
 
     def __getattr__(self, name):
@@ -193,7 +193,7 @@ def test_a_descriptor_stays_with_the_thread_that_is_inside():
     receiving = Thread(frames.receive)
     _waits(receiving)
     frames.close()
-    assert held.received.wait(20)
+    assert held.received.wait(30)
     assert end.fileno() != -1
     held.go.set()
     with pytest.raises(EOFError):

@@ -277,7 +277,7 @@ def test_a_listener_that_can_not_prove_itself_is_left(free_port, answers, said):
     address = Address("127.0.0.1", free_port)
     with pytest.raises(JoinRefused, match=rf"^{WORKER}: {said}$"):
         enter(socket.create_connection(address), Door(SECRET, "test", 20, address))
-    thread.join(20)
+    thread.join(30)
 
 
 def test_a_listener_that_is_silent_or_leaves_is_no_refusal(free_port):

@@ -169,7 +169,7 @@ def test_a_listener_that_comes_later_is_found(free_port):
     thread.start()
     with listen_abstract(twin_name(address)) as listener:
         listener.accept()[0].close()
-        thread.join(10)
+        thread.join(30)
     found[0].close()
 
 

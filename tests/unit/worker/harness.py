@@ -107,11 +107,6 @@ class Owner:
         return [fact[1:] for fact in self.said if fact[0] == what]
 
 
-def quick(**settings):
-    """Settings whose timeouts are over at once, except those given."""
-    return dataclasses.replace(Settings(), **settings)
-
-
 class Cluster(Owner):
     """Replicas of one rank each, all serving, under a scheduler; x float32 [batch, n] → y float32 [batch, n]."""
 
@@ -215,7 +210,7 @@ class Group:
 
     def __init__(self, window=3, serving=True, hosts=("10.0.0.1",) * 4, **settings):
         self.owner = Owner()
-        self.group = ReplicaGroup(0, 4, 2, window, self.owner, quick(**settings))
+        self.group = ReplicaGroup(0, 4, 2, window, self.owner, Settings(**settings))
         self.agents = [agent(rank, host=hosts[rank], **SIZES) for rank in range(4)]
         if serving:
             self.join(*range(4))

@@ -6,12 +6,13 @@ import os
 
 import numpy as np
 
+from shardserve.settings import Settings
 from shardserve.wire.messages import TensorMeta, front, group, launch
 from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_name
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.worker import Worker
 
-from .harness import Stream, quick
+from .harness import Stream
 from .test_registry import config
 
 SERVABLE = """
@@ -89,7 +90,7 @@ class Scene:
         table_file = str(directory / "ranks.json")
         serve = launch.Serve(1, str(directory), "net", 3, table_file, incarnation, wait, guard, was_ready=was_ready)
         self.address = Address("127.0.0.1", port)
-        self.worker = Worker(serve, quick(**settings), self.launcher)
+        self.worker = Worker(serve, Settings(**settings), self.launcher)
         self.peers = []
 
     async def __aenter__(self):

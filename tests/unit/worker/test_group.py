@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from shardserve.errors import JoinRefused
+from shardserve.settings import Settings
 from shardserve.wire.frames import NoMemory
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.group import ReplicaGroup
 
-from .harness import NOTHING, SIZES, Group, Owner, agent, asynchronous, batch, quick, until
+from .harness import NOTHING, SIZES, Group, Owner, agent, asynchronous, batch, until
 
 
 @asynchronous
@@ -64,7 +65,7 @@ async def test_a_collective_of_another_kind_of_device_is_refused(setting, device
     with pytest.raises(JoinRefused, match=said) if said else contextlib.nullcontext():
         replica.check_device(3, device)
     # Where there is nothing to exchange, none is needed.
-    ReplicaGroup(0, 2, 2, 3, Owner(), quick(collective=setting)).check_device(3, device)
+    ReplicaGroup(0, 2, 2, 3, Owner(), Settings(collective=setting)).check_device(3, device)
 
 
 @asynchronous

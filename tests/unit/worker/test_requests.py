@@ -11,7 +11,7 @@ from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.requests import Requests
 from shardserve.worker.stages.pool import StagePool
 
-from .harness import Cluster, Stream, asynchronous, quick
+from .harness import Cluster, Stream, asynchronous
 
 
 def servable():
@@ -131,7 +131,7 @@ async def test_errors_name_the_instance_of_the_clients_request():
 @pytest.mark.parametrize("method", ["echo", "twice"])
 @asynchronous
 async def test_a_request_of_which_an_instance_is_refused_fails_at_once(method):
-    s = Setting(window=1, settings=quick(queue_limit=2))
+    s = Setting(window=1, settings=Settings(queue_limit=2))
     s.infer(1, 1, 2, 3, method=method)
     message, _ = await s.answer()
     assert message == front.Failed(1, "Overloaded", "2 instances wait already (queue_limit)")
@@ -271,7 +271,7 @@ async def test_method_calls_never_wait_for_each_others_group_and_process(tmp_pat
     cluster, ready = Cluster(), asyncio.Event()
     models = ModelCalls(declared, cluster.scheduler)
     # They are answered in milliseconds, or would be by this.
-    settings = quick(stage_timeout=5.0)
+    settings = Settings(stage_timeout=5.0)
     load = stages.Load(str(tmp_path), "net", 1)
     pool = StagePool(declared, load, processes, models, settings, ready.set, lambda reason: None)
     pool.start()

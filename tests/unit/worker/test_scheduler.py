@@ -15,7 +15,7 @@ from shardserve.worker.batching import Batching
 from shardserve.worker.calls import Call
 from shardserve.worker.scheduler import Scheduler
 
-from .harness import Cluster, asynchronous, quick, value
+from .harness import Cluster, asynchronous, value
 
 
 @asynchronous
@@ -143,7 +143,7 @@ async def test_calls_of_a_failed_batch_are_replayed_only_once_when_its_generatio
 
 @asynchronous
 async def test_queue_is_bounded():
-    cluster = Cluster(window=1, settings=quick(queue_limit=2))
+    cluster = Cluster(window=1, settings=Settings(queue_limit=2))
     for i in range(3):
         cluster.submit(i)
     with pytest.raises(Overloaded, match=r"2 instances wait already \(queue_limit\)"):

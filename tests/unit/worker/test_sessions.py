@@ -7,10 +7,11 @@ import pytest
 
 from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, StepError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
+from shardserve.settings import Settings
 from shardserve.wire.messages import group
 from shardserve.worker.model_calls import ModelCalls
 
-from .harness import Cluster, agent, asynchronous, quick
+from .harness import Cluster, agent, asynchronous
 
 
 def servable():
@@ -325,7 +326,7 @@ async def test_whoever_lost_its_group_before_the_first_step_takes_one_that_is_fr
 
 @asynchronous
 async def test_whoever_lost_its_group_before_the_first_step_hears_that_it_will_not_come_back():
-    s = Setting(replicas=2, settings=quick(max_formings=1))
+    s = Setting(replicas=2, settings=Settings(max_formings=1))
     _, loser, replica = await two_holders(s)
     one = s.begin(loser, 1)
     await turn()
@@ -355,7 +356,7 @@ async def test_a_holder_that_leaves_during_its_step_frees_the_group_when_the_ste
 
 @asynchronous
 async def test_those_that_wait_are_bounded_have_deadlines_and_hear_of_the_end():
-    s = Setting(settings=quick(queue_limit=2))
+    s = Setting(settings=Settings(queue_limit=2))
     holder = s.begin(s.models.session(), 1)
     late = s.begin(s.models.session(), 2, deadline=time.monotonic() + 0.01)
     waiting = s.begin(s.models.session(), 3)

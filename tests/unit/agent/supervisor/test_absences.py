@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import os
 import subprocess
 import time
@@ -68,15 +69,16 @@ async def test_one_that_loads_has_load_timeout_from_its_fork():
 async def test_one_that_has_loaded_has_step_timeout_from_then():
     """However often the Worker says what it lacks."""
     kills = Kills()
-    absences = Absences(LIMITS, kills)
-    with living(LIMITS) as (slot, writes):
+    limits = dataclasses.replace(LIMITS, step_timeout=1.0)
+    absences = Absences(limits, kills)
+    with living(limits) as (slot, writes):
         absences.told((3, 4), [slot])
         says_that_it_has_loaded(slot, writes)
         absences.watch(slot)
-        asyncio.get_running_loop().call_later(0.45, absences.told, (3,), [slot])
+        asyncio.get_running_loop().call_later(0.95, absences.told, (3,), [slot])
         rank, pid, reason, at = await kills.next()
-        assert (rank, pid, reason) == (3, slot.process.pid, "did not come to the Worker within step_timeout (0.5 s)")
-        assert 0.59 < at - slot.process.loaded_at < 1.0
+        assert (rank, pid, reason) == (3, slot.process.pid, "did not come to the Worker within step_timeout (1.0 s)")
+        assert 1.09 < at - slot.process.loaded_at < 2.0
 
 
 @pytest.mark.parametrize("why", ["it came", "it has died"])

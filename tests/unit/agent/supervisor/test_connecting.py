@@ -22,7 +22,7 @@ async def test_whoever_waited_for_the_connection_may_be_gone(ports):
     await asyncio.sleep(0)
     [connecting] = [thread for thread in threading.enumerate() if thread.name == "connect"]
     stopping.set()
-    connecting.join(10)
+    connecting.join(30)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

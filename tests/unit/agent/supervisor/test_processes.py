@@ -115,7 +115,7 @@ def test_the_server_has_one_thread_and_reaps_its_agents(server, tmp_path, free_p
         assert ended(agent) is None
     # It closes its own of an agent just after it has given them to the supervisor.
     assert process.num_fds() <= descriptors + 3
-    _, left = psutil.wait_procs(process.children(), 10)
+    _, left = psutil.wait_procs(process.children(), timeout=30)
     assert not left
 
 
@@ -209,7 +209,7 @@ def test_an_agent_that_this_process_has_no_descriptors_for_is_none(server, tmp_p
             await server.fork(request(free_port, model), None, 60)
 
     asyncio.run(body())
-    _, left = psutil.wait_procs(psutil.Process(server.pid).children(), 10)
+    _, left = psutil.wait_procs(psutil.Process(server.pid).children(), timeout=30)
     assert not left
 
 

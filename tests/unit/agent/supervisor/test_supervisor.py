@@ -67,7 +67,7 @@ async def test_a_process_that_is_gone_already_may_be_killed(tmp_path, ports):
         process.kill()
         # The loop, which is this thread's, hears of the death only when it is over.
         while psutil.pid_exists(process.pid):
-            process.wait(10)
+            process.wait(30)
         host.supervisor._frame(group.Kill(0, process.pid, "is silent"), None)
         await worker.agents(1)
 

@@ -8,10 +8,9 @@ import numpy as np
 
 from shardserve.errors import Aborted, InvalidInput
 from shardserve.servable import load_servable
+from shardserve.settings import Settings
 from shardserve.wire.messages import stages
 from shardserve.worker.stages.pool import StagePool
-
-from ..harness import quick
 
 SERVABLE = """
 import os
@@ -166,7 +165,7 @@ class Setting:
         self.servable = load_servable(str(directory), "net")
         self.models = Models()
         self.said = asyncio.Queue()
-        settings = quick(**settings)
+        settings = Settings(**settings)
         self.pool = StagePool(
             self.servable,
             stages.Load(str(directory), "net", 1),

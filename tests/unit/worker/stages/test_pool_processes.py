@@ -67,7 +67,7 @@ async def test_a_function_that_hangs_past_its_deadline_is_ended_and_others_are_n
     async with Setting(tmp_path, size=2, stage_grace=0.05) as s:
         await s.said.get()
         before = set(s.pool.pids)
-        hanging = s.begin("sleeps", 1000, deadline=time.monotonic() + 0.1)
+        hanging = s.begin("sleeps", 1000, deadline=time.monotonic() + 0.5)
         assert (await s.run("one", 1))[0].tolist() == [2]
         with pytest.raises(
             DeadlineExceeded, match=r"method 'sleeps', stage 'the tag': the deadline passed while it ran"
@@ -96,7 +96,8 @@ def test_a_deadline_counts_though_its_timer_is_early(uvloops_pipe, tmp_path):
             await s.said.get()
             for i in range(15):
                 deadline = time.monotonic() + 0.01 + i * 0.00023
-                with pytest.raises(DeadlineExceeded, match="the deadline passed while it ran"):
+                # On a busy machine it may have passed before it could run.
+                with pytest.raises(DeadlineExceeded, match="the deadline passed while"):
                     await s.run("sleeps", 0.1, deadline=deadline)
                 await s.run("one", 1)
 
@@ -105,15 +106,15 @@ def test_a_deadline_counts_though_its_timer_is_early(uvloops_pipe, tmp_path):
 
 @asynchronous
 async def test_a_function_that_takes_longer_than_stage_timeout(tmp_path):
-    async with Setting(tmp_path, stage_timeout=0.2) as s:
+    async with Setting(tmp_path, stage_timeout=0.5) as s:
         [late] = await s.results("sleeps", 1000)
-        assert str(late) == "method 'sleeps', stage 'the tag': gave no result within stage_timeout (0.2 s)"
+        assert str(late) == "method 'sleeps', stage 'the tag': gave no result within stage_timeout (0.5 s)"
         assert (await s.run("one", 1))[0].tolist() == [2]
 
 
 @asynchronous
 async def test_of_a_batch_that_hangs_only_the_instance_at_fault_fails(tmp_path):
-    async with Setting(tmp_path, stage_timeout=0.3) as s:
+    async with Setting(tmp_path, stage_timeout=0.7) as s:
         await s.said.get()
         [before] = s.pool.pids
         order = []
@@ -126,12 +127,12 @@ async def test_of_a_batch_that_hangs_only_the_instance_at_fault_fails(tmp_path):
         # All but the first, with which the process is busy, share a run.
         first = begin("first", 0)
         tasks = [begin("one", 0), begin("culprit", 1000), begin("two", 0, time.monotonic() + 60)]
-        hasty = begin("hasty", 1000, time.monotonic() + 0.2)
+        hasty = begin("hasty", 1000, time.monotonic() + 0.5)
         assert (await first)[0].tolist() == [0]
         one, culprit, two, late = await asyncio.gather(*tasks, hasty, return_exceptions=True)
         assert (one[0].tolist(), two[0].tolist()) == ([0], [0])
         where = "method 'batch_sleeps', stage 'the tag'"
-        assert (type(culprit), str(culprit)) == (StageError, f"{where}: gave no result within stage_timeout (0.3 s)")
+        assert (type(culprit), str(culprit)) == (StageError, f"{where}: gave no result within stage_timeout (0.7 s)")
         assert type(late) is DeadlineExceeded
         assert str(late).startswith(f"{where}: the deadline passed while ")
         # Who can't be served any more is told so at once, not after the culprit has run again.

@@ -144,8 +144,8 @@ def ends_its_own(x):
         os.read(reading, 1)
         started.terminate()
         forked.terminate()
-        forked.join(20)
-        return f"{started.wait(20)} {forked.exitcode}"
+        forked.join(30)
+        return f"{started.wait(30)} {forked.exitcode}"
     finally:
         started.kill()
         forked.kill()
