@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -187,6 +188,5 @@ def _fits(value: int | float | bool, dtype: str) -> bool:
     if dtype.startswith(("int", "uint")):
         limits = np.iinfo(dtype)
         return isinstance(value, int) and not isinstance(value, bool) and limits.min <= value <= limits.max
-    # The range of bfloat16 is that of float32.
-    greatest = float(np.finfo(dtype if dtype in ("float16", "float64") else "float32").max)
+    greatest = float(ml_dtypes.finfo(dtype).max)
     return not isinstance(value, bool) and (abs(value) <= greatest or value != value or abs(value) == math.inf)

@@ -155,6 +155,14 @@ def test_two_dims(call):
             {"inputs": ["x float16 batch length"], "outputs": ["y float16 batch length"], "pad": {"x": (0, -1e9)}},
             r"pad=\{'x': …\}: -1000000000.0 is no float16",
         ),
+        (
+            {
+                "inputs": ["x bfloat16 batch length"],
+                "outputs": ["y bfloat16 batch length"],
+                "pad": {"x": (0, float(np.finfo(np.float32).min))},
+            },
+            r"pad=\{'x': …\}: -3.4028234663852886e\+38 is no bfloat16",
+        ),
         ({"pad": {"ids": (0, 0)}}, r"dim length is padded, but input 'mask' has it at dim 0 and isn't"),
         ({"pad": {"ids": (0, 0, 4), "mask": (0, 0)}}, r"pad=\{'mask': …\}: dim length is padded to another multiple"),
         ({"inputs": ["ids int64 batch 2*length"], "pad": {"ids": (0, 0)}}, r"is exported as 2\*length"),
