@@ -36,6 +36,8 @@ VIEWS = frozenset(_VIEWS.split())
 COMPILED = frozenset(_COMPUTE.split()) | VIEWS
 # Without a rounding mode, with which a zero divisor raises, if the numbers are integers.
 DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+# For integers inductor (torch 2.13) takes the result for float32: the compiled code ends the process.
+_MISCOMPILED = frozenset({torch.ops.aten.pow.Scalar})
 _SIZES = frozenset({*expressions.FUNCTIONS.values(), *operators.SYMBOLIC.values()})
 # Fewer operators that compute: nothing to fuse.
 LEAST = 2
@@ -106,7 +108,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _compiles(node: fx.Node) -> bool:
-    return _name(node) in COMPILED or node.target in DIVISIONS
+    return (_name(node) in COMPILED or node.target in DIVISIONS) and node.target not in _MISCOMPILED
 
 
 def region_graph(graph: fx.Graph, dims: int, region: Region) -> fx.Graph:

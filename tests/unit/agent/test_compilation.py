@@ -124,7 +124,9 @@ def test_an_exception_between_two_collectives(shards, compiled):
 
 
 class Normalized(nn.Module):
-    """What a normalization gives of columns lies otherwise in memory than what it gives without data."""
+    """What a normalization gives of columns lies otherwise in memory than what it gives without data.
+    Compiled, `2 ** integers` ends the process.
+    """
 
     def __init__(self):
         super().__init__()
@@ -132,7 +134,8 @@ class Normalized(nn.Module):
 
     def forward(self, x):
         columns = x.transpose(1, 2)
-        return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1
+        powers = 2 ** (x > 0.5).long() + 1
+        return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1, powers
 
 
 @needs_compiler
