@@ -188,5 +188,5 @@ def _fits(value: int | float | bool, dtype: str) -> bool:
     if dtype.startswith(("int", "uint")):
         limits = np.iinfo(dtype)
         return isinstance(value, int) and not isinstance(value, bool) and limits.min <= value <= limits.max
-    greatest = float(ml_dtypes.finfo(dtype).max)
+    greatest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     return not isinstance(value, bool) and (abs(value) <= greatest or value != value or abs(value) == math.inf)
