@@ -33,6 +33,9 @@ from typing import ClassVar
 MAX_TEXT = 4000
 """Characters of an error's text that a servable's own code made: a model or Python stage may raise with any length."""
 
+MAX_NAME = 200
+"""Characters of a name in an error's text."""
+
 
 def shortened(text: str, limit: int = MAX_TEXT) -> str:
     """The text, cut off after `limit` characters with a word on how many were left out; UTF-8 can write it: a lone
@@ -40,6 +43,11 @@ def shortened(text: str, limit: int = MAX_TEXT) -> str:
     left_out = len(text) - limit
     text = text[:limit].encode("utf-8", "backslashreplace").decode()
     return text if left_out <= 0 else f"{text}… ({left_out} more characters left out)"
+
+
+def shown(name: str) -> str:
+    """The name in quotes, as far as it is one that somebody might have given: a request's may be of any length."""
+    return repr(name if len(name) <= MAX_NAME else shortened(name, MAX_NAME))
 
 
 def text_of(error: BaseException) -> str:

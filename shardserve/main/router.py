@@ -14,6 +14,7 @@ from shardserve.errors import (
     ShardserveError,
     StartError,
     Unavailable,
+    shown,
 )
 from shardserve.main.servable import Result, ServableVersion
 from shardserve.settings import Settings
@@ -139,18 +140,18 @@ class Router:
         info = announce.methods.get(method)
         if info is None:
             there = ", ".join(sorted(announce.methods)) or "none"
-            raise NotFound(f"{servable} has no method {method!r}; it has: {there}")
+            raise NotFound(f"{servable} has no method {shown(method)}; it has: {there}")
         return servable, info
 
     def find(self, name: str, version: int) -> ServableVersion:
         """version 0: the latest that was ready, or the latest. NotFound says what there is instead; Unavailable if
         there is nothing so far."""
         if not self._versions:
-            raise Unavailable(f"servable {name!r} is not available yet: the server has no servable so far")
+            raise Unavailable(f"servable {shown(name)} is not available yet: the server has no servable so far")
         versions = self._versions.get(name)
         if versions is None:
             there = ", ".join(f"{servable.name!r} version {servable.version}" for servable in self.servables)
-            raise NotFound(f"no servable {name!r} here; there are: {there}")
+            raise NotFound(f"no servable {shown(name)} here; there are: {there}")
         if version == 0:
             ready = [number for number, servable in versions.items() if servable.was_ready]
             return versions[max(ready or versions)]
@@ -211,7 +212,9 @@ def _wrong_names(index: int, method: str, info: front.MethodInfo, names: set[str
     missing = [name for name in info.inputs if name not in names]
     unknown = sorted(names.difference(info.inputs))
     parts = [
-        f"{kind} {', '.join(map(repr, which))}" for kind, which in (("missing", missing), ("unknown", unknown)) if which
+        f"{kind} {', '.join(map(shown, which))}"
+        for kind, which in (("missing", missing), ("unknown", unknown))
+        if which
     ]
     takes = ", ".join(map(repr, info.inputs)) or "none"
     return InvalidInput(f"instance {index}: {' and '.join(parts)}; method {method!r} takes the inputs {takes}")

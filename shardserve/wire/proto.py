@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from shardserve.errors import InvalidInput
+from shardserve.errors import InvalidInput, shown
 from shardserve.wire.frames import Buffer, Payload
 from shardserve.wire.messages import TensorMeta
 from shardserve.wire.stubs import ms_service_pb2 as pb
@@ -71,7 +71,7 @@ def from_instance(instance: pb.Instance, where: str) -> tuple[dict[str, TensorMe
     metas: dict[str, TensorMeta] = {}
     buffers: list[Buffer] = []
     for name, tensor in instance.items.items():
-        metas[name], data = from_tensor(tensor, f"{where}, input {name!r}")
+        metas[name], data = from_tensor(tensor, f"{where}, input {shown(name)}")
         buffers.append(data)
     return metas, buffers
 

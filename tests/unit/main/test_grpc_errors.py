@@ -96,6 +96,22 @@ def test_a_long_text_does_not_break_the_status(character):
     predict(test)
 
 
+def test_a_long_name_is_not_told_as_a_whole():
+    """Its repr, four times as long, took seconds of the event loop."""
+    name = "\0" * 1_000_000
+
+    async def test(launcher, worker, client, address):
+        for servable, method, instance in [(name, "predict", X), ("echo", name, X), ("echo", "predict", {name: 1})]:
+            async with AsyncClient(address, servable, method, raise_errors=True) as other:
+                with pytest.raises(
+                    (NotFound, InvalidInput), match=r"x00… \(999800 more characters left out\)'"
+                ) as raised:
+                    await other.infer(instance)
+                assert len(str(raised.value)) < 1500
+
+    predict(test)
+
+
 def test_outputs_that_no_message_holds():
     size = 2**31
     result = {"y": TensorMeta("uint8", (size,), size)}, [np.zeros(size, np.uint8)]
