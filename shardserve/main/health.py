@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shardserve.errors import shown
+
 Response: TypeAlias = health_pb2.HealthCheckResponse
 
 
@@ -34,7 +36,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Response:
         if request.service not in self._states:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {shown(request.service)} here")
         return Response(status=self._status(request.service))
 
     async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:

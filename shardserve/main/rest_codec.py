@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shardserve.errors import InvalidInput, MessageTooLarge, ShardserveError
+from shardserve.errors import InvalidInput, MessageTooLarge, ShardserveError, shown
 from shardserve.main.router import Decoded, check_count
 from shardserve.main.servable import Result
 from shardserve.wire import tensors
@@ -256,7 +256,9 @@ def _from_base64(value: dict[str, Any], path: str) -> tensors.Value:
         raise InvalidInput(f'{path}: an object isn\'t {{"b64": "…", "type": "…", "shape": […]}}')
     name = TYPES.get(name, name)
     if name not in tensors.NUMBERS:
-        raise InvalidInput(f"{path}.type: unknown type {name!r}; known are {', '.join([*TYPES, *tensors.NUMBERS])}")
+        raise InvalidInput(
+            f"{path}.type: unknown type {shown(name)}; known are {', '.join([*TYPES, *tensors.NUMBERS])}"
+        )
     if shape is not None and not (isinstance(shape, list) and all(type(dim) is int and dim >= 0 for dim in shape)):
         raise InvalidInput(f"{path}.shape: not an array of sizes")
     try:

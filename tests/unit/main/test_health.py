@@ -82,8 +82,12 @@ def test_services_are_listed_and_what_is_none_is_not_found():
                 ("", "mindspore.serving.proto.MSService", "echo"), SERVING
             )
             unknown = health_pb2.HealthCheckRequest(service="nobody")
-            with pytest.raises(grpc.aio.AioRpcError, match="no service 'nobody' here"):
+            with pytest.raises(grpc.aio.AioRpcError, match="no service 'nobody' here") as raised:
                 await stub.Check(unknown)
+            assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.Check(health_pb2.HealthCheckRequest(service="x" * 20_000))
+            assert raised.value.code() is grpc.StatusCode.NOT_FOUND
             watch = stub.Watch(unknown)
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
             await launcher.order(launch.Stop, 10.0)
