@@ -36,7 +36,7 @@ class RestartBudget:
     def forgive(self) -> None:
         """A death turned out to be a request's fault, not of what died."""
         if self._deaths:
-            # The newest: in the place of one that is nearly out of the window it would be counted for longer.
+            # Drops the newest: the older ones leave the window sooner.
             self._deaths.pop()
 
     @property

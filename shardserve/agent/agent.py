@@ -171,12 +171,14 @@ class Agent:
                         return True
                     case _:
                         raise FrameError(f"{type(message).__name__} came out of turn")
-                # The next one may be long in coming, and while this has a name, its sender can't use the memory again.
+                # The next order may be long in coming. As long as this one's payload has a name here, its sender can't
+                # use the memory again.
                 del order, payload
         except OSError as error:
             logger.warning("rank %d: the Worker is gone: %s", self._request.rank, error)
         finally:
-            # Before another generation can form, the reader must have ended the waits of this one, and no later.
+            # The reading thread ends the waits of this generation: it has to be done before another generation can
+            # form.
             connection.close()
             thread.join()
         return False
@@ -255,9 +257,9 @@ def _take_device(request: ForkRequest) -> None:
     count = torch.cuda.device_count()
     if int(number) >= count:
         raise StartError(f"rank {request.rank}: device {request.device}: this host has {count}, counted from 0")
-    # Whatever names no device would otherwise take memory of the first one, in each agent of the host. Other threads
-    # have the first one still (cudaSetDevice is of a thread), and use none but by their tensors; to pin memory, torch
-    # takes one that has a context.
+    # Otherwise torch takes memory on device 0 for whatever names no device, in each agent of the host. This holds for
+    # this thread (cudaSetDevice is per thread). Other threads touch devices only through their tensors, and pinning
+    # memory uses a device that has a context already.
     torch.cuda.set_device(request.device)
 
 

@@ -129,7 +129,7 @@ class CudaGraphs:
         """Nothing of it has run yet. ValueError, or what the device raises, if it can't be."""
         given = list(tensors)
         places = []
-        # Before those are the carriers of the dims, of which a graph has the sizes alone.
+        # The first `dims` tensors only carry sizes, which the graph has captured.
         for position in range(self._dims, len(given)):
             tensor = given[position]
             if tensor.device != self._program.device:
@@ -160,7 +160,7 @@ class _Capturing:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
         except RuntimeError:
-            # A capture that fails leaves its own.
+            # torch doesn't put the stream back when a capture fails.
             torch.cuda.set_stream(stream)
             raise
         return graph.replay, outputs

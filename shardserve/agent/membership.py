@@ -66,7 +66,7 @@ class Membership:
         self._programs = programs
         self._device = programs[0].device
         self._on_cuda = self._device.type == "cuda"
-        # On CUDA a step may wait anywhere for the device, and that for a rank that is gone.
+        # On CUDA a step may wait for the device at any operator, and the device for a rank that is gone.
         self._leaving = (
             LeaveInTime(f"a step on {self._device}", lifetime, settings.abort_timeout)
             if self._on_cuda
@@ -121,7 +121,7 @@ class Membership:
         self._collective.begin(step.step)
         with self._leaving:
             outputs = self._execute(program, step, payload)
-        # Before anything is sent: whoever has the answer finds the step here.
+        # Before anything is sent: who has the answer and asks for the timeline then finds this step in it.
         self._timeline.record((step.generation, step.step, received, ready, started, time.monotonic()))
         if self._outgoing is not None:
             self._outgoing.send(step.step, outputs)
@@ -142,9 +142,9 @@ class Membership:
             raise
         except Exception as error:
             if self.lifetime.ended:
-                # It may be the fault of what a collective gave that was cut short.
+                # The exception may come from the garbage that an aborted collective left.
                 raise GenerationEnded from error
-            # On the other ranks of the stage it is mostly the same exception again.
+            # A traceback from one rank only: on the others of the stage it is mostly the same exception.
             text = shortened(described(error), MAX_STEP_TEXT)
             logger.warning("step %d raised %s", step.step, text, exc_info=config.coordinate == 0)
             self._report(step, text)

@@ -84,7 +84,8 @@ class OutgoingLink:
                     logger.warning("the link to the next pipeline stage broke: %r", error)
                     self._on_failure(f"the link to the next pipeline stage broke: {error}")
                 return
-            # The next step may be long in coming, and what is sent may be what came in another process's memory.
+            # The next step may be long in coming, and these tensors may lie in another process's memory, which waits
+            # for them.
             del item, tensors
 
     def abort(self) -> None:

@@ -36,8 +36,8 @@ def pinned(size: int) -> Payload:
     try:
         memory: Payload = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
     except RuntimeError as error:
-        # Of the thread that reads: with it the connection would end. It may be that the device is lost, which the
-        # step's own thread says.
+        # Not raised: this is the reading thread, and the connection would end with it. If the device is lost, the
+        # thread of the steps says so.
         logger.warning("no pinned memory for %d bytes: %s", size, error)
         return np.empty(size, np.uint8)
     return memory

@@ -43,7 +43,7 @@ class Bars:
         sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._columns = None if sized else COLUMNS
         self._rows = None if sized else ROWS
-        # The time goes on where nothing else does for a while.
+        # Redraws the elapsed time while nothing else changes.
         self._clock = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._clock.start()
 

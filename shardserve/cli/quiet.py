@@ -41,7 +41,7 @@ class _WithoutGraphs:
         self._left_out = False
 
     def write(self, text: str) -> int:
-        # A print's end comes by itself.
+        # print() writes its newline in a call of its own.
         left_out = _GRAPH in text or (self._left_out and text == "\n")
         self._left_out = _GRAPH in text
         return len(text) if left_out else self._stream.write(text)

@@ -29,7 +29,7 @@ def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
     try:
         with shown_progress() as progress:
             line = start(progress)
-        # Before the line is: whoever reads it may send the signal at once.
+        # Before the line is printed: who reads it may send the signal at once.
         ready = True
         print(f"ready: {line}", flush=True)
     except (ShardserveError, OSError):
@@ -40,9 +40,9 @@ def in_foreground(name: str, start: Callable[[Progress], str]) -> int:
         raise
     except SystemExit:
         if not ready:
-            # What was asked for was not done.
+            # A signal before it was ready: what was asked for was not done.
             return INTERRUPTED
-    # What a ready server is asked to do by a signal, it has done.
+    # A ready server that a signal ends has done what it was asked for: exit code 0.
     with contextlib.suppress(SystemExit):
         join()
     return 0

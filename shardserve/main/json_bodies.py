@@ -132,8 +132,8 @@ class JsonBodies:
         except BaseException:
             self._turn.release()
             raise
-        # Not when the asker gives up: what was sent is in the process, or on its way there, until it is answered, and
-        # the next one's would come on top of it.
+        # Released by the answer, not by the asker who gives up: until then the body is in the process or on its way
+        # there, and another would come on top of it.
         answered.add_done_callback(lambda _: self._turn.release())
         return await asyncio.shield(answered)
 

@@ -79,7 +79,7 @@ class JsonLink:
         lost, self._lost = self._lost, None
         self._process.kill()
         self._stream.abort()
-        # First, so that whoever is next doesn't find this one.
+        # Before the error is given: who gets it may ask again at once, and must not find this process.
         lost(self, reason)
         self._settle(error)
 

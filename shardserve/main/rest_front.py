@@ -63,7 +63,7 @@ class RestFront:
             Route("/healthz", self._healthz, methods=["GET"]),
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _bug})
-        # A path with a slash too many is none: Starlette's answer would lead to wherever the client's Host says.
+        # No redirect for a path with a slash too many: Starlette's would go to whatever the client's Host header says.
         self._app.router.redirect_slashes = False
         self._bodies = JsonBodies(router.settings)
         self._server: _Server | None = None

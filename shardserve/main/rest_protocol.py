@@ -58,7 +58,7 @@ class RestProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         self._unwatch_unsent()
-        # uvicorn tells the last request that was read, not the one that is being answered.
+        # uvicorn tells the request that was read last that the client has left, not the one that is being answered.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()

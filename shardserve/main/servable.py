@@ -208,7 +208,7 @@ class ServableVersion:
         except ShardserveError as error:
             self._answer(waiting, error)
         except Exception:
-            # Left waiting, it would go to each Worker to come, and take its connection down.
+            # If it were kept, it would be sent to every Worker that is respawned, and fail each connection in turn.
             logger.exception("%s: a request could not be sent to its Worker", self)
             self._answer(waiting, InternalError("a bug in the server; its log has the traceback"))
 

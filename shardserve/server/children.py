@@ -98,7 +98,8 @@ class Child:
     def _ping(self) -> None:
         if not self._ending:
             self._stream.send(launch.Ping())
-            # After a stop of this process itself (a suspended host), what has come is read before timers are looked at.
+            # If this process itself was stopped (a suspended host), the loop reads a pong that has come before it runs
+            # timers.
             self._beat = self._loop.call_later(self._heartbeat, self._frozen)
 
     def _frozen(self) -> None:

@@ -111,7 +111,7 @@ class Launcher:
         """Takes its ports and tells Main of it; StartError for a port in use, ConfigError if it is started already."""
         key = options.servable_name, options.version_number
         main = await self._ensure_main()
-        # From here to its place nothing is waited for: of two at once the second finds the first.
+        # No await from here until it is in `_services`: of two starts at once the second finds the first.
         if key in self._services:
             raise ConfigError(f"{options} is started already")
         front_name = f"shardserve-front-{os.getpid()}-{time.monotonic_ns()}"
@@ -124,7 +124,8 @@ class Launcher:
                 stack.enter_context(listen_abstract(front_name)),
             )
             options = replace(options, distributed_address=address)
-            # Time makes it greater than what an earlier launcher counted, unless agents say otherwise.
+            # The first incarnation is the time, which is greater than what an earlier launcher counted; agents say if
+            # it isn't.
             service = Service(options, listeners, front_name, int(time.time()), RestartBudget(self._settings))
             self._services[key] = service
             stack.callback(self._services.pop, key)
@@ -144,7 +145,7 @@ class Launcher:
         service.ready = True
         service.progress = quietly
         if worker.ended.is_set():
-            # Between its answer and this task's turn, when a death was still the start's.
+            # It died after it had answered and before `ready` was set, so `_worker_died` left it to this task.
             self._respawn_worker(service, worker.end_in_words)
 
     async def _withdraw(self, service: Service) -> None:
@@ -217,7 +218,7 @@ class Launcher:
 
     def _worker_died(self, service: Service, child: Child) -> None:
         service.worker = None
-        # Before it was ready, whoever starts it hears of its death by the order's error.
+        # Before it is ready, the start hears of its death as the order's error.
         if service.ready:
             self._respawn_worker(service, child.end_in_words)
 
@@ -244,7 +245,7 @@ class Launcher:
             await self._serve(service, worker)
         except ShardserveError as error:
             logger.error("the respawned Worker of %s: %s", service.options, error)
-            # What is wrong may be mended; until then each try spends of the restarts, as a death does.
+            # What is wrong may be mended meanwhile; until then each try counts against the restarts, as a death does.
             worker.kill()
 
     async def _end(self, service: Service) -> None:
@@ -267,7 +268,7 @@ class Launcher:
             if main is None:
                 main = self._main = Child("shardserve.main", (), self._settings.heartbeat_timeout, self._main_died)
                 await main.connect()
-            # It may have died meanwhile; whoever gives it an order is told so.
+            # It may have died meanwhile: then the first order to it fails.
             return main
 
     def _main_died(self, child: Child) -> None:
@@ -293,7 +294,7 @@ class Launcher:
         timeout = self._settings.start_timeout
         try:
             for key, service in list(self._services.items()):
-                # One whose start has failed meanwhile isn't Main's any more, and may have been started again.
+                # Skipped if its start has failed meanwhile; under this key there may be another one now.
                 if self._services.get(key) is service:
                     await main.order(launch.Attach(main.number(), *key, service.front_name), timeout)
             for order in list(self._fronts):

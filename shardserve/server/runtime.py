@@ -85,14 +85,14 @@ class Runtime:
         try:
             asyncio.run(main)
         except OSError as error:
-            # Without descriptors there is no event loop; nothing in it raises any.
+            # There are no descriptors left for an event loop; what runs in it lets no OSError out.
             main.close()
             self._unable = error
             self._started.set()
         finally:
             self._done.set()
         if self.failure is not None and not threading.main_thread().is_alive():
-            # The script's last line has run, so this is the only way left to say that its service failed.
+            # The script's last line has run: only the exit code can still say that its service failed.
             sys.stderr.flush()
             os._exit(1)
 
@@ -107,7 +107,7 @@ class Runtime:
             self._idle.clear()
             with self._lock:
                 self._ended = not self._residents
-        # What was begun before has its first turn, so that it can say that it was too late.
+        # One turn for what was scheduled before the end, so that it can say that it was too late.
         await asyncio.sleep(0)
 
     def houses(self, resident: Resident) -> bool:
@@ -167,7 +167,7 @@ class Runtime:
 
     def request_stop(self) -> None:
         """Asks every resident to end; returns at once, from any thread or signal handler."""
-        # Either the thread that is being started sees this, or this sees its loop.
+        # Set before `_loop` is read: a thread that is just being started either sees this, or has set its loop.
         self._stopping = True
         if self._loop is None:
             return
@@ -177,7 +177,7 @@ class Runtime:
 
     def _stop_residents(self) -> None:
         if not self._residents:
-            # A signal has ended the call that was to bring one.
+            # A signal has interrupted the call that was going to bring the first resident.
             assert self._idle is not None
             self._idle.set()
         first = [resident for resident in self._residents if resident.needs_others]
@@ -220,7 +220,8 @@ def _living_runtime() -> Runtime:
         if _runtime is None:
             warn_of_unknown()
         _runtime = Runtime()
-        # First: nobody else could end the thread if a signal came before anybody has settled.
+        # Before the start: otherwise a signal that comes before the first resident would leave the thread running for
+        # ever.
         _handle_signals(_runtime)
         _stop_on_uncaught(_runtime)
         _runtime.start()

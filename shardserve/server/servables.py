@@ -132,12 +132,12 @@ class _Start:
         ready: Future[LoadedWeights | None] = Future()
         ready.add_done_callback(self._agents_ready)
         self._supervisor = self._runtime.settle(lambda: Supervisor(host, settings, ready))
-        # Also where nobody waits for this one any more, since another has failed.
+        # A callback, since nobody may wait for this one any more: another may have failed first.
         self._served.add_done_callback(self._end_agents_if_failed)
 
     def _agents_ready(self, ready: Future[LoadedWeights | None]) -> None:
         error = ready.exception()
-        # Unavailable: the Worker has told them to leave, and says itself why.
+        # Unavailable means that the Worker has told its agents to leave; why, it says itself.
         if error is not None and not isinstance(error, Unavailable):
             self._agents_error = error
             self._served.cancel()

@@ -58,7 +58,7 @@ class _Lowering:
     def __init__(self, buffer: fx.Node, update: fx.Node) -> None:
         self.buffer = buffer
         self.update = update
-        # With the operator that had the arguments, when they had the value that is meant.
+        # Each with the operator whose arguments it takes over: the values meant are those that they have there.
         self.writes: list[tuple[Callable[..., Tensor], Place, tuple[Any, ...], fx.Node]] = []
         self.absorbed: set[fx.Node] = set()
         self.views: set[fx.Node] = set()
@@ -74,7 +74,7 @@ class _Lowering:
         base, *rest = node.args
         assert isinstance(base, fx.Node)
         if name == "copy":
-            # Of its first argument it takes the shape and dtype alone.
+            # Of its first argument it takes the shape and dtype alone: a view of the buffer there is no read of it.
             if _name(base) in ("slice", "select"):
                 self.views.add(base)
             self._add(node, copy_part, place, rest[0])
@@ -101,7 +101,7 @@ class _Lowering:
         if not place:
             return node is self.buffer
         if self.writes:
-            # It is a view of the old value, and the part may hold another by then.
+            # The node is a view of the old value, which earlier writes may have changed by then.
             return False
         kind, *where = place[-1]
         if _name(node) != kind or not isinstance(node.args[0], fx.Node):

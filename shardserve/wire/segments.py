@@ -34,7 +34,7 @@ TOKEN = 16
 WORDS = (PAGE - TOKEN) // 8
 RELAYS = 64
 RECEIVERS = WORDS - RELAYS
-# A word of a relay: with the number of the use, that somebody may look at it; or that it can't be told any more.
+# A relay's word. LENT, with the number of the use: somebody may be reading. LOST: nobody can tell any more whether.
 LENT = np.uint64(1 << 63)
 LOST = np.uint64((1 << 64) - 1)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -88,7 +88,8 @@ class Segment:
         self.used = 0.0
         self.held = False
         self._lost = False
-        # Who may look at it, one a word, None for those that are gone; and who was ever told of it.
+        # readers: who may look at it, by the word's index, None for those that are gone. told: who was ever sent its
+        # place.
         self.readers: list[SendingPath | None] = []
         self.told: set[SendingPath] = set()
         self.fd = os.memfd_create("shardserve-payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -127,7 +128,7 @@ class Segment:
     def leave(self, path: SendingPath) -> None:
         for word, reader in enumerate(self.readers):
             if reader is path:
-                # What it relayed it can't take back either.
+                # What it had relayed to others it can't take back, so nobody can tell whether they still read.
                 self._lost = self._lost or bool(self._words[word] != self.use) or self._lent
                 self.readers[word] = None
         self.told.discard(path)
@@ -170,7 +171,7 @@ class Pool:
             dropped = self._worn_out()
             free = [segment for segment in self._segments if not segment.unread and not segment.lost]
             fitting = [segment for segment in free if size <= segment.capacity <= 4 * size]
-            # Always the same ones of those that are equal: what a burst needed falls idle.
+            # Of equal ones that which was used last, so that segments made for a burst fall idle and are trimmed.
             segment = min(fitting, key=lambda segment: (segment.capacity, -segment.used)) if fitting else None
             if segment is None:
                 segment = self._new(size, free, dropped)

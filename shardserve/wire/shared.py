@@ -143,7 +143,7 @@ class SharedPath:
             mapped = self._mapped[token] = _map(pid, fd, token, capacity, word, use)
         if size > len(mapped.memory):
             raise SharedError(f"a place of {size} bytes in a segment of {len(mapped.memory)}")
-        # An array of its own for each use: what ends with it is this use.
+        # A new array for each use: its end is the end of this use.
         data: Bytes = np.frombuffer(mapped.memory.data, np.uint8, size)
         weakref.finalize(data, _say_read, mapped.words, word, use, os.getpid()).atexit = False
         if self._relay:
@@ -171,7 +171,7 @@ def _say_read(words: Words, word: int, use: int, pid: int) -> None:
 
 def _can_open(pid: int, fd: int, token: bytes) -> bool:
     try:
-        # In another container the number may be anything: nothing that blocks, and no terminal of ours.
+        # In another container this path may be anything: don't block on it, and don't make it our terminal.
         with spare_descriptors():
             probe = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
@@ -203,7 +203,8 @@ def _map(pid: int, fd: int, token: bytes, capacity: int, word: int, use: int) ->
             words = words_of(map_memory(opened, PAGE, writable=True))
             memory = map_memory(opened, PAGE + capacity, writable=False)[PAGE:]
         except OSError as error:
-            # Not through a mapping: where their number is exhausted (vm.max_map_count), the words have none either.
+            # Written to the file, not through a mapping: if the number of mappings is exhausted (vm.max_map_count), the
+            # words have none.
             os.pwrite(opened, np.uint64(use).tobytes(), np.uint64().nbytes * word)
             raise MemoryError(f"no memory for {capacity} bytes, to read what process {pid} shares") from error
         return Mapped(source, token, words, memory)

@@ -153,7 +153,8 @@ def decode(meta: TensorMeta, data: Buffer | Payload, where: str = "value") -> Va
         and min(meta.shape, default=0) >= 0
         and len(meta.shape) <= MAX_DIMS
     ):
-        # numpy finds whatever else can be wrong with one that isn't empty; what it is, is worked out below.
+        # The fast way: numpy refuses what else can be wrong with a tensor that isn't empty, and what it was is found
+        # below.
         with contextlib.suppress(ValueError):
             return np.frombuffer(cast(Buffer, data), dtype.numpy).reshape(meta.shape)
     check_meta(meta, where)

@@ -16,7 +16,8 @@ from typing import cast
 from shardserve.errors import StartError
 from shardserve.wire.messages.launch import TLSFiles
 
-# Of plaintext that is encrypted at once: the reader of a connection waits no longer than that takes.
+# Bytes of plaintext that are encrypted at once: a thread that reads the same connection waits no longer than that
+# takes.
 CHUNK = 256 << 10
 RECEIVE = 64 << 10
 

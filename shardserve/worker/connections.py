@@ -81,7 +81,8 @@ class GroupConnection:
                 case _:
                     raise FrameError(f"{type(message).__name__} came out of turn")
         except ShardserveError as error:
-            # An agent's own supervisor hears why it ended, and tells this Worker if it is for good.
+            # No warning for an agent: its supervisor hears from it why it was refused, and tells the Worker if it gives
+            # it up.
             level = logging.INFO if isinstance(message, group.Register) else self._worker.complaints
             logger.log(level, "refused: %s", error)
             self.stream.send(group.Refuse(type(error).__name__, str(error)))
@@ -103,12 +104,13 @@ class GroupConnection:
 
     def _lost(self, reason: Exception | None) -> None:
         if isinstance(reason, JoinRefused) or (isinstance(reason, TimeoutError) and reason.errno is None):
-            # Not let in by the door, or not in time: both say whom.
+            # The join failed, or took too long; both texts say whose.
             logger.warning("refused %s", reason)
         elif isinstance(reason, FrameError):
             logger.warning("a connection on the distributed address ends: %s", reason)
         elif isinstance(reason, OSError) and not isinstance(reason, (ConnectionError, ssl.SSLError)):
-            # The network's doing. Of a ConnectionError the usual cause is the other side's end, which others tell.
+            # The network failed. Not a ConnectionError: that mostly means that the process on the other side has ended,
+            # which is logged where its death is seen.
             logger.warning("%s: its connection is lost: %s", self._who, reason)
         self._worker.left(self.stream, self._host)
         if self._agent is not None and self._group is not None:

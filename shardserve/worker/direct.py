@@ -67,7 +67,7 @@ class DirectRequest:
         if not self._calls:
             self._reply()
             return
-        # Only now: it answers at once what is over already.
+        # After all calls are made: a call that is over already is answered within this line.
         for i, call in list(self._calls.items()):
             call.answer.add_done_callback(partial(self._answered, i))
         models.start()

@@ -98,7 +98,7 @@ class ReplicaGroup:
         self._timer: asyncio.TimerHandle | None = None
         self._next_step = 0
         self._steps: dict[int, StepInFlight] = {}
-        # Of the generation that ends, or ended last: what it has cost, and the ranks that said before that the model
+        # Of the generation that is ending, or ended last: its deaths, and the ranks that had said before that the model
         # raised.
         self._ending = Ending(owner.forgive)
         self._raised: set[int] = set()
@@ -329,7 +329,7 @@ class ReplicaGroup:
     def _step_failed(self, agent: AgentHandle, number: int, text: str) -> None:
         agent.stream.send(group.FailureNoted(self.generation, number))
         step = self._steps.get(number)
-        # Absent: the rank raised after its last collective, and the leader's answer (right) came first.
+        # Absent if the rank raised after its last collective: the leader's answer came first, and is right.
         if step is None:
             return
         step.raised.add(agent.local)

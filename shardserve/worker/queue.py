@@ -107,7 +107,7 @@ class CallQueue:
         # Whose deadline has passed stands in front: nothing is more urgent.
         for call in [*takewhile(lambda call: call.urgency[0] <= now, calls)]:
             if call.deadline is not None:
-                # First the answer: who hears of it is to find the call here still.
+                # Answered before it is taken out: callbacks of the answer look for the call in this queue.
                 call.expire(now)
                 self.discard(call)
 

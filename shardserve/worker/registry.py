@@ -19,7 +19,7 @@ from shardserve.worker.rank_table import RankTable
 
 logger = logging.getLogger(__name__)
 
-# How a reason begins that says itself which rank it is about.
+# A reason that names its rank begins so, and isn't given the rank a second time.
 NAMES_A_RANK = re.compile(r"rank \d")
 
 GroupStream = FrameStream[group.FromGroup]
@@ -63,11 +63,12 @@ class Registry:
         self._exports: list[ShardConfig] = []
         self.hosts: list[HostHandle] = []
         self._given_up: dict[int, str] = {}
-        # Of ranks that didn't fit the agents that were here: the refusal, and what those had brought.
+        # By rank, where its export didn't fit that of the agents that were here: the refusal, and what these agents had
+        # brought.
         self._at_odds: dict[int, tuple[str, tuple[str, ...]]] = {}
         # Said again to a supervisor that comes back: it may have lost its connection before it read it.
         self._kills: dict[int, group.Kill] = {}
-        # Of the agents that are there, or were last: the names of their supervisors.
+        # By rank: the name of the supervisor of the agent that is there, or was last.
         self._keepers: dict[int, str] = {}
 
     def agent(self, rank: int) -> AgentHandle | None:
@@ -156,7 +157,7 @@ class Registry:
             raise JoinRefused(f"rank {message.rank}: the rank table has ranks 0 to {len(self._table.entries) - 1}")
         there = self.agent(message.rank)
         if there is not None and not self._replaces(message):
-            # Of supervisors only one is taken, so this one's end is on its way: whoever came is to come again.
+            # A rank has one supervisor, so the agent that is there is about to end: the one that came is to try again.
             raise Unavailable(f"rank {message.rank}: is already there (pid {there.pid} on {there.host})")
         if there is not None:
             there.stream.abort()
@@ -308,7 +309,7 @@ class Registry:
         """The ranks that won't come, and why: without those of which all that is known is no longer so."""
         brought, at_odds = self._brought, dict(self._at_odds.values())
         for rank, reason in self._given_up.items():
-            # By its words: a supervisor gives all its ranks up for the refusal of one.
+            # Looked up by its text: when one of its ranks is refused, a supervisor gives all of them up with this text.
             against = at_odds.get(reason)
             keeper = next((host for host in self.hosts if rank in host.ranks), None)
             if against in (None, brought):

@@ -196,7 +196,8 @@ class Scheduler:
             for call in calls:
                 call.fail(wrong)
                 if call.session is not None:
-                    # Its first step may have been to put the state back.
+                    # The step that failed may have been the first, which resets the state: what the agents hold is
+                    # another call's.
                     call.session.spoil(wrong)
             return
         group.send_step(batch)

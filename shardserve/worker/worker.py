@@ -61,7 +61,7 @@ class Worker:
         self._python_stages = StagePool(
             servable=self._servable,
             load=stages.Load(serve.servable_directory, serve.servable_name, serve.version),
-            # Each replica's holder of a stateful servable may be in one at a time.
+            # Stateful: each replica is held by a method call, which may be in a Python stage.
             size=max(1, serve.num_parallel_workers, len(self._groups) if model.stateful else 0),
             models=self._model_calls,
             settings=settings,
@@ -80,7 +80,8 @@ class Worker:
         self._joining: dict[FrameStream[group.FromGroup], None] = {}
         self._all_left = asyncio.Event()
         self._ready_order: int | None = serve.order
-        # The level of what else the process of the agents says: who has both in one wants to hear it once.
+        # Of complaints that the agents' supervisor logs as well: where it is in the launcher's process, whoever reads
+        # the output wants to see them once.
         self.complaints = logging.INFO if serve.own_agents else logging.WARNING
 
     async def start(self, distributed: socket.socket, local: socket.socket, front_listener: socket.socket) -> None:
@@ -102,7 +103,8 @@ class Worker:
     def _waited_enough(self) -> None:
         total, missing = len(self._table.entries), self._registry.missing
         if self._ready_order is None or not missing:
-            # All have come: groups that form and processes of Python stages have limits of their own.
+            # All agents have come. What is waited for now, groups that form and processes of Python stages, has limits
+            # of its own.
             return
         reason = f"; {self._registry.given_up_first}" if self._registry.given_up_first else ""
         self._refuse_start(
@@ -171,7 +173,7 @@ class Worker:
             if not self._registry.given_up_first:
                 logger.error("%s", reason)
                 self._refuse_start(StartError(reason))
-            # Else other agents may come in the place of those, so a start goes on to wait.
+            # Otherwise a rank was given up, and other agents may come in its place: a start goes on waiting.
         elif state != "failed":
             self._scheduler.reopen()
         self._set_state(state, reason)

@@ -129,7 +129,7 @@ class HostAgents:
         if self._owner.leaving:
             return
         if self._owner.starting and not server.has_forked:
-            # The files of torch that a slow disk has read meanwhile, the next one finds in memory.
+            # Tried again: torch's files that a slow disk has read meanwhile are in the page cache for the next one.
             self._silent_fork_servers += server.was_silent
             if not server.was_silent or self._silent_fork_servers > self._settings.max_restarts:
                 why = server.ending if server.was_silent else f"{server.ending}; its output says why"
@@ -179,7 +179,7 @@ class HostAgents:
                 self._all_dead.set()
             return
         if words is not None and not words.error:
-            # The Worker told it; the same order is on its way to this supervisor.
+            # It left in order: the Worker told it to, and is telling this supervisor the same.
             return
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))

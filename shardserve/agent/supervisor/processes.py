@@ -186,7 +186,7 @@ class ForkServer:
             return
         self.ending = ending
         if self._readable is not None:
-            # Before its number is free for another socket, which the loop would then take for this one.
+            # Before the socket is closed: its number may go to another socket, which the loop would take for this one.
             self._readable.get_loop().remove_reader(self._socket)
             if not self._readable.done():
                 self._readable.set_exception(self._ended_error())

@@ -166,7 +166,7 @@ class Supervisor:
         """Connects and introduces itself; None waits for ever, as long as nobody stops it."""
         connected = await self._connector.connect(float("inf") if seconds is None else seconds)
         if self.leaving:
-            # Nobody has waited for a host that answers nothing.
+            # stop() doesn't wait for a connection attempt to time out, so this one may have come through afterwards.
             if connected is not None:
                 connected.close()
             return
@@ -196,11 +196,11 @@ class Supervisor:
             self.fail(reason)
         elif not self.leaving:
             gone = f"the Worker at {self._address} is gone{f' ({reason})' if reason else ''}"
-            # Whoever runs the server in this process knows of its Worker's end, and of the reason, already.
+            # With the server in the same process, the launcher logs the Worker's end and the reason.
             level = logging.INFO if self._missed or self._options.with_server else logging.WARNING
             self._missed = True
             self.log(level, f"{gone}; waiting for it to come back")
-            # One that ends connections without a word may do so for ever.
+            # A Worker that ends connections without a word may do so for ever: not at once again.
             pause = 0.0 if self._spoken else self._settings.connect_retry_interval
             self._loop.call_later(pause, self.spawn, lambda: self._join(self._settings.reconnect_timeout))
 
@@ -218,7 +218,8 @@ class Supervisor:
             case group.HostReady():
                 self._agents.lacked(())
                 self._waits(len(self._agents.slots), ())
-                # They say so before they register, but on another way.
+                # Agents say that they have loaded before they register, but on their pipes, which may be read later
+                # than this message.
                 self._agents.read_all()
                 self._report(None)
             case group.Kill(rank=rank, pid=pid, reason=reason):

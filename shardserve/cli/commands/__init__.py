@@ -56,7 +56,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             raise
         called = f"shardserve {args.command}"
         if sys.stdout is None:
-            # What is opened next would get its number, and what children print.
+            # The next file that is opened would get its number, and with it what children print.
             return _failed(called, "standard output is closed")
         code: int = args.run(args)
         _flush()
@@ -69,7 +69,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"{called}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        # Errors of files are told by their names; these have none, and are what writing to an open one ends with.
+        # Only an error in writing to an open stream has no file name; any other OSError is a bug.
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise
         # Nothing may be written at exit either.

@@ -13,7 +13,8 @@ from shardserve.export.sharding.placements import Placement, Replicate, Shard
 from shardserve.export.sharding.propagate import Kept, LocalGraph, propagate
 from shardserve.export.tracing.trace import Trace
 
-# How often placements are looked at again. They may lie as they want: what is written is moved to where they lie.
+# Rounds beyond one a buffer in which placements may change. After them any placement is right: what is written is
+# redistributed to it.
 _ROUNDS = 3
 
 
@@ -29,7 +30,7 @@ def settle(
     ExportError for one that two stages write.
     """
     kept = {name: Kept(placements[name], None) for traced in traces for name in traced.updates}
-    # Nothing is propagated where nothing is kept.
+    # Without kept buffers there is nothing to settle.
     for count in range(len(kept) + _ROUNDS if kept else 0):
         pairs = list(zip(traces, stages, strict=True))
         graphs = [propagate(traced, placements, nodes, size, 0, kept) for traced, nodes in pairs]

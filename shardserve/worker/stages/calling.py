@@ -58,7 +58,8 @@ class StageCaller:
             raise StageError(text) from error
         finally:
             if os.getpid() != pid:
-                # It would go on as its parent, on the same connection.
+                # The function forked, and this is the child: it would go on as if it were the stage's process, on its
+                # connection.
                 logger.error("%s: a process that it forked came back from the function; it is ended", self.where)
                 os._exit(1)
         return [self._outputs(result) for result in results]

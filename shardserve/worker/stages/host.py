@@ -242,7 +242,7 @@ class StageHost:
         elif isinstance(reason, NoMemory):
             self.kill(f"gave more than the Worker can take: {reason}")
         elif self.state != "ended":
-            # Without its connection it is of no use; its pidfd tells of its end, and of the code if it ended itself.
+            # A process without its connection is of no use. Its pidfd tells when it has ended, and by which code.
             self._process.kill()
 
     # What the process says.
@@ -270,7 +270,7 @@ class StageHost:
         self._give_up_model_calls(running, ConfigError("Model.call: the run of the Python stage ended meanwhile"))
         self._end_run()
         if not self._killed_for:
-            # Otherwise these results came just before the end, under which no other call may be.
+            # If it is being killed, these results came just in time; it must not get another call.
             self.state = "idle"
         for call, result in zip(running.calls, results, strict=True):
             if isinstance(result, stages.Failure):

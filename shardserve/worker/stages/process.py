@@ -31,7 +31,7 @@ class StageProcess:
         self._connection = connection
         self._pid = os.getpid()
         self._calls = itertools.count(1)
-        # Who has `calling` awaits an answer; under `ending` a run goes on, or is over.
+        # `calling` is held while a Model.call awaits its answer, `ending` while it is decided whether the run is over.
         self._calling = threading.Lock()
         self._ending = threading.Lock()
         self._going_on: int | None = None
@@ -71,8 +71,8 @@ class StageProcess:
         with self._ending:
             self._going_on = None
             self._connection.send(finished, buffers)
-        # A thread that the function left may await an answer, which comes before the next run: the Worker gives up what
-        # waits when it sees `finished`.
+        # A thread that the function left behind may be in a Model.call. The Worker answers that with an error when it
+        # sees `finished`; the next run begins after this answer.
         with self._calling:
             pass
 

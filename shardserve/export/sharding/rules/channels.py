@@ -159,7 +159,7 @@ def _part_of_a_group(emitter: Emitter, call: Call, x: Value, weight: Value, chan
 
 def _whole_groups(groups: int, given: Shard, outputs: Dim, inputs: Dim, ranks: int) -> bool:
     if isinstance(given.blocks, tuple):
-        # Of each channel or a few alone, as many are made as taken: blocks are the same ones on both sides.
+        # Depthwise, or few channels a group: as many channels come out as go in, so both sides have the same blocks.
         each = divide(outputs, groups)
         return outputs == inputs and each is not None and all(block % (each * ranks) == 0 for block in given.blocks)
     return given.divides(groups, ranks)

@@ -80,7 +80,7 @@ def repeat_interleave(emitter: Emitter, call: Call) -> Result:
         if not isinstance(call["repeats"], int):
             return None
         placement = Shard(placement.dim, tuple(block * call["repeats"] for block in placement.blocks))
-    # What the whole's dim comes to is nothing to check a part by, and follows from the rest.
+    # output_size is the size of the whole's dim: wrong for a part, and not needed.
     return call.emit(emitter, placement, self=x, output_size=None)
 
 

@@ -380,8 +380,8 @@ def _reshaped(before: Sequence[Dim], after: Sequence[Dim], placement: Shard, siz
         part = divide(before[dim], blocks)
         assert part is not None
         before, dim = (*before[:dim], blocks, part, *before[dim + 1 :]), dim + 1
-    # What leads the same number of elements is cut into the same parts. A dim of the result may take in dims that were
-    # before the sharded one: a part then lies in each of as many blocks as those are long.
+    # Look for the dim of the result that begins at the same number of elements as the sharded one, or before it: then
+    # it takes in dims that were in front of the sharded one, and the part lies in as many blocks as those are long.
     head = product(before[:dim])
     for target in reversed(range(len(after))):
         outer = divide(head, product(after[:target]))
