@@ -32,7 +32,7 @@ from shardserve.shards.weights import Weights
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import FrameError, NoMemory, Payload
 from shardserve.wire.messages import group
-from shardserve.wire.security import Door, Security, enter, is_loopback
+from shardserve.wire.security import Admission, Security, is_loopback, perform_handshake
 from shardserve.wire.sockets import Address, connect_within, listen_abstract, listen_tcp, parse_address, twin_name
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,11 @@ class Agent:
                 raise Unavailable(f"no Worker at {address} for {settings.reconnect_timeout} s (reconnect_timeout)")
             self._registered = False
             try:
-                door = Door(self._security, "Worker", settings.join_timeout, address)
+                admission = Admission(self._security, "Worker", settings.join_timeout, address)
                 memory = receiving_memory(self._programs[0].device)
-                connection: Connection = FrameSocket(enter(connected, door), group.ToAgent, share=True, allocate=memory)
+                connection: Connection = FrameSocket(
+                    perform_handshake(connected, admission), group.ToAgent, share=True, allocate=memory
+                )
             except OSError as error:
                 logger.warning("rank %d: %s; trying again", self._request.rank, error)
             else:

@@ -23,7 +23,7 @@ from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import Allocate, FrameError, NoMemory, Payload
 from shardserve.wire.messages import group
-from shardserve.wire.security import JOIN_LIMIT, Door, Entrance, Security, enter
+from shardserve.wire.security import JOIN_LIMIT, Admission, Handshake, Security, perform_handshake
 from shardserve.wire.sockets import Address, connect, same_user, tune
 from shardserve.wire.tls import TLSSocket
 
@@ -58,7 +58,7 @@ class OutgoingLink:
         # So that the end of the generation ends this, too; the connection itself may not stand yet.
         lifetime.on_end(lambda: shut(connection))
         try:
-            entered = enter(connection, Door(security, PURPOSE, settings.join_timeout, address))
+            entered = perform_handshake(connection, Admission(security, PURPOSE, settings.join_timeout, address))
         except OSError:
             if lifetime.ended:
                 raise GenerationEnded from None
@@ -155,7 +155,7 @@ def _accept(
 ) -> Frames:
     """The connection whose hello is of this generation; others are closed, who says nothing keeps nobody out."""
     deadline = time.monotonic() + timeout
-    door = Door(security, PURPOSE, settings.join_timeout)
+    admission = Admission(security, PURPOSE, settings.join_timeout)
     wake, waker = socket.socketpair()
     lifetime.on_end(waker.close)
     # In the order in which they came.
@@ -178,7 +178,7 @@ def _accept(
                     assert isinstance(key.fileobj, socket.socket)
                     if len(newcomers) >= settings.max_joining:
                         _dismiss(next(iter(newcomers)), newcomers, selector)
-                    newcomer = Newcomer(key.fileobj.accept()[0], door, settings.peer_timeout, allocate)
+                    newcomer = Newcomer(key.fileobj.accept()[0], admission, settings.peer_timeout, allocate)
                     newcomers[newcomer] = None
                     selector.register(newcomer.connection, selectors.EVENT_READ, newcomer)
                 elif newcomer in newcomers:
@@ -206,16 +206,16 @@ class Newcomer:
     """A connection that hasn't said yet who it is; nobody waits for it. `gone` when it can be closed."""
 
     def __init__(
-        self, connection: socket.socket, door: Door, peer_timeout: float, allocate: Allocate | None = None
+        self, connection: socket.socket, admission: Admission, peer_timeout: float, allocate: Allocate | None = None
     ) -> None:
         self.connection = connection
         self._allocate = allocate
         self.gone = connection.family == socket.AF_UNIX and not same_user(connection)
         connection.setblocking(False)
         tune(connection, peer_timeout)
-        self._entrance = door.entrance(connection)
+        self._handshake = admission.handshake(connection)
         self._frames: Frames | None = None
-        if self._entrance is None:
+        if self._handshake is None:
             self._frames = self._framed(connection)
 
     def progress(self) -> group.StageHello | None:
@@ -223,8 +223,8 @@ class Newcomer:
         if self.gone:
             return None
         try:
-            if self._entrance is not None:
-                self._enter(self._entrance)
+            if self._handshake is not None:
+                self._enter(self._handshake)
             if self._frames is not None:
                 message, _ = self._frames.receive()
                 self.gone = not isinstance(message, group.StageHello)
@@ -235,18 +235,18 @@ class Newcomer:
             self.gone = True
         return None
 
-    def _enter(self, entrance: Entrance) -> None:
+    def _enter(self, handshake: Handshake) -> None:
         data = self.connection.recv(JOIN_LIMIT)
         if not data:
             raise EOFError
         # A few hundred bytes on a new connection: the kernel takes them.
-        self.connection.send(entrance.received(memoryview(data)))
-        if entrance.refused is not None:
-            logger.warning("stage link: refused %s", entrance.refused)
+        self.connection.send(handshake.received(memoryview(data)))
+        if handshake.refused is not None:
+            logger.warning("stage link: refused %s", handshake.refused)
             self.gone = True
-        elif entrance.done:
-            self._entrance = None
-            tls = entrance.tls
+        elif handshake.done:
+            self._handshake = None
+            tls = handshake.tls
             self._frames = self._framed(self.connection if tls is None else TLSSocket(self.connection, tls))
 
     def _framed(self, connection: socket.socket | TLSSocket) -> Frames:

@@ -112,18 +112,17 @@ class Security:
 
 
 @dataclass(frozen=True)
-class Door:
-    """One kind of connection, seen from one side. purpose: what the listening side
-    is; address: whom this side connects to, None
-    where it listens; timeout: in seconds, for the other side to be admitted."""
+class Admission:
+    """Who is admitted to one kind of connection, seen from one side. purpose: what the listening side is; address: whom
+    this side connects to, None where it listens; timeout: in seconds, for the handshake."""
 
     security: Security
     purpose: str
     timeout: float
     address: Address | None = None
 
-    def entrance(self, connection: socket.socket) -> Entrance | None:
-        """What has to be passed before frames flow; None for nothing."""
+    def handshake(self, connection: socket.socket) -> Handshake | None:
+        """What has to be done before frames flow; None for nothing."""
         security = self.security
         context = security.listening if self.address is None else security.connecting
         tls = None
@@ -134,7 +133,7 @@ class Door:
             return None
         joining = Joining(security.secret, self.purpose, listens=self.address is None)
         peer = peer_in_words(connection) if self.address is None else f"the {self.purpose} at {self.address}"
-        return Entrance(tls, joining, peer, closed)
+        return Handshake(tls, joining, peer, closed)
 
 
 def peer_in_words(connection: socket.socket) -> str:
@@ -229,7 +228,7 @@ class Refused(JoinRefused):
     """The other side has refused this one, so need not be told."""
 
 
-class Entrance:
+class Handshake:
     """TLS, if there is any, and the exchange inside it; between received bytes and bytes to send.
 
     `refused` says why the other side isn't admitted (or doesn't admit this one): then send what is left and close.
@@ -309,35 +308,35 @@ class Entrance:
         self.refused = JoinRefused(f"{self.peer}: {text}")
 
 
-def enter(connection: socket.socket, door: Door) -> socket.socket | TLSSocket:
-    """Passes the door, blocking; gives what a FrameSocket is made of. JoinRefused says why not, TimeoutError and
+def perform_handshake(connection: socket.socket, admission: Admission) -> socket.socket | TLSSocket:
+    """Does the handshake, blocking; gives what a FrameSocket is made of. JoinRefused says why not, TimeoutError and
     ConnectionError that the other side says nothing or is gone; then the connection is closed."""
-    entrance = door.entrance(connection)
-    if entrance is None:
+    handshake = admission.handshake(connection)
+    if handshake is None:
         return connection
-    deadline = time.monotonic() + door.timeout
+    deadline = time.monotonic() + admission.timeout
     try:
-        outgoing = entrance.start()
+        outgoing = handshake.start()
         while True:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             if outgoing:
                 connection.sendall(outgoing)
-            if entrance.refused is not None:
-                raise entrance.refused
-            if entrance.done:
+            if handshake.refused is not None:
+                raise handshake.refused
+            if handshake.done:
                 break
             data = connection.recv(JOIN_LIMIT)
             if not data:
-                raise ConnectionResetError(f"{entrance.peer} ended the connection before it had admitted this side")
-            outgoing = entrance.received(memoryview(data))
+                raise ConnectionResetError(f"{handshake.peer} ended the connection before it had admitted this side")
+            outgoing = handshake.received(memoryview(data))
         connection.settimeout(None)
     except TimeoutError:
         connection.close()
-        raise TimeoutError(f"{entrance.peer} proved nothing within {door.timeout} s (join_timeout)") from None
+        raise TimeoutError(f"{handshake.peer} proved nothing within {admission.timeout} s (join_timeout)") from None
     except BaseException:
         connection.close()
         raise
-    return connection if entrance.tls is None else TLSSocket(connection, entrance.tls)
+    return connection if handshake.tls is None else TLSSocket(connection, handshake.tls)
 
 
 def _frame(message: msgspec.Struct) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import msgspec
 
 from shardserve.wire.frames import Buffer, FrameError, FrameReader, NoMemory, Payload, control, encode
-from shardserve.wire.security import JOIN_LIMIT, Door, Entrance
+from shardserve.wire.security import JOIN_LIMIT, Admission, Handshake
 from shardserve.wire.segments import Parcel
 from shardserve.wire.shared import SharedPath
 from shardserve.wire.tls import RECEIVE, TLSSession, chunks
@@ -29,9 +29,9 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
 
     A frame that doesn't parse ends the connection at once, as an exception of `on_frame` does; both reach `on_lost`. So
     does one for whose payload there is no memory, unless there is an `on_no_memory(message, error)`.
-    `on_made(socket)` is called first and may refuse the connection; then the other side has to pass the
-    `door`, if there is one (JoinRefused reaches `on_lost` if it doesn't), and `on_admitted` is called. `unsent` is what
-    the kernel hasn't taken yet, in bytes: callers bound their queues with it. share: large payloads go through shared
+    `on_made(socket)` is called first and may refuse the connection; then the handshake of the `admission`, if there is
+    one, is done (JoinRefused reaches `on_lost` if it fails), and `on_admitted` is called. `unsent` is what the kernel
+    hasn't taken yet, in bytes: callers bound their queues with it. share: large payloads go through shared
     memory where the connection is a Unix socket; what comes that way is read-only. relay: what came so on one such
     connection goes on to another without a copy.
     """
@@ -42,7 +42,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         on_frame: Callable[[M, Payload], None],
         on_lost: Callable[[Exception | None], None],
         on_made: Callable[[socket.socket], bool] | None = None,
-        door: Door | None = None,
+        admission: Admission | None = None,
         on_admitted: Callable[[], None] | None = None,
         share: bool = False,
         relay: bool = False,
@@ -51,8 +51,8 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         self._union = union
         # Made when the other side is admitted: one that isn't must not cost us memory.
         self._reader: FrameReader[M] | None = None
-        self._door = door
-        self._entrance: Entrance | None = None
+        self._admission = admission
+        self._handshake: Handshake | None = None
         self._waiting: asyncio.TimerHandle | None = None
         self._tls: TLSSession | None = None
         self._raw = bytearray()
@@ -75,27 +75,29 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         if self._on_made is not None and not self._on_made(connection):
             self.abort()
             return
-        self._entrance = self._door.entrance(connection) if self._door is not None else None
-        if self._entrance is None:
+        self._handshake = self._admission.handshake(connection) if self._admission is not None else None
+        if self._handshake is None:
             self._admit()
             return
-        assert self._door is not None
+        assert self._admission is not None
         self._raw = bytearray(JOIN_LIMIT)
-        self._waiting = asyncio.get_running_loop().call_later(self._door.timeout, self._waited_enough)
-        self._write(self._entrance.start())
+        self._waiting = asyncio.get_running_loop().call_later(self._admission.timeout, self._waited_enough)
+        self._write(self._handshake.start())
 
     def _waited_enough(self) -> None:
-        assert self._door is not None
-        assert self._entrance is not None
-        self._end(TimeoutError(f"{self._entrance.peer} proved nothing within {self._door.timeout} s (join_timeout)"))
+        assert self._admission is not None
+        assert self._handshake is not None
+        self._end(
+            TimeoutError(f"{self._handshake.peer} proved nothing within {self._admission.timeout} s (join_timeout)")
+        )
         self.abort()
 
     def _admit(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
-        if self._entrance is not None:
-            self._tls = self._entrance.tls
-            self._entrance = None
+        if self._handshake is not None:
+            self._tls = self._handshake.tls
+            self._handshake = None
             self._raw = bytearray(RECEIVE if self._tls is not None else 0)
         if self._share and self._tls is None and self.peer_socket.family == socket.AF_UNIX:
             self._shared = SharedPath(self._send_control, self._relay)
@@ -104,24 +106,24 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
             self._on_admitted()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._entrance is not None or self._tls is not None:
+        if self._handshake is not None or self._tls is not None:
             return memoryview(self._raw)
         assert self._reader is not None
         return self._reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._entrance is None and self._tls is None:
+        if self._handshake is None and self._tls is None:
             self._take(nbytes)
             return
         received = memoryview(self._raw)[:nbytes]
-        if self._entrance is None:
+        if self._handshake is None:
             assert self._tls is not None
             self._tls.feed(received)
         else:
-            self._write(self._entrance.received(received))
-            if self._entrance.refused is not None:
-                self._end(self._entrance.refused)
-            if self._reason is not None or not self._entrance.done:
+            self._write(self._handshake.received(received))
+            if self._handshake.refused is not None:
+                self._end(self._handshake.refused)
+            if self._reason is not None or not self._handshake.done:
                 return
             self._admit()
         if self._tls is not None:
@@ -188,7 +190,7 @@ class FrameStream(asyncio.BufferedProtocol, Generic[M]):
         """Queues a frame; False if the connection is gone (whoever needs to know hears of it by `on_lost`)."""
         if self._transport is None or self._transport.is_closing():
             return False
-        assert self._entrance is None, "nothing is sent before the other side is admitted"
+        assert self._handshake is None, "nothing is sent before the other side is admitted"
         pieces = encode(message, buffers, self._shared)
         if self._tls is None:
             self._transport.writelines(pieces)

@@ -39,7 +39,7 @@ class GroupConnection:
             self._frame,
             self._lost,
             on_made=self._made,
-            door=worker.door,
+            admission=worker.admission,
             on_admitted=self._came_in,
             share=True,
             relay=True,

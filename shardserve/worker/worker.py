@@ -14,7 +14,7 @@ from shardserve.settings import Settings
 from shardserve.shards.config import Signature
 from shardserve.wire.frames import Payload
 from shardserve.wire.messages import Generation, front, group, launch, stages
-from shardserve.wire.security import Door, Security
+from shardserve.wire.security import Admission, Security
 from shardserve.wire.sockets import tune
 from shardserve.wire.stream import FrameStream
 from shardserve.worker.calls import Batch, Ending
@@ -75,7 +75,7 @@ class Worker:
         self._mains: list[FrameStream[front.ToWorker]] = []
         self._servers: list[asyncio.Server] = []
         # Read by each Worker anew: certificates are renewed while a server runs.
-        self.door = Door(Security.load(serve.security), "Worker", settings.join_timeout)
+        self.admission = Admission(Security.load(serve.security), "Worker", settings.join_timeout)
         self._connections: set[FrameStream[group.FromGroup]] = set()
         self._joining: dict[FrameStream[group.FromGroup], None] = {}
         self._all_left = asyncio.Event()

@@ -30,7 +30,7 @@ from shardserve.progress import Progress, agents_waited_for, quietly, remind
 from shardserve.settings import Settings
 from shardserve.wire.frames import FrameError, Payload
 from shardserve.wire.messages import group
-from shardserve.wire.security import Door, Security
+from shardserve.wire.security import Admission, Security
 from shardserve.wire.sockets import is_local, parse_address
 from shardserve.wire.stream import FrameStream
 
@@ -178,7 +178,9 @@ class Supervisor:
             group.ToSupervisor,
             self._frame,
             self._lost,
-            door=Door(Security.load(self._options.security), "Worker", self._settings.join_timeout, self._address),
+            admission=Admission(
+                Security.load(self._options.security), "Worker", self._settings.join_timeout, self._address
+            ),
             on_admitted=self._admitted,
         )
         self._stream = stream

@@ -14,7 +14,7 @@ from shardserve.settings import Settings
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.messages.launch import SecurityFiles, TLSFiles
-from shardserve.wire.security import Door, Security, enter
+from shardserve.wire.security import Admission, Security, perform_handshake
 from shardserve.wire.sockets import Address, listen_tcp
 
 from .test_stage_link import Running
@@ -60,7 +60,9 @@ class Stage:
         """A peer that is admitted and says this hello."""
         connection = socket.create_connection(self.address)
         self.ending.callback(connection.close)
-        frames = FrameSocket(enter(connection, Door(self.security, PURPOSE, 20.0, self.address)), group.OnStageLink)
+        frames = FrameSocket(
+            perform_handshake(connection, Admission(self.security, PURPOSE, 20.0, self.address)), group.OnStageLink
+        )
         frames.send(group.StageHello(generation, 1))
         return frames
 

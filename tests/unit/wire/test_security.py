@@ -14,7 +14,15 @@ from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.frames import PREFIX, encode
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.messages.launch import SecurityFiles, TLSFiles
-from shardserve.wire.security import JOIN_LIMIT, Door, Security, check_guarded, enter, is_loopback, read_secret
+from shardserve.wire.security import (
+    JOIN_LIMIT,
+    Admission,
+    Security,
+    check_guarded,
+    is_loopback,
+    perform_handshake,
+    read_secret,
+)
 from shardserve.wire.sockets import Address, listen_abstract, listen_tcp
 from shardserve.wire.stream import FrameStream
 
@@ -57,7 +65,7 @@ class Peers:
         self.address = Address("127.0.0.1", port)
         self.twin = twin
         self.admitted, self.lost, self.taken = 0, [], []
-        self._door = Door(security, "test", timeout)
+        self._admission = Admission(security, "test", timeout)
         self._changed = threading.Condition()
         self._started = threading.Event()
         self._streams = set()
@@ -91,7 +99,7 @@ class Peers:
         def admitted():
             self.admitted += 1
 
-        stream = FrameStream(group.OnStageLink, frame, lost, door=self._door, on_admitted=admitted)
+        stream = FrameStream(group.OnStageLink, frame, lost, admission=self._admission, on_admitted=admitted)
         self._streams.add(stream)
         return stream
 
@@ -111,8 +119,10 @@ class Peers:
         connection.connect("\0" + self.twin)
         return connection
 
-    def enter(self, security, purpose="test"):
-        return FrameSocket(enter(self.connect(), Door(security, purpose, 20, self.address)), group.OnStageLink)
+    def join(self, security, purpose="test"):
+        return FrameSocket(
+            perform_handshake(self.connect(), Admission(security, purpose, 20, self.address)), group.OnStageLink
+        )
 
     def reason(self):
         """Why the first connection ended."""
@@ -143,7 +153,7 @@ def check_echo(frames, size=3_000_000):
 @pytest.mark.parametrize("kind", ["open", "secret", "ours", "with secret"])
 def test_who_is_admitted_sends_and_receives(free_port, tls, kind):
     security = {"open": OPEN, "secret": SECRET, **tls}[kind]
-    with Peers(free_port, security) as peers, contextlib.closing(peers.enter(security)) as frames:
+    with Peers(free_port, security) as peers, contextlib.closing(peers.join(security)) as frames:
         check_echo(frames)
         assert peers.admitted == 1
 
@@ -151,11 +161,11 @@ def test_who_is_admitted_sends_and_receives(free_port, tls, kind):
 def test_a_local_socket_asks_for_the_secret_too(tls):
     name = f"shardserve-test-security-{os.getpid()}"
     with Peers(0, SECRET, twin=name) as peers:
-        with contextlib.closing(peers.enter(SECRET)) as frames:
+        with contextlib.closing(peers.join(SECRET)) as frames:
             frames.send(group.Transfer(G, 1))
             assert frames.receive()[0] == group.Transfer(G, 1)
         with pytest.raises(JoinRefused, match="wrong join secret"):
-            peers.enter(OTHER)
+            peers.join(OTHER)
 
 
 WORKER = r"the test at 127.0.0.1:\d+"
@@ -191,14 +201,14 @@ def test_who_is_refused_and_what_both_sides_say(free_port, tls, listening, conne
     known = {"secret": SECRET, "other": OTHER, **tls}
     with Peers(free_port, known[listening]) as peers:
         with pytest.raises(JoinRefused, match=rf"^{WORKER}: {here}"):
-            peers.enter(known[connecting])
+            peers.join(known[connecting])
         assert peers.reason().partition(": ")[2].startswith(there)
         assert (peers.admitted, peers.taken) == (0, [])
 
 
 def test_a_proof_for_one_kind_of_connection_is_none_for_another(free_port):
     with Peers(free_port, SECRET) as peers, pytest.raises(JoinRefused, match="wrong join secret"):
-        peers.enter(SECRET, purpose="another")
+        peers.join(SECRET, purpose="another")
 
 
 def raw(peers, *pieces):
@@ -276,7 +286,7 @@ def test_a_listener_that_can_not_prove_itself_is_left(free_port, answers, said):
     thread = listen_once(free_port, *answers)
     address = Address("127.0.0.1", free_port)
     with pytest.raises(JoinRefused, match=rf"^{WORKER}: {said}$"):
-        enter(socket.create_connection(address), Door(SECRET, "test", 20, address))
+        perform_handshake(socket.create_connection(address), Admission(SECRET, "test", 20, address))
     thread.join(30)
 
 
@@ -284,12 +294,12 @@ def test_a_listener_that_is_silent_or_leaves_is_no_refusal(free_port):
     address = Address("127.0.0.1", free_port)
     with listen_tcp(address, "test") as listener:
         with pytest.raises(TimeoutError, match=rf"{WORKER} proved nothing within 0.1 s"):
-            enter(socket.create_connection(address), Door(SECRET, "test", 0.1, address))
+            perform_handshake(socket.create_connection(address), Admission(SECRET, "test", 0.1, address))
         listener.accept()[0].close()
         connection = socket.create_connection(address)
         listener.accept()[0].close()
         with pytest.raises(ConnectionError):
-            enter(connection, Door(SECRET, "test", 20, address))
+            perform_handshake(connection, Admission(SECRET, "test", 20, address))
 
 
 def write(path, text, mode=0o600):

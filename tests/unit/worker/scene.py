@@ -42,14 +42,14 @@ FRONT = f"shardserve-test-front-{os.getpid()}"
 class Peer:
     """One side of a connection to the Worker."""
 
-    def __init__(self, union, door=None):
+    def __init__(self, union, admission=None):
         self.frames = asyncio.Queue()
         self.lost, self.admitted = asyncio.Event(), asyncio.Event()
         self.stream = FrameStream(
             union,
             lambda *frame: self.frames.put_nowait(frame),
             lambda _: self.lost.set(),
-            door=door,
+            admission=admission,
             on_admitted=self.admitted.set,
         )
 
@@ -109,8 +109,8 @@ class Scene:
         while self.worker._connections or self.worker._mains:
             await asyncio.sleep(0.01)
 
-    async def peer(self, union, name, door=None):
-        peer = Peer(union, door)
+    async def peer(self, union, name, admission=None):
+        peer = Peer(union, admission)
         await asyncio.get_running_loop().create_unix_connection(lambda: peer.stream, "\0" + name)
         self.peers.append(peer)
         return peer

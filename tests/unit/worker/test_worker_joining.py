@@ -10,7 +10,7 @@ from strangers import stranger
 
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import Generation, group
-from shardserve.wire.security import Door, Security
+from shardserve.wire.security import Admission, Security
 from shardserve.wire.sockets import connect, twin_name
 
 from .harness import asynchronous
@@ -161,8 +161,8 @@ async def test_only_so_many_that_have_proved_nothing(tmp_path, free_port):
         silent = [await scene.peer(group.ToAgent, twin_name(scene.address)) for _ in range(3)]
         await silent[0].lost.wait()
         assert not silent[2].lost.is_set()
-        door = Door(Security(b"a secret"), "Worker", 20, scene.address)
-        agent = await scene.peer(group.ToAgent, twin_name(scene.address), door)
+        admission = Admission(Security(b"a secret"), "Worker", 20, scene.address)
+        agent = await scene.peer(group.ToAgent, twin_name(scene.address), admission)
         await agent.admitted.wait()
         agent.send(group.Register(0, 1, "s", "cpu", 0, "127.0.0.1:7000", [config(0)]))
         await agent.next(group.Registered)
