@@ -40,12 +40,12 @@ TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 unit: $(VENV)/.installed-dev ## the tests of single modules
 	$(BIN)/python -m pytest tests/unit $(TWO_AT_A_TIME)
 
-# Those with deaths bound the seconds until answers come again; a compiler gets only what nobody else takes.
-ONE_AT_A_TIME := tests/e2e/test_compilation.py
+# These bound the seconds until answers come again; a compiler gets only what nobody else takes.
+ONE_AT_A_TIME := $(patsubst %,tests/chaos/test_%.py,process_deaths rank_deaths hangs) tests/e2e/test_compilation.py
 
 e2e: $(VENV)/.installed-dev ## the tests of whole servers, with and without deaths
-	$(BIN)/python -m pytest tests/e2e $(TWO_AT_A_TIME) $(addprefix --ignore=,$(ONE_AT_A_TIME))
-	$(BIN)/python -m pytest tests/chaos $(ONE_AT_A_TIME)
+	$(BIN)/python -m pytest tests/e2e tests/chaos $(TWO_AT_A_TIME) $(addprefix --ignore=,$(ONE_AT_A_TIME))
+	$(BIN)/python -m pytest $(ONE_AT_A_TIME)
 
 test-gpu: $(VENV)/.installed-dev ## what needs a GPU; fails where there is none
 	$(BIN)/python -m pytest tests/gpu

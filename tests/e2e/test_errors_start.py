@@ -261,17 +261,13 @@ def test_after_all_of_that_the_right_agents_are_taken(vacant):
 
 
 def wrong_tables():
-    """One of each kind; tests/unit/worker/test_rank_table.py has every field."""
-    for layout, path in (
-        ("server_list", "$.server_list[0].device[1]"),
-        ("group_list", "$.group_list[0].instance_list[1]"),
-    ):
-        yield layout, "rank_id", None, f"{path}.rank_id is missing"
-        yield layout, "rank_id", "", f'{path}.rank_id is "", not a string'
-        yield layout, "rank_id", 1, f"{path}.rank_id is 1, not a string"
-        yield layout, "rank_id", "01", f'{path}.rank_id is "01", not a canonical decimal'
-        yield layout, "rank_id", "0", f"{path}.rank_id 0 is also that of "
-        yield layout, "rank_id", "7", f"{path}.rank_id is 7, but there are 2 ranks, and no rank_id 1"
+    """Two of each layout; tests/unit/worker/test_rank_table.py has every kind of every field."""
+    path = "$.server_list[0].device[1]"
+    yield "server_list", "rank_id", None, f"{path}.rank_id is missing"
+    yield "server_list", "rank_id", "7", f"{path}.rank_id is 7, but there are 2 ranks, and no rank_id 1"
+    path = "$.group_list[0].instance_list[1]"
+    yield "group_list", "rank_id", "01", f'{path}.rank_id is "01", not a canonical decimal'
+    yield "group_list", "rank_id", "0", f"{path}.rank_id 0 is also that of "
 
 
 def table_with(layout, field, value):
@@ -313,8 +309,8 @@ def test_up_with_a_wrong_table_and_then_with_the_right_one(scene, capfd):
     ],
     ids=["config", "layout", "inputs", "weights"],
 )
-def test_up_says_what_is_wrong_in_one_line(tmp_path, was, becomes, said):
-    write_model(tmp_path / "model")
+def test_up_says_what_is_wrong_in_one_line(scene, tmp_path, was, becomes, said):
+    shutil.copytree(scene.folder / "model", tmp_path / "model")
     config = write_servable(tmp_path, "net", "rank_size=2, stage_size=2", "x", "y") / "net" / "servable_config.py"
     config.write_text(config.read_text().replace(was, becomes))
     if not was:

@@ -25,8 +25,6 @@ class Launcher:
     async def __aenter__(self):
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-X", "dev", "-m", "shardserve.main", str(theirs.fileno())]
-        if os.environ.get("SMOKE"):
-            del command[1:3]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         ours.setblocking(False)

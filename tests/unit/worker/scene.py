@@ -153,7 +153,8 @@ class Scene:
     async def said(self, kind):
         """What the launcher was told of this kind."""
         while not self.launcher.take(kind):
-            await asyncio.sleep(0.005)
+            self.launcher.said.clear()
+            await self.launcher.said.wait()
         return self.launcher.take(kind)
 
 
