@@ -3,9 +3,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# It compiles what it installs, a minute's work: under PYTHONDONTWRITEBYTECODE, as in many containers, each process would
-# otherwise compile torch anew (an import of 4 s instead of 1.5).
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# What pip installs, by all cores: pip takes one for it, and more than a minute. Under PYTHONDONTWRITEBYTECODE, as in many
+# containers, each process would otherwise compile torch anew (an import of 4 s instead of 1.5). Packages also bring files
+# that no Python 3 takes.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 STUBS := shardserve/wire/stubs
 
 .PHONY: help system-packages demo test unit e2e test-gpu lint format stubs bench bench-zoo bench-peers clean
@@ -16,10 +18,12 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	@touch $@
 
 demo: $(VENV)/.installed ## export the matmul model, serve it on 8 ranks, call it, lose a rank, stop
@@ -27,6 +31,7 @@ demo: $(VENV)/.installed ## export the matmul model, serve it on 8 ranks, call i
 
 $(VENV)/.installed-examples: $(VENV)/.installed
 	$(PIP) --editable '.[examples]'
+	$(COMPILE)
 	@touch $@
 
 example-%: $(VENV)/.installed-examples ## one with trained weights: example-sentence-embeddings, example-image-classification
