@@ -13,7 +13,7 @@ from shardserve.client import status
 
 def test_a_request_under_which_two_generations_end_is_given_up_and_others_are_answered(slow_model):
     """The request's step takes seconds; whenever it runs, a rank is killed, as a poisonous input would."""
-    rows = 60_000
+    rows = 30_000
     with slow_model.up() as up, up.client() as client, up.client(raise_errors=True) as other:
         small = np.ones((2, 256), np.float32)
         (expected,) = other.infer({"x": small}, timeout=30)
@@ -33,7 +33,7 @@ def test_a_request_under_which_two_generations_end_is_given_up_and_others_are_an
 
 def test_a_request_that_lived_through_one_death_is_answered(slow_model):
     with slow_model.up() as up, up.client(raise_errors=True) as client:
-        x = np.random.default_rng(2).standard_normal((20_000, 256), dtype=np.float32)
+        x = np.random.default_rng(2).standard_normal((10_000, 256), dtype=np.float32)
         pending = client.infer_async({"x": x}, timeout=120)
         wait_until_computing(up.pids()[0])
         os.kill(up.pids()[1], signal.SIGKILL)
@@ -48,7 +48,7 @@ def test_poisonous_requests_do_not_use_up_the_restarts(slow_model):
     than a rank may have of its own."""
     with slow_model.up(SHARDSERVE_MAX_RESTARTS="3") as up, up.client() as client:
         for _ in range(3):
-            poison = client.infer_async({"x": np.ones((60_000, 256), np.float32)}, timeout=120)
+            poison = client.infer_async({"x": np.ones((30_000, 256), np.float32)}, timeout=120)
             for _ in range(2):
                 pids = up.pids()
                 wait_until_computing(pids[0])
