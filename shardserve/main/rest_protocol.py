@@ -48,7 +48,7 @@ class RestProtocol(HttpToolsProtocol):
         self._steps = 0  # How often a message, its body or a piece of it began or ended.
         self._size = 0  # Bytes since the read with the last step.
         self._refused = False  # Nothing more is read.
-        self._running: RequestResponseCycle | None = None
+        self._running: RequestResponseCycle | None = None  # What is being answered.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -133,7 +133,9 @@ class RestProtocol(HttpToolsProtocol):
         self._inside = "body"
         self._steps += 1
         self._unwatch()
-        if self.pipeline and len(self.pipeline) <= MOST_PIPELINED:
+        if not self.pipeline:
+            self._running = self.cycle
+        elif len(self.pipeline) <= MOST_PIPELINED:
             self.flow.resume_reading()  # Or the end of the connection wouldn't be seen.
 
     def on_body(self, body: bytes) -> None:
@@ -148,11 +150,9 @@ class RestProtocol(HttpToolsProtocol):
         self._unwatch()
         super().on_message_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_unsent()

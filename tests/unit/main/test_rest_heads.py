@@ -331,6 +331,13 @@ def test_a_client_that_leaves_with_more_requests_on_their_way_is_noticed(others)
                 await worker.next(front.Cancel)
             writer.close()
             assert (await worker.next(front.Cancel)).request == kept.request
+        reader, writer = await connect(GOOD * 3)
+        first = await worker.next(front.Infer)
+        worker.send(front.Reply(first.request, [front.InstanceOutputs(first.instances[0])]), [bytes(64)])
+        await answered(reader)
+        second = await worker.next(front.Infer)
+        writer.close()
+        assert (await worker.next(front.Cancel)).request == second.request
 
     worker = Worker(keep, announce())
     rest(test, worker=worker)
