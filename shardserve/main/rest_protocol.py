@@ -156,7 +156,7 @@ class RestProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_unsent()
-        elif self._inside == "head":  # It doesn't idle.
+        elif self._inside == "head" and self.cycle.response_complete:  # It doesn't idle.
             self._unset_keepalive_if_required()
             self._watch()
 

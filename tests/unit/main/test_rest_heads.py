@@ -115,13 +115,17 @@ def test_the_next_head_of_a_connection_has_its_time():
     rest(test)
 
 
-def test_a_head_that_began_before_the_former_answer_does_not_idle():
+def test_a_head_that_began_before_the_former_answers_does_not_idle(capfd):
     async def test(launcher, connect):
-        reader, _ = await connect(GOOD + HEAD)
-        await answered(reader)
+        reader, _ = await connect(GOOD * 10 + HEAD)
+        for _ in range(10):
+            await answered(reader)
         assert REFUSED in await reader.read()
+        other, _ = await connect(GOOD)
+        await answered(other)
 
     rest(test)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_connection_idles_longer_between_requests():
