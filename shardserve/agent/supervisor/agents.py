@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Protocol
 
 from shardserve.agent.supervisor.absences import Absences
@@ -71,6 +72,13 @@ class HostAgents:
     async def fork_all(self, slots: list[AgentSlot]) -> None:
         self.slots = slots
         await asyncio.gather(*(self._fork(slot) for slot in slots))
+
+    def fork_those_that_left(self) -> None:
+        """For a Worker that has come after one that told agents, and not this supervisor, to leave."""
+        for slot in self.slots:
+            if slot.left:
+                slot.left = False
+                self._owner.spawn(partial(self._fork, slot))
 
     def lacked(self, ranks: Collection[int]) -> None:
         """Those of this host that the Worker says it lacks: they are killed if they don't come."""
@@ -179,7 +187,8 @@ class HostAgents:
                 self._all_dead.set()
             return
         if words is not None and not words.error:
-            # It left in order: the Worker told it to, and is telling this supervisor the same.
+            # It left in order: the Worker told it to, and is telling this supervisor the same, if that is connected.
+            slot.left = True
             return
         if words is not None and issubclass(CLASSES.get(words.error, ShardserveError), ServableError):
             self._give_up(slot, from_wire(words.error, words.message))

@@ -42,13 +42,14 @@ class HostOptions:
 
 @dataclass(eq=False)
 class AgentSlot:
-    """One rank of this host and the process that has it now."""
+    """One rank of this host and the process that has it now. left: the last one was told to leave by the Worker."""
 
     request: ForkRequest
     shared_memory: int | None
     restarts: RestartBudget
     process: AgentProcess | None = None
     given_up: str | None = None
+    left: bool = False
 
 
 class LoadedWeights(NamedTuple):

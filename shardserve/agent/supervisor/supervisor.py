@@ -280,6 +280,7 @@ class Supervisor:
             for slot in self._agents.slots:
                 if slot.given_up is not None and self._stream is not None:
                     self._stream.send(group.GaveUp(slot.request.rank, slot.given_up))
+            self._agents.fork_those_that_left()
             return
         slots = plan_slots(self._options, message, self._name, self._settings)
         self._forked_at = self._loop.time()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+import psutil
 import pytest
 
 from shardserve.errors import Unavailable
@@ -47,6 +48,29 @@ async def test_the_worker_comes_back(tmp_path, ports):
                     again["supervisor"] = message.pid
             assert again == {0: pids[0], 1: pids[1], "supervisor": os.getpid()}
             assert not host.life.done()
+
+
+@asynchronous
+async def test_agents_that_left_are_forked_again_where_the_supervisor_was_not_told(tmp_path, ports):
+    """A server that is stopped while the supervisor has no connection, and started again."""
+    models = write_shards(tmp_path)
+    worker = ScriptedWorker(ports[0], 2)
+    async with Host(ports[0], models, ports[1]) as host:
+        async with worker:
+            supervisor = await worker.supervisor(0, 1)
+            agents = await worker.agents(2)
+            supervisor.send(group.HostReady())
+            await host.ready
+            before = {agent.register.pid for agent in agents}
+            supervisor.stream.abort()
+            await worker.arrived.get()
+            for agent in agents:
+                agent.send(group.Exit("the servable is stopped"))
+            await asyncio.to_thread(psutil.wait_procs, [psutil.Process(pid) for pid in before])
+        async with worker:
+            await worker.supervisor(0, 1)
+            agents = await worker.agents(2)
+            assert not before & {agent.register.pid for agent in agents}
 
 
 @asynchronous
