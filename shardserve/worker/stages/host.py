@@ -121,6 +121,11 @@ class StageHost:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def killed(self) -> bool:
+        """Whether this Worker has ended it."""
+        return bool(self._killed_for)
+
     async def start(self, load: stages.Load) -> None:
         await self._loop.create_connection(lambda: self._stream, sock=self._ours)
         self._stream.send(load)

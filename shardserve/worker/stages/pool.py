@@ -175,8 +175,12 @@ class StagePool:
         self._pump()
 
     def died(self, host: StageHost, reason: str, calls: list[StageCall]) -> None:
-        logger.error("the process of Python stages (pid %d) %s; another is started", host.pid, reason)
         self._hosts.remove(host)
+        if not (calls or host.killed or self._first_start):
+            # By itself, as of a thread that its config has started: no call is to blame, so it is bounded like a start.
+            self._start_failed(f"the process (pid {host.pid}) that ran nothing {reason}")
+            return
+        logger.error("the process of Python stages (pid %d) %s; another is started", host.pid, reason)
         if len(calls) == 1:
             calls[0].fail(StageError(f"{calls[0].where}: its process (pid {host.pid}) {reason}"))
         else:

@@ -186,6 +186,20 @@ async def test_a_process_that_dies_while_it_loads_is_tried_again_where_others_ha
 
 
 @asynchronous
+async def test_a_process_that_dies_again_and_again_without_a_call_is_given_up(tmp_path):
+    async with Setting(tmp_path, max_restarts=2) as s:
+        assert await s.said.get() == "ready"
+        for _ in range(3):
+            assert (await s.run("one", 1))[0].tolist() == [2]
+            [pid] = s.pool.pids
+            os.kill(pid, signal.SIGKILL)
+            while pid in s.pool.pids:
+                await asyncio.sleep(0.01)
+        dead = f"Python stages can't run: the process (pid {pid}) that ran nothing ended with code -9"
+        assert await s.said.get() == dead
+
+
+@asynchronous
 async def test_while_a_process_lives_those_that_can_not_be_started_are_tried_again(tmp_path):
     async with Setting(tmp_path, size=2, max_restarts=1) as s:
         assert await s.said.get() == "ready"
