@@ -26,6 +26,7 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
+LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$")
 
 # gRPC takes a deadline as a point in time, which has an end.
 LONGEST = 1e9
@@ -82,16 +83,16 @@ def connect(address: str, ssl_config: SSLConfig | None) -> grpc.Channel:
     """A channel, which connects when it is first used; ConfigError for an address or files that can't be."""
     where, credentials = target(address), _credentials(ssl_config)
     if credentials is None:
-        return grpc.insecure_channel(where, OPTIONS)
-    return grpc.secure_channel(where, credentials, OPTIONS)
+        return grpc.insecure_channel(where, _options(where))
+    return grpc.secure_channel(where, credentials, _options(where))
 
 
 def connect_async(address: str, ssl_config: SSLConfig | None) -> grpc.aio.Channel:
     """The same for the running event loop."""
     where, credentials = target(address), _credentials(ssl_config)
     if credentials is None:
-        return grpc.aio.insecure_channel(where, OPTIONS)
-    return grpc.aio.secure_channel(where, credentials, OPTIONS)
+        return grpc.aio.insecure_channel(where, _options(where))
+    return grpc.aio.secure_channel(where, credentials, _options(where))
 
 
 def seconds(timeout: float | None) -> float | None:
@@ -101,6 +102,11 @@ def seconds(timeout: float | None) -> float | None:
     if not isinstance(timeout, Real) or isinstance(timeout, bool) or not timeout > 0:
         raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds, or None for no limit")
     return None if timeout == math.inf else min(float(timeout), LONGEST)
+
+
+def _options(where: str) -> tuple[tuple[str, int], ...]:
+    # gRPC asks the proxy of the environment (http_proxy) for this host's own addresses, too.
+    return (*OPTIONS, ("grpc.enable_http_proxy", 0)) if LOOPBACK.match(where) else OPTIONS
 
 
 def _credentials(ssl_config: SSLConfig | None) -> grpc.ChannelCredentials | None:

@@ -20,10 +20,30 @@ from .harness import X, serve
 
 def test_the_server_says_localhost_too():
     def test(address, worker):
-        with Client(address.replace("127.0.0.1", "localhost"), "echo", "predict") as client:
+        with Client(address.replace("127.0.0.1", "localhost"), "echo", "predict", raise_errors=True) as client:
             assert len(client.infer(X, timeout=10)) == 1
 
     serve(test)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_no_proxy_is_asked_for_this_host(kind, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+
+    async def run():
+        async with Launcher() as launcher:
+            address = await launcher.grpc()
+            async with attached(launcher, Worker()):
+                for host in ("127.0.0.1", "localhost"):
+                    client = kind(address.replace("127.0.0.1", host), "echo", "predict", raise_errors=True)
+                    if kind is Client:
+                        assert len(await asyncio.to_thread(client.infer, X)) == 1
+                        client.close()
+                    else:
+                        assert len(await client.infer(X)) == 1
+                        await client.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("name", ["main.sock", "50% #1?", "a%20b", "größe"])
@@ -34,7 +54,8 @@ def test_a_unix_address(tmp_path, name):
             await launcher.order(launch.StartGrpc, address, 100, None)
             assert os.listdir(tmp_path) == [name]
             assert "in use" in (await launcher.give(launch.StartGrpc, address, 100, None)).message
-            async with attached(launcher, Worker()), AsyncClient(address, "echo", "predict") as client:
+            client = AsyncClient(address, "echo", "predict", raise_errors=True)
+            async with attached(launcher, Worker()), client:
                 assert len(await client.infer(X)) == 1
 
     asyncio.run(run())
