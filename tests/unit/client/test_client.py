@@ -104,7 +104,7 @@ def test_a_deadline(monkeypatch):
 
 def test_long_timeouts():
     def test(address, worker):
-        with Client(address, "echo", "predict", version_number=np.int64(1)) as client:
+        with Client(address, "echo", "predict", version_number=np.int64(1), raise_errors=True) as client:
             for timeout in (1e300, float("inf"), np.float32(20), 2**70, None):
                 assert len(client.infer(X, timeout=timeout)) == 1
 

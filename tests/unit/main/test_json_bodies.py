@@ -269,7 +269,7 @@ def test_others_are_answered_while_a_large_body_is_read_and_written():
             base, address = f"http://{await launcher.rest()}", await launcher.grpc()
             async with (
                 attached(launcher, Worker()),
-                AsyncClient(address, "echo", "predict") as client,
+                AsyncClient(address, "echo", "predict", raise_errors=True) as client,
             ):
                 await client.infer({"x": 1})
                 # In a thread of its own: what this side does with the bytes must not delay the small calls.

@@ -179,7 +179,8 @@ def test_signals_of_the_terminal_are_the_launchers():
         worker = Worker(echo)
         async with Launcher() as launcher:
             address = await launcher.grpc()
-            async with attached(launcher, worker), AsyncClient(address, "echo", "predict") as client:
+            client = AsyncClient(address, "echo", "predict", raise_errors=True)
+            async with attached(launcher, worker), client:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     launcher.process.send_signal(number)
                 assert len(await client.infer(X)) == 1
