@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -163,3 +166,12 @@ def test_a_whole_instance():
     assert back.keys() == values.keys()
     assert np.array_equal(back["x"], values["x"])
     assert back["name"] == "n"
+
+
+def test_an_array_is_encoded_without_the_import_of_numpy_ma():
+    """It would be in the event loop of a server, with the first answer."""
+    code = (
+        "import sys; import numpy as np; from shardserve.wire import tensors; "
+        "[tensors.encode(value) for value in (np.ones(3), np.float32(1), 2, 'a')]; sys.exit('numpy.ma' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
