@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import resource
 from concurrent.futures import Future
@@ -18,22 +17,6 @@ from shardserve.wire.sockets import Address, listen_abstract, listen_tcp, twin_n
 from shardserve.wire.stream import FrameStream
 
 HOST = "127.0.0.1"
-
-
-def asynchronous(test):
-    """Runs a test in an event loop; whatever reaches the loop's exception handler fails it."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        async def body():
-            errors = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            await asyncio.wait_for(test(*args, **kwargs), 60)
-            assert not errors
-
-        asyncio.run(body())
-
-    return run
 
 
 @contextlib.contextmanager

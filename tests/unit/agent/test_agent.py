@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from asynchronous import asynchronous
 from limits import memory_left
 
 from shardserve.agent.agent import check_collectives
@@ -18,7 +19,7 @@ from shardserve.wire import segments
 from shardserve.wire.messages import Generation, group
 from shardserve.wire.shared import SMALLEST
 
-from .scripted import HOST, Host, ScriptedWorker, asynchronous, formed, output, send_step
+from .scripted import HOST, Host, ScriptedWorker, formed, output, send_step
 from .shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -4,11 +4,12 @@ import threading
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.agent.timeline import Timeline
 from shardserve.wire.messages import Generation, group
 
-from .scripted import asynchronous, output, send_step
+from .scripted import output, send_step
 from .test_agent import X, registered
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from agent.scripted import asynchronous, logged, no_descriptors_left
+from agent.scripted import logged, no_descriptors_left
+from asynchronous import asynchronous
 from worker.scene import Peer
 from worker.test_registry import config
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -16,22 +15,6 @@ from shardserve.worker.batching import Batching
 from shardserve.worker.calls import Batch, Call
 from shardserve.worker.group import AgentHandle, ReplicaGroup
 from shardserve.worker.scheduler import Scheduler
-
-
-def asynchronous(test):
-    """Runs a test in an event loop; whatever reaches the loop's exception handler fails it."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        async def body():
-            errors = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            await asyncio.wait_for(test(*args, **kwargs), 60)
-            assert not errors
-
-        asyncio.run(body())
-
-    return run
 
 
 class Stream:

@@ -1,10 +1,9 @@
 import asyncio
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.worker.answer import Answer
-
-from .harness import asynchronous
 
 
 def test_callbacks_run_at_once_and_in_order():

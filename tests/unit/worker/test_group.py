@@ -3,6 +3,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import JoinRefused
 from shardserve.settings import Settings
@@ -10,7 +11,7 @@ from shardserve.wire.frames import NoMemory
 from shardserve.wire.messages import Generation, group
 from shardserve.worker.group import ReplicaGroup
 
-from .harness import NOTHING, SIZES, Group, Owner, agent, asynchronous, batch, until
+from .harness import NOTHING, SIZES, Group, Owner, agent, batch, until
 
 
 @asynchronous

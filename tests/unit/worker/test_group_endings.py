@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.wire.messages import Generation, group
 
-from .harness import Group, asynchronous, batch, until
+from .harness import Group, batch, until
 
 
 @asynchronous

@@ -4,13 +4,14 @@ import asyncio
 import time
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import DeadlineExceeded, Overloaded
 from shardserve.settings import Settings
 from shardserve.worker.calls import PATIENCE
 from shardserve.worker.queue import CallQueue
 
-from .harness import Cluster, asynchronous, value
+from .harness import Cluster, value
 
 
 def in_seconds(seconds):

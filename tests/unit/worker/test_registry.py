@@ -1,4 +1,5 @@
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import ConfigError, JoinRefused, ShardError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
@@ -8,7 +9,7 @@ from shardserve.worker.group import ReplicaGroup
 from shardserve.worker.rank_table import RankEntry, RankTable
 from shardserve.worker.registry import Registry
 
-from .harness import Owner, Stream, asynchronous
+from .harness import Owner, Stream
 
 
 def servable(rank_size=2, stage_size=1, inputs=1, outputs=1):

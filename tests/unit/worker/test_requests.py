@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.servable import add_stage, declare_distributed, declaring, load_servable, register_method
 from shardserve.settings import Settings
@@ -11,7 +12,7 @@ from shardserve.worker.model_calls import ModelCalls
 from shardserve.worker.requests import Requests
 from shardserve.worker.stages.pool import StagePool
 
-from .harness import Cluster, Stream, asynchronous
+from .harness import Cluster, Stream
 
 
 def servable():

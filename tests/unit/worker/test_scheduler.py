@@ -4,6 +4,7 @@ import weakref
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import DeadlineExceeded, InternalError, Overloaded, StepError, Unavailable
 from shardserve.servable import Model, PadRule
@@ -15,7 +16,7 @@ from shardserve.worker.batching import Batching
 from shardserve.worker.calls import Call
 from shardserve.worker.scheduler import Scheduler
 
-from .harness import Cluster, asynchronous, value
+from .harness import Cluster, value
 
 
 @asynchronous

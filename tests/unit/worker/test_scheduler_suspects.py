@@ -4,11 +4,12 @@ import time
 from random import Random
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import Aborted
 from shardserve.wire.frames import FrameError
 
-from .harness import Cluster, asynchronous, value
+from .harness import Cluster, value
 
 
 @asynchronous

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import Aborted, DeadlineExceeded, Overloaded, StepError, Unavailable
 from shardserve.servable import add_stage, declare_distributed, declaring, register_method
@@ -11,7 +12,7 @@ from shardserve.settings import Settings
 from shardserve.wire.messages import group
 from shardserve.worker.model_calls import ModelCalls
 
-from .harness import Cluster, agent, asynchronous
+from .harness import Cluster, agent
 
 
 def servable():

@@ -4,11 +4,12 @@ import asyncio
 import time
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.wire.messages import front, group
 from shardserve.wire.messages.times import RankTimes, StepNames
 
-from .harness import Cluster, Group, asynchronous, batch
+from .harness import Cluster, Group, batch
 from .scene import Scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -7,13 +7,13 @@ import socket
 import numpy as np
 import psutil
 import pytest
+from asynchronous import asynchronous
 from limits import memory_left
 
 from shardserve.wire.frames import encode
 from shardserve.wire.messages import Generation, TensorMeta, front, group, launch
 from shardserve.wire.sockets import twin_name
 
-from .harness import asynchronous
 from .scene import SERVABLE, STATEFUL, TEXT, Scene, X, infer, state
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

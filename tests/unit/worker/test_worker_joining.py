@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+from asynchronous import asynchronous
 from strangers import stranger
 
 from shardserve.wire.blocking import FrameSocket
@@ -13,7 +14,6 @@ from shardserve.wire.messages import Generation, group
 from shardserve.wire.security import Admission, Security
 from shardserve.wire.sockets import connect, twin_name
 
-from .harness import asynchronous
 from .scene import Scene
 from .test_registry import config
 

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import ConfigError, RankTableError
 from shardserve.wire.messages import Generation, front, group, launch
 
-from .harness import asynchronous
 from .scene import SERVABLE, STATEFUL, Scene, infer, state
 from .test_registry import config
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import msgspec
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.agent.forking import ForkRequest, Loaded
 from shardserve.agent.supervisor.absences import Absences
@@ -14,8 +15,6 @@ from shardserve.agent.supervisor.processes import AgentProcess
 from shardserve.agent.supervisor.slots import AgentSlot
 from shardserve.restarts import RestartBudget
 from shardserve.settings import Settings
-
-from ..scripted import asynchronous
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

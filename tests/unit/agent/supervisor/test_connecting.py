@@ -2,12 +2,13 @@ import asyncio
 import threading
 
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.agent.supervisor.connecting import Connector
 from shardserve.settings import Settings
 from shardserve.wire.sockets import Address
 
-from ..scripted import HOST, asynchronous
+from ..scripted import HOST
 
 
 @asynchronous

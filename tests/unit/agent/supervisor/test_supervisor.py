@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import Unavailable
 from shardserve.wire.messages import group
 
-from ..scripted import HOST, Host, ScriptedWorker, asynchronous, logged, no_descriptors_left, output, send_step
+from ..scripted import HOST, Host, ScriptedWorker, logged, no_descriptors_left, output, send_step
 from ..shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

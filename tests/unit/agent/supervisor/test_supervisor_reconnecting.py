@@ -10,11 +10,12 @@ import time
 
 import psutil
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import Unavailable
 from shardserve.wire.messages import group
 
-from ..scripted import HOST, Host, ScriptedWorker, asynchronous
+from ..scripted import HOST, Host, ScriptedWorker
 from ..shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -8,10 +8,10 @@ import weakref
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.errors import MAX_TEXT, Aborted, DeadlineExceeded, MessageTooLarge, Overloaded, StageError, Unavailable
 
-from ..harness import asynchronous
 from .harness import Setting
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

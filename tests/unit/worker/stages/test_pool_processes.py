@@ -9,11 +9,11 @@ import time
 import psutil
 import pytest
 import uvloop
+from asynchronous import asynchronous
 from limits import memory_left
 
 from shardserve.errors import DeadlineExceeded, StageError, Unavailable
 
-from ..harness import asynchronous
 from .harness import SERVABLE, Setting, no_descriptors
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -10,12 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+from asynchronous import asynchronous
 
 from shardserve.wire.blocking import FrameSocket
 from shardserve.wire.messages import stages
 from shardserve.worker.stages.values import encode_values
 
-from ..harness import asynchronous
 from .harness import Setting
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
