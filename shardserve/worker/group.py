@@ -288,6 +288,9 @@ class ReplicaGroup:
                 self._forming_failed(f"rank {agent.rank}: {text}")
             case group.Broken(message=text) if self.state == "serving":
                 self.end(f"rank {agent.rank}: {text}")
+            case group.StepFailed() if self.state == "ending":
+                # Of the same input as the rank whose death has ended it: what it may die of is no more its own fault.
+                self._raised.add(agent.local)
             case group.Parked() if self.state == "ending":
                 self._left(agent.local)
                 self._owner.group_changed()

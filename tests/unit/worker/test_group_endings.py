@@ -39,12 +39,15 @@ async def test_the_death_of_a_rank_that_has_said_that_the_model_raised_is_forgiv
 async def test_of_several_ranks_that_have_said_that_the_model_raised_each_death_is_forgiven():
     g = Group()
     g.group.send_step(batch())
+    said = "CUDA error: device-side assert triggered"
     for rank in (0, 1):
-        g.say(group.StepFailed, rank, step=0, message="CUDA error: device-side assert triggered")
+        g.say(group.StepFailed, rank, step=0, message=said)
     g.lose(1)
     g.lose(0)
+    g.say(group.StepFailed, 2, step=0, message=said)
     g.lose(2)
-    assert g.owner.take("forgive") == [(1,), (0,)]
+    g.lose(3)
+    assert g.owner.take("forgive") == [(1,), (0,), (2,)]
 
 
 @asynchronous
