@@ -248,11 +248,16 @@ def test_who_connects_and_is_silent_keeps_nobody_out(free_port):
 
 def test_the_previous_stage_dies(free_port):
     with Stage(free_port) as stage:
-        accepting = stage.accept(stage.lifetime())
+        # In the kernel, so that it holds no lock that the child would have for ever.
+        accepting = stage.accept(stage.lifetime()).sleeps()
         pid = os.fork()
         if pid == 0:
-            OutgoingLink(stage.address, 1, Lifetime(NOW), 20.0, print).send(0, [torch.ones(1)])
-            threading.Event().wait()
+            try:
+                OutgoingLink(stage.address, 1, Lifetime(NOW), 20.0, print).send(0, [torch.ones(1)])
+                threading.Event().wait()
+            finally:
+                # Else it would run the rest of the tests, too.
+                os._exit(1)
         incoming = accepting.result()
         incoming.receive(0)
         receiving = Running(incoming.receive, 1).sleeps()

@@ -220,7 +220,7 @@ def test_a_rank_dies_and_the_others_are_ended_while_asleep():
             time.sleep(0.01)
         os.write(ends[rank][1], b"x")
     took = ranks.results(1)
-    assert max(took[0], took[2]) < 1
+    assert max(took[0], took[2]) < 10
     for fd in (reached, write, *itertools.chain(*ends)):
         os.close(fd)
 
