@@ -1,10 +1,13 @@
-"""Rules of operators on [batch, channels, …]: convolutions, pooling, and norms of channels."""
+"""Rules of operators on [batch, channels, …]: convolutions, pooling and norms; and of norms over the last dims."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from shardserve.export.sharding.emit import Call, Emitter, Value
 from shardserve.export.sharding.placements import Partial, Replicate, Shard
-from shardserve.export.sharding.rules.table import one_rank_only, rule
+from shardserve.export.sharding.rules.products import one_rank_only
+from shardserve.export.sharding.rules.table import rule
 from shardserve.export.symbols import Dim, divide
 
 Result = Value | list[Value] | None
@@ -56,6 +59,18 @@ def batch_norm_of_the_batch(emitter: Emitter, call: Call) -> Result:
     placed = [x.placement, *[channels] * (len(call.results) - 1)]
     op = f"aten.{call.opname}.{call.op._overloadname}"
     return emitter.call_many(op, arguments, {}, call.results, placed, call.name)
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm")
+def normalization(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """Normalizes over the last dims: parts of any dim before them stand alone."""
+    x = emitter.reduced(call["input"])
+    if not isinstance(x.placement, Shard) or x.placement.dim >= x.ndim - len(call["normalized_shape"]):
+        return None
+    changed: dict[str, Any] = {
+        name: emitter.replicated(value) for name, value in call.values.items() if name != "input"
+    }
+    return call.emit(emitter, x.placement, input=x, **changed)
 
 
 @rule("group_norm", "instance_norm")

@@ -6,10 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardserve.export.sharding.emit import Call, Emitter, Value
-from shardserve.export.sharding.placements import Placement, Replicate, Shard
+from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.sharding.rules.table import rule
+from shardserve.export.symbols import divide
 
 Result = Value | list[Value] | None
+
+
+@rule("embedding")
+def embedding(emitter: Emitter, call: Call) -> Value | list[Value] | None:
+    """weight [rows, width], ids → [*ids, width]; our own kernel, which checks the ids' range on every rank alike."""
+    weight, ids = emitter.reduced(call["weight"]), emitter.replicated(call["indices"])
+    rows, start = weight.shape[0], 0
+    placement: Placement = Replicate()
+    if isinstance(weight.placement, Shard) and weight.placement.blocks != 1:
+        weight = emitter.replicated(weight)
+    if isinstance(weight.placement, Shard):
+        if weight.placement.dim == 0:
+            part = divide(rows, emitter.size)
+            assert isinstance(part, int)
+            placement, start = Partial(), part * emitter.coordinate
+        else:
+            placement = Shard(len(call.shape) - 1)
+    return emitter.call(
+        "shardserve.embedding", (weight, ids, start, rows), {}, call.shape, call.dtype, placement, call.name
+    )
 
 
 @rule("index")
