@@ -1,6 +1,6 @@
 """The exporter: cuts a plain PyTorch model into the shards of tensor- and pipeline-parallel ranks.
 
-The road of a model, one room after the other: `sources` (where it and its values come from) → `tracing` (torch.export,
+The road of a model, package by package: `sources` (where it and its values come from) → `tracing` (torch.export,
 made functional) → `planning` (which parameters are cut, where the user doesn't say) → `sharding` (placements through
 the graph, a local graph for each tensor-parallel rank, pipeline stages) → `layouts` (how many ranks, where stages
 begin; by `cost`) → `writing` (the files) → `verification` (from the files). `api` goes it.
