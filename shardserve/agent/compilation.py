@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 # Combinations of sizes whose variant is remembered; then all are forgotten.
 REMEMBERED = 1024
 
+# Headers compiled beforehand take 9 s for each variant and spare each region 2; few shards have five that differ. In
+# half precision each operator rounds as eager: ranks, of which one may still be eager, choose the same experts, and
+# what float16 can't hold is infinite.
+OPTIONS: dict[str, str | int | bool] = {"aot_inductor.precompile_headers": False, "emulate_precision_casts": True}
+
 
 Order = tuple[int, ...]
 """The dims of a dense tensor, from the one whose elements lie farthest apart in memory."""
@@ -71,8 +76,8 @@ def library_name(path: Path) -> str:
 
 
 def region_name(region: fx.GraphModule) -> str:
-    """Of its code: another release may make other regions of the same graph."""
-    return hashlib.sha256(region.code.encode()).hexdigest()
+    """Of its code and how it is compiled: another release may do both otherwise for the same graph."""
+    return hashlib.sha256(f"{region.code}{OPTIONS}".encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:

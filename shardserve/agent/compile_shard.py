@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from shardserve.agent.compilation import Manifest, Order, library_name, manifest_name, region_name
+from shardserve.agent.compilation import OPTIONS, Manifest, Order, library_name, manifest_name, region_name
 from shardserve.shards import expressions, operators
 from shardserve.shards.config import DimRange, ShardConfig
 from shardserve.shards.graph import GraphFile, to_dtype
@@ -33,9 +33,6 @@ from shardserve.shards.regions import carrier, find_regions, region_graph
 
 # Above a dim's least size: what the compiler takes for typical.
 TYPICAL = 16
-
-# Headers compiled beforehand take 9 s for each variant and spare each region 2; few shards have five that differ.
-OPTIONS: dict[str, Any] = {"aot_inductor.precompile_headers": False}
 
 
 class _Dims:

@@ -125,7 +125,7 @@ def test_an_exception_between_two_collectives(shards, compiled):
 
 class Normalized(nn.Module):
     """What a normalization gives of columns lies otherwise in memory than what it gives without data.
-    Compiled, `2 ** integers` ends the process.
+    Compiled, `2 ** integers` ends the process, and what float16 can't hold would be held between two operators.
     """
 
     def __init__(self):
@@ -135,7 +135,8 @@ class Normalized(nn.Module):
     def forward(self, x):
         columns = x.transpose(1, 2)
         powers = 2 ** (x > 0.5).long() + 1
-        return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1, powers
+        halves = x.half() * 70000 * 0.001
+        return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1, powers, halves
 
 
 @needs_compiler
