@@ -98,14 +98,10 @@ class ServableVersion:
 
     @property
     def state(self) -> front.ServableState:
-        """As in `Announce`; but a servable that was ready once is recovering, not starting, under the next Worker."""
+        """As in `Announce`; without a Worker recovering, if it was ready once, or starting."""
         if self._gone:
             return "stopping"
-        if (
-            self._announced
-            and self.announce is not None
-            and not (self.announce.state == "starting" and self._was_ready)
-        ):
+        if self._announced and self.announce is not None:
             return self.announce.state
         return "recovering" if self._was_ready else "starting"
 

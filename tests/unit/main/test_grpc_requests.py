@@ -111,7 +111,7 @@ def test_unanswered_requests_go_to_the_next_worker_under_new_numbers():
         await worker.die()
         late = client.infer_async({"x": 3})
         worker.script = echo
-        worker.greeting = announce(state="starting")
+        worker.greeting = announce(state="recovering")
         await worker.start()
         answers = await asyncio.gather(*calls, late)
         assert [answer[0]["x"].tolist() for answer in answers] == [[0], [1], [2], [3]]
