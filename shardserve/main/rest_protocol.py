@@ -20,8 +20,8 @@ MAX_UNSENT = 1 << 16
 """Bytes of replies that wait for their client; further replies then wait until all of them have left."""
 
 MOST_PIPELINED = 16
-"""Requests that wait for the answer to one before them; with more, nothing is read, and a client that leaves is noticed
-when it is answered."""
+"""Requests that wait for the answer to one before them; with more, or with more than MAX_HEAD bytes of bodies, nothing
+is read, and a client that leaves is noticed when it is answered."""
 
 MOST_SHOWN = 40
 
@@ -135,7 +135,7 @@ class RestProtocol(HttpToolsProtocol):
         self._unwatch()
         if not self.pipeline:
             self._running = self.cycle
-        elif len(self.pipeline) <= MOST_PIPELINED:
+        elif len(self.pipeline) <= MOST_PIPELINED and sum(len(cycle.body) for cycle, _ in self.pipeline) <= MAX_HEAD:
             self.flow.resume_reading()  # Or the end of the connection wouldn't be seen.
 
     def on_body(self, body: bytes) -> None:
