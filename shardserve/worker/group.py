@@ -103,7 +103,9 @@ class ReplicaGroup:
         self._ending = Ending(owner.forgive)
         self._raised: set[int] = set()
         self._rendezvous = Rendezvous()
-        self._failed_formings: list[str] = []
+        # In a row, and why the last one has.
+        self._failed_formings = 0
+        self._forming_failure = ""
 
     @property
     def in_flight(self) -> int:
@@ -193,7 +195,8 @@ class ReplicaGroup:
 
     def _forming_failed(self, reason: str) -> None:
         """All ranks are there, and yet they can't form: a death is another matter, and has limits of its own."""
-        self._failed_formings.append(reason)
+        self._failed_formings += 1
+        self._forming_failure = reason
         self.end(reason)
 
     def end(self, reason: str, casualty: int | None = None) -> None:
@@ -232,10 +235,9 @@ class ReplicaGroup:
     def _finish_ending(self) -> None:
         if self.state == "ending" and not self._pending:
             self._cancel_timer()
-            failures = len(self._failed_formings)
             self.state = "waiting"
-            if failures:
-                pause = self._settings.form_backoff * 2 ** min(failures - 1, BACKOFF_DOUBLINGS)
+            if self._failed_formings:
+                pause = self._settings.form_backoff * 2 ** min(self._failed_formings - 1, BACKOFF_DOUBLINGS)
                 self._start_timer(pause, self._form_if_complete)
             else:
                 self._form_if_complete()
@@ -243,10 +245,10 @@ class ReplicaGroup:
     @property
     def failure(self) -> str | None:
         """Why an operator has to look after this replica; it tries on all the same."""
-        failures = len(self._failed_formings)
-        if failures < self._settings.max_formings:
+        count = self._failed_formings
+        if count < self._settings.max_formings:
             return None
-        return f"replica {self.replica} could not form, {failures} times in a row: {self._failed_formings[-1]}"
+        return f"replica {self.replica} could not form, {count} times in a row: {self._forming_failure}"
 
     def send_step(self, batch: Batch) -> None:
         """Runs the batch as the next step; needs `has_room`."""
@@ -305,7 +307,7 @@ class ReplicaGroup:
         if not self._pending:
             self._cancel_timer()
             self.state = "serving"
-            self._failed_formings.clear()
+            self._failed_formings = 0
             logger.info("replica %d: generation %s serves", self.replica, self.generation)
             self._owner.group_changed()
 
