@@ -12,6 +12,7 @@ import torch
 from shardserve.errors import ExportError
 from shardserve.export.sharding.placements import Partial, Placement, Replicate, Shard
 from shardserve.export.symbols import Dim, Printer, divide
+from shardserve.shards import operators
 from shardserve.shards.graph import Device, Ref, Size, dtype_name
 
 
@@ -178,7 +179,10 @@ class Emitter:
 
     def _move(self, value: Value, target: Replicate | Shard) -> Value:
         if isinstance(value.placement, Partial):
-            whole = self._collective("all_reduce", value, value.placement.op)
+            kind = value.placement.op
+            if not operators.can_reduce(kind, value.dtype):
+                raise Unplaceable(f"ranks can't form the {kind} of {dtype_name(value.dtype)} tensors")
+            whole = self._collective("all_reduce", value, kind)
         elif isinstance(value.placement, Shard):
             whole = self._gather(value, value.placement)
         else:

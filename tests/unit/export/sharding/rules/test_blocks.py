@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models.pairs import Pairs
 from torch import Tensor, nn
 
+from shardserve.errors import ExportError
 from shardserve.export import Plan, VerifyResult, export, verify
 
 
@@ -250,3 +251,17 @@ def test_integers_wrap_before_they_are_converted(
     limits = torch.iinfo(dtype)
     x = torch.linspace(limits.min * 0.99, limits.max * 0.99, 24, dtype=torch.float64).reshape(3, 8).to(dtype)
     run(Integers(dtype, after), {"table": "Shard(0)"}, {"all_reduce": 1}, tmp_path, x)
+
+
+class Looked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(32).reshape(8, 4).to(torch.uint16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table)
+
+
+def test_what_ranks_cannot_add_up_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="ranks can't form the sum of uint16 tensors"):
+        run(Looked(), {"table": "Shard(0)"}, {}, tmp_path, torch.tensor([1, 2]))
