@@ -5,8 +5,12 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from load import SECONDS_TO_RECOVER, Load, kill_at_once
+from models import dividing
 from serving import token_ids, transformer_instances, transformer_reference
+
+from shardserve.client import status
 
 
 def kill_and_recover(up, load, victims):
@@ -54,3 +58,33 @@ def test_a_rank_over_gloo(transformer):
             assert load.wait(1) < SECONDS_TO_RECOVER
             load.wait(5)
         assert up.stop() == 0
+
+
+def test_poisonous_requests_among_many_are_given_up_alone(dividing_model):
+    """Each kills one replica after the other, at first in a batch with others, while the windows of both are full."""
+    with dividing_model.up(SHARDSERVE_MAX_RESTARTS="3") as up, up.client() as client:
+        x = np.random.default_rng(3).standard_normal((80, dividing.WIDTH), dtype=np.float32)
+        n, d = np.arange(80) * 7, np.arange(80) + 1
+        with torch.inference_mode():
+            expected = dividing_model.model(*map(torch.from_numpy, (x, n, d)))[0].numpy()
+        for _ in range(3):
+            before = restarts(up)
+            pending = [client.infer_async({"x": x[i], "n": n[i], "d": d[i]}, timeout=30 + i % 7) for i in range(40)]
+            lowest = {"x": x[0], "n": np.int64(dividing.LOWEST), "d": np.int64(-1)}
+            poison = client.infer_async(lowest, timeout=30)
+            pending += [client.infer_async({"x": x[i], "n": n[i], "d": d[i]}, timeout=20) for i in range(40, 80)]
+            for i, request in enumerate(pending):
+                (result,) = request.result()
+                assert "error" not in result, result
+                np.testing.assert_allclose(result["y"], expected[i], atol=1e-5)
+                assert result["quotient"] == n[i] // d[i]
+            assert "generations of the group ended while this request ran" in poison.result()["error"]
+            # Main hears of the last end before it has another answer, not before it has this one.
+            assert "y" in client.infer({"x": x[0], "n": n[0], "d": d[0]}, timeout=30)[0]
+            # Two if it had its first step for itself.
+            assert restarts(up) - before in (2, 3)
+        assert up.stop() == 0
+
+
+def restarts(up):
+    return sum(replica["restarts"] for replica in status(up.grpc)["servables"][0]["replicas"])
