@@ -10,8 +10,8 @@ import time
 from typing import TypeAlias
 
 from shardserve.errors import InternalError, ShardserveError
-from shardserve.main.grpc_front import GrpcFront
-from shardserve.main.rest_front import RestFront
+from shardserve.main.grpc.front import GrpcFront
+from shardserve.main.rest.front import RestFront
 from shardserve.main.router import Router
 from shardserve.settings import Settings
 from shardserve.wire.frames import Payload

@@ -6,7 +6,7 @@ from main_harness import X, announce, echo, predict
 
 from shardserve.client import AsyncClient
 from shardserve.errors import Aborted, InternalError, InvalidInput, MessageTooLarge, NotFound, StepError, Unavailable
-from shardserve.main.grpc_front import _reply
+from shardserve.main.grpc.front import _reply
 from shardserve.wire.messages import TensorMeta, front
 from shardserve.wire.stubs import ms_service_pb2 as pb
 

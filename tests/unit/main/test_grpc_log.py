@@ -8,8 +8,8 @@ from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from main_harness import predict
 
-from shardserve.main.grpc_front import ADMIN, PREDICT
-from shardserve.main.grpc_methods import quiet_late_answers
+from shardserve.main.grpc.front import ADMIN, PREDICT
+from shardserve.main.grpc.methods import quiet_late_answers
 
 
 def test_an_answer_that_was_too_late_for_its_call_is_no_line_of_the_log(caplog):

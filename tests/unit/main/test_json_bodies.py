@@ -16,7 +16,7 @@ from main_harness import Launcher, Worker, announce, attached
 
 from shardserve.client import AsyncClient
 from shardserve.errors import DeadlineExceeded, InvalidInput, MessageTooLarge, StepError, Unavailable
-from shardserve.main.json_bodies import LARGE, JsonBodies
+from shardserve.main.rest.json_bodies import LARGE, JsonBodies
 from shardserve.settings import Settings
 from shardserve.wire import tensors
 from shardserve.wire.messages import front, launch
@@ -41,7 +41,7 @@ def with_bodies(test, **settings):
         bodies = JsonBodies(Settings(**settings))
         await test(bodies)
         process = the_process()
-        assert "shardserve.main.json_process" in process.cmdline()
+        assert "shardserve.main.rest.json_process" in process.cmdline()
         await bodies.close()
         assert not process.is_running()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardserve.errors import InvalidInput, MessageTooLarge, StepError
-from shardserve.main import rest_codec
+from shardserve.main.rest import codec
 from shardserve.wire import tensors
 from shardserve.wire.messages import TensorMeta
 
@@ -19,7 +19,7 @@ def b64(data):
 
 def parse(value, dtype=None):
     body = msgspec.json.encode({"instances": {"x": value}})
-    (instance,) = rest_codec.decode_request(body, {"x": dtype} if dtype else {}, 1)
+    (instance,) = codec.decode_request(body, {"x": dtype} if dtype else {}, 1)
     if isinstance(instance, InvalidInput):
         raise instance
     return tensors.decode_instance(*instance, "x")["x"]
@@ -144,7 +144,7 @@ def test_what_is_wrong_is_named_with_its_path(value, dtype, text):
 )
 def test_a_body_that_is_wrong(body, text):
     with pytest.raises(InvalidInput, match=text):
-        rest_codec.decode_request(body, {}, 10)
+        codec.decode_request(body, {}, 10)
 
 
 @pytest.mark.parametrize("inner", [b'"a:b"', b'{"a": 1}', b'{"a:": 1}', b'{"b64": ":"}'])
@@ -153,7 +153,7 @@ def test_a_body_of_any_depth_is_read_or_refused(inner, depth):
     # Each of those that look at it comes to its end at another depth.
     body = b'{"instances": {"x": ' + b"[" * depth + inner + b"]" * depth + b"}}"
     with pytest.raises(InvalidInput, match=r"nested (too deeply|more than 32 deep)$"):
-        raise rest_codec.decode_request(body, {}, 10)[0]
+        raise codec.decode_request(body, {}, 10)[0]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_body_of_any_depth_is_read_or_refused(inner, depth):
 )
 def test_a_key_that_is_there_twice_is_named(body, key):
     with pytest.raises(InvalidInput, match=f"^the body has an object with the key '{key}' twice$"):
-        rest_codec.decode_request(body, {}, 10)
+        codec.decode_request(body, {}, 10)
 
 
 def test_of_many_keys_one_that_is_there_twice_is_found_in_linear_time():
@@ -178,7 +178,7 @@ def test_of_many_keys_one_that_is_there_twice_is_found_in_linear_time():
     body = f'{{"instances": {{{keys}, "32767": 0}}}}'.encode()
     began = time.process_time()
     with pytest.raises(InvalidInput, match="the key '32767' twice"):
-        rest_codec.decode_request(body, {}, 1)
+        codec.decode_request(body, {}, 1)
     assert time.process_time() - began < 1
 
 
@@ -186,7 +186,7 @@ def test_keys_under_many_arrays_are_looked_for_in_linear_time():
     deep = "[" * 480 + "{}" + "]" * 480
     body = f'{{"instances": {{"x": [{",".join([deep] * 500)}]}}}}'.encode()
     began = time.process_time()
-    [error] = rest_codec.decode_request(body, {}, 1)
+    [error] = codec.decode_request(body, {}, 1)
     assert str(error) == "instances.x: nested more than 32 deep"
     assert time.process_time() - began < 1
 
@@ -203,13 +203,13 @@ def test_keys_under_many_arrays_are_looked_for_in_linear_time():
 )
 def test_colons_and_objects_are_no_keys_twice(instance):
     body = msgspec.json.encode({"instances": [instance, instance]})
-    for decoded in rest_codec.decode_request(body, {}, 10):
+    for decoded in codec.decode_request(body, {}, 10):
         assert decoded[0].keys() == instance.keys()
 
 
 def test_an_instance_that_is_wrong_leaves_the_others():
     body = msgspec.json.encode({"instances": [{"x": 1}, {"x": [[1], 2]}, 3, {"x": 2}]})
-    first, second, third, fourth = rest_codec.decode_request(body, {"x": "int64"}, 10)
+    first, second, third, fourth = codec.decode_request(body, {"x": "int64"}, 10)
     assert first[0]["x"].dtype == fourth[0]["x"].dtype == "int64"
     assert str(second).startswith("instances[1].x[1]: a ragged array")
     assert str(third) == "instances[2] isn't an object"
@@ -230,7 +230,7 @@ def test_what_is_nested_too_deeply_is_named():
 def test_an_output_of_more_arrays_than_bytes_is_refused(shape, arrays):
     metas = {"y": TensorMeta("uint8", shape, int(np.prod(shape)))}
     arrays = arrays or 1 + 31 * shape[0]
-    refused = rest_codec.writable((metas, []))
+    refused = codec.writable((metas, []))
     assert isinstance(refused, MessageTooLarge)
     assert str(refused).startswith(f"output 'y' of shape {list(shape)} is {arrays} arrays in JSON")
 
@@ -238,7 +238,7 @@ def test_an_output_of_more_arrays_than_bytes_is_refused(shape, arrays):
 @pytest.mark.parametrize("shape", [(), (0,), (0, 1 << 40), (1_000_000, 0), (1 << 24, 1, 1)])
 def test_an_output_of_few_arrays_is_written(shape):
     result = {"y": TensorMeta("uint8", shape, int(np.prod(shape)))}, []
-    assert rest_codec.writable(result) is result
+    assert codec.writable(result) is result
 
 
 def test_replies():
@@ -255,7 +255,7 @@ def test_replies():
         "nan": np.array([np.nan], np.float32),
     }
     metas, parts = tensors.encode_instance(values, "instance 0")
-    body = rest_codec.encode_reply([(metas, parts), StepError("id 9 is out of range")])
+    body = codec.encode_reply([(metas, parts), StepError("id 9 is out of range")])
     assert msgspec.json.decode(body) == {
         "instances": [
             {
@@ -277,14 +277,14 @@ def test_replies():
 
 def test_a_body_that_is_not_utf_8():
     with pytest.raises(InvalidInput, match="the body isn't JSON"):
-        rest_codec.decode_request(b'{"instances": {"\xe9": 1}}', {}, 10)
+        codec.decode_request(b'{"instances": {"\xe9": 1}}', {}, 10)
 
 
 @pytest.mark.timeout(10)
 def test_a_body_of_many_instances_is_searched_once():
     """Once for each of them, these 8 MB took a minute."""
     instances = [{"x": [0, 1, *range(1000)]} for _ in range(4096)]
-    decoded = rest_codec.decode_request(msgspec.json.encode({"instances": instances}), {}, 4096)
+    decoded = codec.decode_request(msgspec.json.encode({"instances": instances}), {}, 4096)
     assert len(decoded) == 4096
 
 
@@ -292,7 +292,7 @@ def test_strings_take_their_own_room_each():
     body = msgspec.json.encode({"instances": {"x": [*["ab"] * 10_000, "x" * 60_000]}})
     tracemalloc.start()
     try:
-        rest_codec.decode_request(body, {}, 1)
+        codec.decode_request(body, {}, 1)
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
         tracemalloc.stop()

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from main_harness import Launcher, Worker, announce, attached, echo, keep
 
-from shardserve.main.rest_protocol import MOST_PIPELINED
+from shardserve.main.rest.protocol import MOST_PIPELINED
 from shardserve.wire.messages import front
 from shardserve.wire.process import SPARE
 

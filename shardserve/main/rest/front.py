@@ -27,9 +27,11 @@ from shardserve.errors import (
     Unavailable,
     shortened,
 )
-from shardserve.main import addresses, rest_codec, rest_protocol, tls
-from shardserve.main.json_bodies import JsonBodies, is_large
-from shardserve.main.rest_body import RestBody, Stalled
+from shardserve.main import addresses, tls
+from shardserve.main.rest import codec
+from shardserve.main.rest.body import RestBody, Stalled
+from shardserve.main.rest.json_bodies import JsonBodies, is_large
+from shardserve.main.rest.protocol import protocol
 from shardserve.main.router import Decoded, Router, infer
 from shardserve.wire.messages import front
 from shardserve.wire.messages.launch import StartRest
@@ -75,7 +77,7 @@ class RestFront:
         front = cls(router, order)
         config = uvicorn.Config(
             front._app,
-            http=rest_protocol.protocol(router.settings.receive_timeout),
+            http=protocol(router.settings.receive_timeout),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -125,7 +127,7 @@ class RestFront:
         instances = await self._instances(request, info, deadline)
 
         async def run() -> Response:
-            results = [*map(rest_codec.writable, await infer(servable, method, info, instances, deadline))]
+            results = [*map(codec.writable, await infer(servable, method, info, instances, deadline))]
             errors = [result for result in results if isinstance(result, ShardserveError)]
             status = errors[0].http_status if len(errors) == len(results) else 200
             body = await self._bodies.encode(results, deadline)
@@ -145,7 +147,7 @@ class RestFront:
     async def _healthz(self, request: Request) -> Response:
         ready = self._router.ready
         states = {f"{servable.name}:{servable.version}": servable.state for servable in self._router.servables}
-        body = rest_codec.encode_health(ready, states)
+        body = codec.encode_health(ready, states)
         return Response(body, 200 if ready else 503, media_type="application/json")
 
 
@@ -206,13 +208,13 @@ def _failed(error: ShardserveError) -> Response:
         headers["retry-after"] = RETRY_AFTER
     if isinstance(error, Stalled):
         headers["connection"] = "close"
-    return Response(rest_codec.encode_error(error), error.http_status, headers, media_type="application/json")
+    return Response(codec.encode_error(error), error.http_status, headers, media_type="application/json")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = "POST /model/{servable}[/version/{number}]:{method} or GET /healthz"
-    body = rest_codec.encode_error(NotFound(f"{request.method} {request.url.path} isn't {known}"))
+    body = codec.encode_error(NotFound(f"{request.method} {request.url.path} isn't {known}"))
     return Response(body, error.status_code, error.headers, media_type="application/json")
 
 

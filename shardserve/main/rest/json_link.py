@@ -26,7 +26,7 @@ class JsonLink:
         self._socket.setblocking(False)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shardserve.main.json_process", str(theirs.fileno())],
+                [sys.executable, "-m", "shardserve.main.rest.json_process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
             )

@@ -10,7 +10,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from shardserve.errors import DeadlineExceeded, InvalidInput, MessageTooLarge, ShardserveError, shortened
-from shardserve.main import rest_codec
+from shardserve.main.rest import codec
 
 MAX_HEAD = 1 << 16
 """Bytes of a head, of trailers, or of what is around a body's chunks; and what comes with one read, at most 256 KB,
@@ -223,7 +223,7 @@ class RestProtocol(HttpToolsProtocol):
         if owed:
             cycle.keep_alive = False  # Its answer is the last one.
             return
-        body = rest_codec.encode_error(error)
+        body = codec.encode_error(error)
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(b"".join((STATUS_LINE[status], fields, body)))
         self._close()

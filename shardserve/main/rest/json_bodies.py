@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from shardserve.errors import DeadlineExceeded, ShardserveError, Unavailable, from_wire
-from shardserve.main import rest_codec
-from shardserve.main.json_link import JsonLink, Reply
+from shardserve.main.rest import codec
+from shardserve.main.rest.json_link import JsonLink, Reply
 from shardserve.main.router import Decoded
 from shardserve.main.servable import Result
 from shardserve.restarts import RestartBudget
@@ -36,7 +36,7 @@ def is_large(pieces: list[bytes]) -> bool:
 def _is_large_reply(metas: Iterable[TensorMeta]) -> bool:
     return (
         sum(
-            meta.nbytes + PER_STRING * len(meta.lengths or ()) + PER_ARRAY * rest_codec.arrays_of(meta.shape)
+            meta.nbytes + PER_STRING * len(meta.lengths or ()) + PER_ARRAY * codec.arrays_of(meta.shape)
             for meta in metas
         )
         > LARGE
@@ -68,9 +68,9 @@ class JsonBodies:
     async def decode(
         self, pieces: list[bytes], dtypes: Mapping[str, str], max_instances: int, deadline: float | None = None
     ) -> list[Decoded]:
-        """As rest_codec.decode_request, of a body in pieces. Unavailable if the process died of it, or too often."""
+        """As codec.decode_request, of a body in pieces. Unavailable if the process died of it, or too often."""
         if not is_large(pieces):
-            return rest_codec.decode_request(b"".join(pieces), dtypes, max_instances)
+            return codec.decode_request(b"".join(pieces), dtypes, max_instances)
         sizes = [len(piece) for piece in pieces]
         message = bodies.ReadBody(next(self._numbers), sizes, dict(dtypes), max_instances)
         what = f"a JSON body of {sum(sizes)} bytes to be read"
@@ -87,11 +87,11 @@ class JsonBodies:
         ]
 
     async def encode(self, results: Sequence[Result], deadline: float | None = None) -> bytes | memoryview:
-        """As rest_codec.encode_reply. Unavailable if the process died of it, or too often."""
+        """As codec.encode_reply. Unavailable if the process died of it, or too often."""
         good = [result for result in results if not isinstance(result, ShardserveError)]
         parts = [part for _, found in good for part in found]
         if not _is_large_reply(meta for metas, _ in good for meta in metas.values()):
-            return rest_codec.encode_reply(results)
+            return codec.encode_reply(results)
         outcomes: list[front.InstanceOutputs | front.InstanceError] = [
             front.InstanceError(type(result).__name__, str(result))
             if isinstance(result, ShardserveError)

@@ -13,8 +13,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from shardserve.errors import InternalError, InvalidInput, MessageTooLarge, ShardserveError, StartError
 from shardserve.main import addresses, status, timeline, tls
-from shardserve.main.grpc_methods import CarefulServer, abort, quiet_late_answers
-from shardserve.main.health import Health
+from shardserve.main.grpc.health import Health
+from shardserve.main.grpc.methods import CarefulServer, abort, quiet_late_answers
 from shardserve.main.router import MAX_STRINGS, Decoded, Router, check_count, infer, too_many_strings
 from shardserve.main.servable import Result
 from shardserve.wire import proto

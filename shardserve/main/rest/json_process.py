@@ -1,4 +1,5 @@
-"""`python -m shardserve.main.json_process FD`: reads and writes large JSON bodies for Main, on its end of a socketpair.
+"""`python -m shardserve.main.rest.json_process FD`: reads and writes large JSON bodies for Main, on its end of a
+socketpair.
 
 In a process, not in a thread: reading JSON and making arrays of it holds the interpreter's lock all the time.
 """
@@ -13,7 +14,7 @@ import sys
 
 from shardserve.errors import InternalError, ShardserveError, from_wire
 from shardserve.log import configure_logging
-from shardserve.main import rest_codec
+from shardserve.main.rest import codec
 from shardserve.main.router import check_strings
 from shardserve.main.servable import Result
 from shardserve.wire.blocking import FrameSocket
@@ -42,12 +43,12 @@ def serve(connection: FrameSocket[bodies.ToProcess]) -> None:
 
 def _answer(message: bodies.ToProcess, payload: Payload) -> tuple[Message, list[Buffer]]:
     if isinstance(message, bodies.WriteBody):
-        body = rest_codec.encode_reply(results_of(message.results, payload))
+        body = codec.encode_reply(results_of(message.results, payload))
         return bodies.Written(message.request, len(body)), [body]
     body = b"".join(map(bytes, split(payload, message.pieces)))
     instances: list[front.Instance | front.InstanceError] = []
     buffers: list[Buffer] = []
-    decoded = rest_codec.decode_request(body, message.dtypes, message.max_instances)
+    decoded = codec.decode_request(body, message.dtypes, message.max_instances)
     check_strings(decoded)  # Main would, but what describes them has to get there.
     for instance in decoded:
         if isinstance(instance, ShardserveError):

@@ -1,0 +1,1 @@
+"""The gRPC front end: `front` on `methods`, and the standard `health` service."""
