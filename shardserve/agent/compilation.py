@@ -263,7 +263,7 @@ class Compilation:
             raise CompilationError(f"the compiler of {self._files[0]} ended with {code}: {last} (more in {log})")
 
     def _load(self, folder: Path, manifest: Manifest) -> Forward:
-        runs = {name: _library(folder / name) for name in set(manifest.libraries)}
+        runs = {name: load_library(folder / name) for name in set(manifest.libraries)}
         count = len(self._dims)
         regions = find_regions(self._program.graph, count)
         ordered = [
@@ -275,7 +275,8 @@ class Compilation:
         return forward
 
 
-def _library(path: Path) -> Run:
+def load_library(path: Path) -> Run:
+    """CompilationError names the file."""
     try:
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(os.fspath(path), 1)
     except RuntimeError as error:

@@ -24,7 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from shardserve.agent.compilation import OPTIONS, Manifest, Order, library_name, manifest_name, region_name
+from shardserve.agent.compilation import (
+    OPTIONS,
+    Manifest,
+    Order,
+    library_name,
+    load_library,
+    manifest_name,
+    region_name,
+)
 from shardserve.shards import expressions, operators
 from shardserve.shards.config import DimRange, ShardConfig
 from shardserve.shards.graph import GraphFile, to_dtype
@@ -149,12 +157,36 @@ def compile_shard(graph_file: Path, config_file: Path, folder: Path, ones: froze
             made = folder / f"{code[:32]}.so"
             options = {"aot_inductor.output_path": os.fspath(made), **OPTIONS}
             torch._inductor.aot_compile(module, tuple(values), options=options)
+            _try_out(made, module, values)
             names[code] = library_name(made)
             made.rename(folder / names[code])
         libraries.append(names[code])
         orders.append(tuple(taken))
         regions.append(region_name(module))
     return Manifest(tuple(libraries), dims.conditions(), tuple(orders), tuple(regions))
+
+
+def _try_out(library: Path, module: fx.GraphModule, values: Sequence[Tensor]) -> None:
+    """NotImplementedError if what the library gives has another dtype or shape. What ends the process at its first run
+    ends this one, not an agent at its every start."""
+    given = [_zeros(value) for value in values]
+    for made, right in zip(load_library(library)(list(given)), module(*given), strict=True):
+        if (made.dtype, made.shape) != (right.dtype, right.shape):
+            raise NotImplementedError(
+                f"compiled, it gives {made.dtype}{list(made.shape)} instead of {right.dtype}{list(right.shape)}: "
+                f"{' '.join(module.code.split())}"
+            )
+
+
+def _zeros(value: Tensor) -> Tensor:
+    """Of the size that the compiler took for typical, and as dense as `value`. Takes no memory until it is written."""
+    order = _order(value)
+    made = torch.zeros([_typical(value.shape[dim]) for dim in order], dtype=value.dtype)
+    return made.permute([order.index(dim) for dim in range(len(order))])
+
+
+def _typical(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _is_contiguous(node: fx.Node, program: Program) -> bool:
@@ -164,7 +196,7 @@ def _is_contiguous(node: fx.Node, program: Program) -> bool:
 
 def _order(value: Tensor) -> Order:
     # By the typical sizes: to compare the strides themselves would make a condition of it.
-    strides = [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    strides = [_typical(stride) for stride in value.stride()]
     return tuple(sorted(range(value.dim()), key=strides.__getitem__, reverse=True))
 
 

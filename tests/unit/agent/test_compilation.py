@@ -139,6 +139,22 @@ class Normalized(nn.Module):
         return self.norm(columns).tanh() * 2 + 1, columns.flip(2).tanh() * 2 + 1, powers, halves
 
 
+class Powers(nn.Module):
+    def forward(self, x):
+        return 2 ** (x + 1)
+
+
+@needs_compiler
+def test_code_that_gives_another_dtype_is_not_used(tmp_path, monkeypatch):
+    """Of a graph whose compiled code gives float32 for integers, were it not kept out of the regions."""
+    export(Powers(), (torch.arange(4),), name="net", out=tmp_path)
+    shard = tmp_path / "device0" / "net.graph.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(regions, "_MISCOMPILED", frozenset())
+    with pytest.raises(NotImplementedError, match=r"gives torch.float32\[4\] instead of torch.int64\[4\]: "):
+        prepared(shard)
+
+
 @needs_compiler
 def test_what_operators_give_may_lie_otherwise_in_memory_than_was_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
