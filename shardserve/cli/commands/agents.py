@@ -27,7 +27,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "alive and stays in the foreground. Prints one line that begins with 'ready' when all are registered; SIGINT, "
         "SIGTERM or the end of the servable ends them.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model_files",

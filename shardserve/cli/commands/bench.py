@@ -40,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "it has its last answer, and prints requests a second and percentiles of the latency for each number of them. "
         f"Exit code 1 if any request failed. Ends early when nothing can be served for {GIVE_UP:g} s (UNAVAILABLE).",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_address_argument(parser)
     inputs.add_method_arguments(parser)

@@ -48,7 +48,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="cut a model into the shards of all ranks",
         description="Cuts a PyTorch model into tensor- and pipeline-parallel shards, in one process, without devices.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="module:function, a Hugging Face folder or FILE.pt2; see below"

@@ -25,7 +25,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="call a method of a running server with inputs from .npy files",
         description="Calls a method of a running server once, with inputs from .npy files, and prints the outputs.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_address_argument(parser)
     inputs.add_method_arguments(parser)

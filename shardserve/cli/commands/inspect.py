@@ -34,7 +34,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "their bytes, the FLOPs and collectives of a step and what crosses to the next stage, at given sizes of the "
         "dynamic dims. Reads configs and graphs, not the weights.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="holds device0, device1, …")
     parser.add_argument(

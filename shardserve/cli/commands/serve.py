@@ -33,7 +33,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "first request can be answered; SIGINT or SIGTERM ends the server and its agents. A servable that is not "
         "distributed needs no agents: it gets replicas on this host's --devices.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_servable_arguments(parser)
     ranks = parser.add_argument_group("its ranks")

@@ -24,7 +24,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show the state of a server's servables, replicas and ranks",
         description="Shows the state of every servable, replica and rank of a running server.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_address_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -32,7 +32,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "chrome://tracing): when each was queued and sent by the Worker, and when each rank ran it. Gaps in the row of "
         "a rank are bubbles. The server records at all times, in memory; a trace only fetches it.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_address_argument(parser)
     parser.add_argument("--servable", default="", metavar="NAME", help="only this servable (default: all)")

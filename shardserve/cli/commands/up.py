@@ -49,7 +49,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Starts the server and the agents of all ranks on this host and stays in the foreground. Prints "
         "one line that begins with 'ready' when the first request can be answered; SIGINT or SIGTERM ends all.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_servable_arguments(parser)
     ranks = parser.add_argument_group("its ranks")

@@ -129,6 +129,14 @@ class ScriptedWorker:
             registered.append(peer)
         return sorted(registered, key=lambda peer: peer.register.rank)
 
+    async def ready(self, host, *ranks):
+        """The supervisor and the agents of a host that is given these ranks; all agents are registered."""
+        supervisor = await self.supervisor(*ranks)
+        agents = await self.agents(len(ranks))
+        supervisor.send(group.HostReady())
+        await host.ready
+        return supervisor, agents
+
     async def form(self, agents, counter=1):
         """A generation of all these agents; returns it when all have formed."""
         generation = Generation(1, counter)

@@ -249,10 +249,7 @@ async def test_stopped_before_a_worker_came(tmp_path, ports):
 async def test_agents_leave_when_they_are_told(tmp_path, ports):
     models = write_shards(tmp_path)
     async with ScriptedWorker(ports[0], 2) as worker, Host(ports[0], models, ports[1]) as host:
-        supervisor = await worker.supervisor(0, 1)
-        agents = await worker.agents(2)
-        supervisor.send(group.HostReady())
-        await host.ready
+        supervisor, agents = await worker.ready(host, 0, 1)
         for peer in (*agents, supervisor):
             peer.send(group.Exit("the servable is stopped"))
         await host.life

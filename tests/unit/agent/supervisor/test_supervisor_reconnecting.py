@@ -27,10 +27,7 @@ async def test_the_worker_comes_back(tmp_path, ports):
     worker = ScriptedWorker(ports[0], 2)
     async with Host(ports[0], models, ports[1]) as host:
         async with worker:
-            supervisor = await worker.supervisor(0, 1)
-            agents = await worker.agents(2)
-            supervisor.send(group.HostReady())
-            await host.ready
+            _, agents = await worker.ready(host, 0, 1)
             await worker.form(agents)
         pids = [agent.register.pid for agent in agents]
         # Agents and supervisor come in any order.
@@ -58,10 +55,7 @@ async def test_agents_that_left_are_forked_again_where_the_supervisor_was_not_to
     worker = ScriptedWorker(ports[0], 2)
     async with Host(ports[0], models, ports[1]) as host:
         async with worker:
-            supervisor = await worker.supervisor(0, 1)
-            agents = await worker.agents(2)
-            supervisor.send(group.HostReady())
-            await host.ready
+            supervisor, agents = await worker.ready(host, 0, 1)
             before = {agent.register.pid for agent in agents}
             supervisor.stream.abort()
             await worker.arrived.get()
@@ -81,10 +75,7 @@ async def test_an_agent_that_hangs_while_the_worker_is_replaced_is_killed(tmp_pa
     worker = ScriptedWorker(ports[0], 2)
     async with Host(ports[0], models, ports[1], step_timeout=1.9, abort_timeout=0.1) as host:
         async with worker:
-            supervisor = await worker.supervisor(0, 1)
-            late, hung = await worker.agents(2)
-            supervisor.send(group.HostReady())
-            await host.ready
+            _, (late, hung) = await worker.ready(host, 0, 1)
             for agent in (late, hung):
                 os.kill(agent.register.pid, signal.SIGSTOP)
         async with worker:
